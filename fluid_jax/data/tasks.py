@@ -1,0 +1,140 @@
+"""seqio tasks by name, for `seqio.get_dataset` and for `pipeline.Stream` alike.
+
+`pipeline.Stream` asks of a task of your own that its source is a `seqio.TFExampleDataSource` over
+shards that `records.Writer` wrote, and that its preprocessors map each example to one example and
+draw at random only through `draw_text`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from fluid_jax import errors
+from fluid_jax.data import emoji, records
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
+
+_EMOJI = {'emoji': None, 'emoji_demo': emoji.is_demo}  # task -> which keys; None for all
+
+
+def get(name: str, module: str = '') -> seqio.Task:
+  """Returns a registered task.
+
+  Args:
+    name: the task's name.
+    module: a module that registers tasks of your own when imported, such as `my_package.my_tasks`.
+
+  Raises:
+    UserError: the module cannot be imported, or no task has this name.
+  """
+  import seqio
+
+  for subset in _EMOJI.keys() - seqio.TaskRegistry.names():
+    _add_emoji(subset)
+  if module:
+    try:
+      importlib.import_module(module)
+    except ImportError as error:
+      raise errors.UserError(
+        f'module {module!r} cannot be imported ({error}): install it or mend its name.'
+      ) from error
+  known = sorted(seqio.TaskRegistry.names())
+  if name not in known:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    raise errors.UserError(f'there is no task {name!r}{hint}: use one of {", ".join(known)}.')
+  return seqio.TaskRegistry.get(name)
+
+
+def open_records(task: seqio.Task, split: str) -> records.Records:
+  """Random access to the examples of a task.
+
+  Raises:
+    UserError: the task's source is not a record set, or has no such split.
+  """
+  import seqio
+
+  if not isinstance(task.source, seqio.TFExampleDataSource):
+    raise errors.UserError(
+      f'task {task.name!r} does not read a record set: give it a seqio.TFExampleDataSource over'
+      ' shards written by fluid_jax.data.records.Writer.'
+    )
+  if split not in task.splits:
+    raise errors.UserError(
+      f'task {task.name!r} has no split {split!r}: use one of {", ".join(task.splits)}.'
+    )
+  shards = task.source.list_shards(split)
+  if not shards:
+    raise errors.UserError(
+      f'task {task.name!r} finds no shard of split {split!r}: restore them or mend its paths.',
+      errors.CORRUPT,
+    )
+  return records.Records(epath.Path(shards[0]).parent, split, _EMOJI.get(task.name))
+
+
+def _add_emoji(name: str) -> None:
+  import seqio
+  import tensorflow as tf
+
+  select = _EMOJI[name]
+  splits = {s: records.Records(emoji.DIRECTORY, s, select) for s in ('train', 'validation')}
+  keys = [key for split in splits.values() for key in split.keys]
+
+  def keep_subset(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.filter(lambda example: tf.reduce_any(example['key'] == keys))
+
+  scalar = tf.io.FixedLenFeature([], tf.string)
+  picture = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0, dtype=tf.string)
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.TFExampleDataSource(
+      {split: str(emoji.DIRECTORY / f'{split}-*.tfrecord') for split in splits},
+      {'image': scalar, 'key': scalar, 'names': scalar},
+      num_input_examples={split: len(r) for split, r in splits.items()},
+    ),
+    preprocessors=[
+      *([keep_subset] if select else []),
+      seqio.map_over_dataset(_unpack_names),
+      seqio.map_over_dataset(draw_text, num_seeds=1),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'image': picture, 'text': seqio.Feature(seqio.ByteVocabulary())},
+  )
+
+
+def _unpack_names(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  """Adds `text` and `lang`, string [N], from `names`, see `emoji.pack_names`."""
+  import tensorflow as tf
+
+  lines = tf.strings.split(tf.io.decode_compressed(example.pop('names'), 'ZLIB'), '\n')
+  return {**example, 'lang': tf.strings.split(lines[0]), 'text': lines[1:]}
+
+
+def draw_text(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+  """Keeps one of an example's texts; use it as `seqio.map_over_dataset(draw_text, num_seeds=1)`.
+
+  Args:
+    example: `text` and `lang`, string [N]. `pipeline.Stream` adds `languages`, string [K], to
+      choose among (all if K is 0), and `draw`, int64, which takes the place of `seed`.
+    seed: int32 [2] from seqio.
+
+  Returns:
+    The example with `text` and `lang` as scalars.
+  """
+  import tensorflow as tf
+
+  draw = example.pop('draw', None)
+  if draw is None:
+    draw = tf.cast(seed[0], tf.int64)
+  allowed = example.pop('languages', tf.constant([], tf.string))
+  match = tf.reduce_any(example['lang'][:, None] == allowed, axis=1) | (tf.size(allowed) == 0)
+  choices = tf.where(match)[:, 0]
+  choice = choices[draw % tf.size(choices, tf.int64)]
+  return {**example, 'lang': example['lang'][choice], 'text': example['text'][choice]}
