@@ -1,0 +1,184 @@
+"""Transformer layers: attention, MLP, and the two kinds of block, with logical axis names.
+
+Projections are two-dimensional: a minor axis of head_dim (64) would be padded to 128 lanes on TPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+KeysValues = tuple[jax.Array, jax.Array]  # k_BxMxHxK, v_BxMxHxK
+
+embedding_init = nn.initializers.normal(0.02)
+kernel_init = nn.initializers.xavier_uniform()
+
+
+def dense(
+  features: int,
+  axes: Sequence[str | None],
+  *,
+  dtype: Any,
+  name: str | None = None,
+  kernel_init: nn.initializers.Initializer = kernel_init,
+) -> nn.Dense:
+  """A Dense layer whose kernel and bias carry logical axis names."""
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    kernel_init=nn.with_logical_partitioning(kernel_init, tuple(axes)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes[-1],)),
+    name=name,
+  )
+
+
+def layer_norm(dtype: Any, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
+  """LayerNorm with epsilon 1e-6; its statistics are float32 whatever `dtype` is."""
+  return nn.LayerNorm(
+    epsilon=1e-6,
+    dtype=dtype,
+    use_bias=affine,
+    use_scale=affine,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+    name=name,
+  )
+
+
+def gather_positions(x_BxLxD: jax.Array, positions_BxN: jax.Array) -> jax.Array:
+  """Rows `positions_BxN` of each example."""
+  return jnp.take_along_axis(x_BxLxD, positions_BxN[..., None], axis=1)
+
+
+class Attention(nn.Module):
+  """Multi-head attention; making keys and values is a call of its own, so that they can be kept."""
+
+  width: int
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.query = dense(self.width, ('embed', 'joined_kv'), dtype=self.dtype)
+    self.key_value = dense(2 * self.width, ('embed', 'joined_kv'), dtype=self.dtype)
+    self.out = dense(self.width, ('joined_kv', 'embed'), dtype=self.dtype)
+
+  def keys_values(self, x_BxMxD: jax.Array) -> KeysValues:
+    # Heads lie outside the key/value pair: a split over heads then keeps each pair together.
+    kv = self.key_value(x_BxMxD).reshape(*x_BxMxD.shape[:2], self.num_heads, 2, -1)
+    return kv[..., 0, :], kv[..., 1, :]
+
+  def __call__(
+    self,
+    x_BxNxD: jax.Array,
+    keys_values: KeysValues,
+    mask_Bx1xNxM: jax.Array | None = None,
+    is_causal: bool = False,
+  ) -> jax.Array:
+    q_BxNxHxK = self.query(x_BxNxD).reshape(*x_BxNxD.shape[:2], self.num_heads, -1)
+    # Batch-length-head-dimension order, logits and softmax in float32.
+    y_BxNxHxK = jax.nn.dot_product_attention(
+      q_BxNxHxK, *keys_values, mask=mask_Bx1xNxM, is_causal=is_causal
+    )
+    return self.out(y_BxNxHxK.reshape(x_BxNxD.shape))
+
+
+class MLP(nn.Module):
+  """Two layers with GELU, `ratio` times as wide inside."""
+
+  width: int
+  ratio: int = 4
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
+    h = dense(self.ratio * self.width, ('embed', 'mlp'), dtype=self.dtype, name='wi')(x_BxNxD)
+    return dense(self.width, ('mlp', 'embed'), dtype=self.dtype, name='wo')(nn.gelu(h))
+
+
+class AlignerBlock(nn.Module):
+  """Pre-LayerNorm self-attention and MLP over the text (paper section 3, text aligner)."""
+
+  width: int
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, None]:
+    attention = Attention(self.width, self.num_heads, self.dtype, name='self_attention')
+    h = layer_norm(self.dtype, 'norm_self')(x_BxTxD)
+    x_BxTxD += attention(h, attention.keys_values(h), mask_BxT[:, None, None, :])
+    h = layer_norm(self.dtype, 'norm_mlp')(x_BxTxD)
+    return x_BxTxD + MLP(self.width, dtype=self.dtype, name='mlp')(h), None
+
+
+class DecoderBlock(nn.Module):
+  """Pre-LayerNorm self-attention, cross-attention to the aligned text, and MLP.
+
+  Called on whole sequences in training. Sampling calls `read`, which takes kept text keys and
+  values and may compute the output of a few positions only, or `decode`, which extends kept
+  self-attention keys and values by one position.
+  """
+
+  width: int
+  num_heads: int
+  is_causal: bool
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.norm_self = layer_norm(self.dtype)
+    self.self_attention = Attention(self.width, self.num_heads, self.dtype)
+    self.norm_cross = layer_norm(self.dtype)
+    self.cross_attention = Attention(self.width, self.num_heads, self.dtype)
+    self.norm_mlp = layer_norm(self.dtype)
+    self.mlp = MLP(self.width, dtype=self.dtype)
+
+  def __call__(
+    self, x_BxLxD: jax.Array, text_BxTxD: jax.Array, text_mask_BxT: jax.Array
+  ) -> tuple[jax.Array, None]:
+    text_kv = self.cross_attention.keys_values(text_BxTxD)
+    return self.read(x_BxLxD, text_kv, text_mask_BxT)
+
+  def text_keys_values(self, text_BxTxD: jax.Array) -> tuple[jax.Array, KeysValues]:
+    """The text unchanged (as a scan's carry), and this block's keys and values of it."""
+    return text_BxTxD, self.cross_attention.keys_values(text_BxTxD)
+
+  def read(
+    self,
+    x_BxLxD: jax.Array,
+    text_kv: KeysValues,
+    text_mask_BxT: jax.Array,
+    positions_BxN: jax.Array | None = None,
+  ) -> tuple[jax.Array, None]:
+    """The block's output, at `positions_BxN` alone if given (they still see every position)."""
+    h = self.norm_self(x_BxLxD)
+    keys_values = self.self_attention.keys_values(h)
+    if positions_BxN is not None:
+      x_BxLxD, h = (gather_positions(a, positions_BxN) for a in (x_BxLxD, h))
+    x_BxLxD += self.self_attention(h, keys_values, is_causal=self.is_causal)
+    return self._cross_and_mlp(x_BxLxD, text_kv, text_mask_BxT), None
+
+  def decode(
+    self,
+    x_Bx1xD: jax.Array,
+    cache: KeysValues,
+    text_kv: KeysValues,
+    text_mask_BxT: jax.Array,
+    index: jax.Array,
+  ) -> tuple[jax.Array, KeysValues]:
+    """The output at position `index` () int32, and the cache with its keys and values added."""
+    h = self.norm_self(x_Bx1xD)
+    cache = jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1),
+      cache,
+      self.self_attention.keys_values(h),
+    )
+    seen_M = jnp.arange(cache[0].shape[1]) <= index
+    x_Bx1xD += self.self_attention(h, cache, seen_M[None, None, None, :])
+    return self._cross_and_mlp(x_Bx1xD, text_kv, text_mask_BxT), cache
+
+  def _cross_and_mlp(self, x_BxNxD, text_kv, text_mask_BxT):
+    mask = text_mask_BxT[:, None, None, :]
+    x_BxNxD += self.cross_attention(self.norm_cross(x_BxNxD), text_kv, mask)
+    return x_BxNxD + self.mlp(self.norm_mlp(x_BxNxD))
