@@ -1,0 +1,1 @@
+"""Frozen networks and transforms between pictures, texts and what the decoder sees."""

@@ -1,0 +1,241 @@
+"""Two classical tokenizers that need no download: patch PCA (continuous), patch k-means (discrete).
+
+  python -m fluid_jax.encoders.patches --size 64 --patch 8 --channels 16 --vocab_size 2048
+
+fits both on the training split and prints PSNR and SSIM on the validation split: what does
+quantisation lose? (paper section 5.1, in small).
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fluid_jax import errors
+
+WEIGHTS = pathlib.Path(__file__).parent / 'weights'
+
+
+def to_patches(images_BxHxWx3: jax.Array, patch: int) -> jax.Array:
+  """x_BxLxP in [-1, 1] of uint8 pictures; P = patch * patch * 3, rows of the grid first."""
+  batch, height, width, _ = images_BxHxWx3.shape
+  x = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
+  x = x.reshape(batch, height // patch, patch, width // patch, patch, 3)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * 3)
+
+
+def from_patches(x_BxLxP: jax.Array, patch: int) -> jax.Array:
+  """images_BxHxWx3 uint8; the inverse of `to_patches`, clipped and rounded."""
+  batch, length, _ = x_BxLxP.shape
+  grid = int(length**0.5)
+  x = x_BxLxP.reshape(batch, grid, grid, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+  x = x.reshape(batch, grid * patch, grid * patch, 3)
+  return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchPCA:
+  """Each patch's first principal components, at mean 0 and variance 1 over the training split."""
+
+  name: ClassVar[str] = 'patch_pca'
+  patch: int
+  center_P: np.ndarray
+  basis_CxP: np.ndarray
+  latent_mean_C: np.ndarray
+  latent_scale_C: np.ndarray
+
+  @property
+  def size(self) -> int:
+    return self.basis_CxP.shape[0]
+
+  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
+    """tokens_BxLxC float32 of uint8 pictures."""
+    x_BxLxP = to_patches(images_BxHxWx3, self.patch) - self.center_P
+    return (x_BxLxP @ self.basis_CxP.T - self.latent_mean_C) / self.latent_scale_C
+
+  def encode_batch(self, batch, key, example_B) -> jax.Array:
+    return self.encode(batch['images'])
+
+  def decode(self, tokens_BxLxC: jax.Array) -> jax.Array:
+    """images_BxHxWx3 uint8."""
+    z_BxLxC = tokens_BxLxC * self.latent_scale_C + self.latent_mean_C
+    return from_patches(z_BxLxC @ self.basis_CxP + self.center_P, self.patch)
+
+  @classmethod
+  def fit(cls, x_NxP: np.ndarray, patch: int, channels: int) -> 'PatchPCA':
+    """From patches in [-1, 1]."""
+    center_P = x_NxP.mean(0)
+    covariance_PxP = np.cov(x_NxP, rowvar=False, dtype=np.float64)
+    _, vectors_PxP = np.linalg.eigh(covariance_PxP)
+    basis_CxP = vectors_PxP[:, ::-1][:, :channels].T.astype(np.float32)
+    basis_CxP *= np.sign(basis_CxP.sum(1, keepdims=True))  # eigenvectors come with either sign
+    z_NxC = (x_NxP - center_P) @ basis_CxP.T
+    return cls(
+      patch,
+      center_P,
+      basis_CxP,
+      z_NxC.mean(0),
+      z_NxC.std(0) ** ALPHA * ((z_NxC.std(0) ** 2).mean() ** 0.5) ** (1 - ALPHA),
+    )
+
+
+ALPHA = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchKMeans:
+  """The index of the nearest of `size` patches."""
+
+  name: ClassVar[str] = 'patch_kmeans'
+  patch: int
+  codebook_VxP: np.ndarray
+
+  @property
+  def size(self) -> int:
+    return self.codebook_VxP.shape[0]
+
+  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
+    """tokens_BxL int32 of uint8 pictures."""
+    return nearest(to_patches(images_BxHxWx3, self.patch), self.codebook_VxP)
+
+  def encode_batch(self, batch, key, example_B) -> jax.Array:
+    return self.encode(batch['images'])
+
+  def decode(self, tokens_BxL: jax.Array) -> jax.Array:
+    """images_BxHxWx3 uint8."""
+    return from_patches(jnp.asarray(self.codebook_VxP)[tokens_BxL], self.patch)
+
+  @classmethod
+  def fit(cls, x_NxP: np.ndarray, patch: int, vocab_size: int, steps: int = 30) -> 'PatchKMeans':
+    """Lloyd's algorithm from random distinct patches; codes without a patch start anew."""
+    rng = np.random.default_rng(0)
+    distinct = np.unique(x_NxP, axis=0)
+    if len(distinct) < vocab_size:
+      raise errors.UserError(
+        f'{vocab_size} codes need as many distinct patches, but there are {len(distinct)}: '
+        'lower --vocab_size.'
+      )
+    codes_VxP = distinct[rng.choice(len(distinct), vocab_size, replace=False)]
+    assign = jax.jit(nearest)
+    for _ in range(steps):
+      labels_N = np.concatenate([assign(part, codes_VxP) for part in np.array_split(x_NxP, 16)])
+      counts_V = np.bincount(labels_N, minlength=vocab_size)
+      order = np.argsort(labels_N, kind='stable')
+      starts = np.cumsum(counts_V) - counts_V
+      used = counts_V > 0
+      sums = np.add.reduceat(x_NxP[order], starts[used], axis=0)
+      codes_VxP = distinct[rng.choice(len(distinct), vocab_size, replace=False)]
+      codes_VxP[used] = sums / counts_V[used, None]
+    return cls(patch, codes_VxP)
+
+
+def nearest(x: jax.Array, codes_VxP: jax.Array) -> jax.Array:
+  """Index (...,) int32 of the code nearest to `x` (..., P)."""
+  scores = x @ codes_VxP.T - 0.5 * (codes_VxP**2).sum(1)
+  return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+# ---- files ----
+
+
+def shipped_path(kind: type, image_size: int, patch: int, size: int) -> pathlib.Path:
+  """The file that ships with the package for these shapes; UserError with those there are."""
+  path = WEIGHTS / f'{kind.name}_{image_size}px_{patch}x{patch}_{size}.safetensors'
+  if not path.exists():
+    there = ', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors')))
+    raise errors.UserError(
+      f'no tokenizer {path.stem} ships with fluid_jax ({there}): fit one with '
+      'python -m fluid_jax.encoders.patches and give its path as image.tokenizer.'
+    )
+  return path
+
+
+def save(tokenizer: PatchPCA | PatchKMeans, path: pathlib.Path) -> None:
+  """Writes safetensors, half precision for the patches (their error is far below 1/255)."""
+  arrays = {
+    field.name: np.asarray(getattr(tokenizer, field.name))
+    for field in dataclasses.fields(tokenizer)
+    if field.name != 'patch'
+  }
+  # safetensors writes the buffer of an array as it lies in memory, transposed or not.
+  half = {
+    key: np.ascontiguousarray(array, np.float16 if array.ndim == 2 else np.float32)
+    for key, array in arrays.items()
+  }
+  meta = {'kind': tokenizer.name, 'patch': str(tokenizer.patch)}
+  safetensors.numpy.save_file(half, path, metadata=meta)
+
+
+@functools.cache
+def load(path: str | pathlib.Path) -> PatchPCA | PatchKMeans:
+  """The tokenizer in a safetensors file."""
+  try:
+    with safetensors.safe_open(path, 'numpy') as file:
+      meta = file.metadata() or {}
+      arrays = {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118
+    kind = {cls.name: cls for cls in (PatchPCA, PatchKMeans)}[meta.get('kind')]
+    return kind(patch=int(meta['patch']), **arrays)
+  except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    raise errors.UserError(
+      f'{path} is not a patch tokenizer ({error}): fit one with '
+      'python -m fluid_jax.encoders.patches.',
+      errors.CORRUPT,
+    ) from error
+
+
+# ---- command ----
+
+
+def measure(images: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+  """Mean over pictures of PSNR (dB) and SSIM of uint8 (N, H, W, 3) arrays."""
+  import tensorflow as tf
+
+  return {
+    'psnr': float(tf.reduce_mean(tf.image.psnr(images, decoded, 255))),
+    'ssim': float(tf.reduce_mean(tf.image.ssim(images, decoded, 255))),
+  }
+
+
+def read_images(task: str, split: str, size: int) -> np.ndarray:
+  """All pictures of a split, (N, size, size, 3) uint8."""
+  from fluid_jax.data import pipeline
+
+  stream = pipeline.Stream(
+    task, split, batch_size=64, seed=0, image_size=size, text_length=8, shuffle=False
+  )
+  return np.concatenate([batch['images'][batch['valid']] for batch in stream])
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--task', default='emoji', help='seqio task to fit on')
+  parser.add_argument('--size', type=int, default=64, help='pixels a side')
+  parser.add_argument('--patch', type=int, default=8, help='pixels a side of a patch')
+  parser.add_argument('--channels', type=int, default=16, help='principal components')
+  parser.add_argument('--vocab_size', type=int, default=2048, help='codes')
+  parser.add_argument('--out', type=pathlib.Path, default=WEIGHTS, help='folder to write to')
+  args = parser.parse_args(argv)
+  if args.size % args.patch:
+    raise errors.UserError(f'--size {args.size} is not divisible by --patch {args.patch}.')
+  train = read_images(args.task, 'train', args.size)
+  held_out = read_images(args.task, 'validation', args.size)
+  x_NxP = np.asarray(to_patches(train, args.patch)).reshape(-1, args.patch**2 * 3)
+  args.out.mkdir(parents=True, exist_ok=True)
+  for kind, size in ((PatchPCA, args.channels), (PatchKMeans, args.vocab_size)):
+    path = args.out / f'{kind.name}_{args.size}px_{args.patch}x{args.patch}_{size}.safetensors'
+    save(kind.fit(x_NxP, args.patch, size), path)
+    tokenizer = load(path)
+    decoded = np.asarray(tokenizer.decode(tokenizer.encode(held_out)))
+    scores = ', '.join(f'{k} {v:.3f}' for k, v in measure(held_out, decoded).items())
+    print(f'{path.name}: {scores} on {len(held_out)} held-out pictures')
+
+
+if __name__ == '__main__':
+  errors.run(main)
