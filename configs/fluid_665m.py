@@ -1,0 +1,11 @@
+"""Fluid of 20 blocks, width 1280, 16 heads (paper, appendix table of sizes)."""
+
+from fluid_jax import config as config_lib
+
+
+def get_config(variant: str | None = None):
+  config = config_lib.base_config()
+  config.name = 'fluid_665m'
+  config.model.update(width=1280, depth=20, num_heads=16)
+  config_lib.set_variant(config, variant)
+  return config

@@ -1,0 +1,319 @@
+"""Every setting, its default, unit and source; and the check of a config before any device work.
+
+A config file's `get_config` changes the ConfigDict that `base_config` makes of these dataclasses;
+`resolve` turns the result, overrides included, into a frozen `Config` or lists all that is wrong.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from fluid_jax import errors
+
+CHOICES = {
+  'model.order': ('random', 'raster'),
+  'model.tokens': ('continuous', 'discrete'),
+  'model.remat': ('none', 'full', 'minimal'),
+  'model.dtype': ('float32', 'bfloat16'),
+  'text.source': ('bytes', 'features'),
+  'optimizer.schedule': ('constant', 'cosine'),
+  'sampling.guidance_schedule': ('linear', 'constant'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+  size: int = 256  # pixels a side
+  # 'patch': the shipped patch tokenizer of this shape; a path: one that you fitted;
+  # 'prepared': examples hold `image_moments`, latents of a VAE that ran beforehand.
+  tokenizer: str = 'prepared'
+  num_tokens: int = 256  # a square grid (facts 2)
+  channels: int = 16  # of a continuous token (facts 2)
+  vocab_size: int = 8192  # codes of a discrete tokenizer (facts 2)
+  latent_scale: float = 0.18215  # prepared latents are multiplied by it (Stable Diffusion's VAE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  # 'bytes': UTF-8 bytes and a learned embedding; 'features': examples hold `text_features` of a
+  # frozen encoder, T5-XXL in the paper.
+  source: str = 'features'
+  length: int = 128  # ids or feature vectors; longer texts are cut (facts 3)
+  feature_dim: int = 4096  # of the frozen encoder (facts 3)
+  drop_rate: float = 0.1  # share of examples trained without text, for guidance (facts 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  order: str = 'random'
+  tokens: str = 'continuous'
+  width: int = 768
+  depth: int = 12  # decoder blocks
+  num_heads: int = 12
+  aligner_depth: int = 6  # best row of the paper's ablation (facts 1.2)
+  head_depth: int = 3  # residual blocks of two layers each: the paper's six (facts 1.2, 1.3)
+  head_width: int = 0  # 0: the decoder's width (facts 1.2)
+  num_noise_draws: int = 4  # noise draws per token in the loss (facts 7.4)
+  mask_group_size: int = 8  # examples over which mask ratios are stratified
+  remat: str = 'full'  # what the backward pass computes again
+  dtype: str = 'bfloat16'  # of the computation; parameters are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  task: str = 'webli'  # name of a seqio task
+  module: str = ''  # Python module that registers it, if it is yours
+  languages: tuple[str, ...] = ()  # of the texts; empty: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  learning_rate: float = 1e-4  # peak (facts 4)
+  schedule: str = 'constant'  # after warm-up; 'cosine' falls to 0 at the last step
+  warmup_steps: int = 65_536  # linear (facts 4: 65K)
+  b1: float = 0.9
+  b2: float = 0.95
+  weight_decay: float = 0.02  # of matrices only
+  clip_norm: float = 3.0  # global gradient norm (MAR's; not stated for Fluid)
+  ema_decay: float = 0.9999  # reached by warm-up: min(ema_decay, (1 + step) / (10 + step))
+  accumulation_steps: int = 1  # microbatches a step; the result equals the large batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  seed: int = 0
+  batch_size: int = 2048  # global (facts 4)
+  num_steps: int = 1_000_000  # facts 4
+  log_every: int = 100  # steps, as all below
+  eval_every: int = 10_000
+  sample_every: int = 10_000
+  checkpoint_every: int = 5_000
+  keep_checkpoints: int = 3
+  sample_prompts: tuple[str, ...] = ()  # grids at fixed prompts and seeds; bytes text only
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  replica: int = 1  # data parallel; across slices
+  fsdp: int = -1  # data parallel, parameters split; -1: all devices left
+  tensor: int = 1  # heads and MLP split
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  num_steps: int = 64  # autoregressive; raster order always takes one a token (facts 5)
+  num_diffusion_steps: int = 100  # facts 5
+  guidance_scale: float = 0.0  # 0: the paper's for the variant (facts 5)
+  guidance_schedule: str = 'linear'  # MAR's; not stated for Fluid
+  temperature: float = 0.0  # 0: the paper's for the variant (facts 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  name: str = 'fluid'
+  image: Image = Image()
+  text: Text = Text()
+  model: Model = Model()
+  data: Data = Data()
+  optimizer: Optimizer = Optimizer()
+  train: Train = Train()
+  mesh: Mesh = Mesh()
+  sampling: Sampling = Sampling()
+
+  @property
+  def is_continuous(self) -> bool:
+    return self.model.tokens == 'continuous'
+
+  @property
+  def grid_size(self) -> int:
+    """Tokens a side of the image."""
+    return math.isqrt(self.image.num_tokens)
+
+  @property
+  def head_width(self) -> int:
+    return self.model.head_width or self.model.width
+
+
+# Guidance scale and temperature by (order, tokens): the paper's table 22 (facts 5).
+PAPER_SAMPLING = {
+  ('random', 'continuous'): (5.0, 0.975),
+  ('raster', 'continuous'): (4.5, 0.975),
+  ('random', 'discrete'): (1.6, 1.05),
+  ('raster', 'discrete'): (2.5, 0.95),
+}
+
+
+def base_config() -> ml_collections.ConfigDict:
+  """The defaults, for a config file to change."""
+  return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def set_variant(config: ml_collections.ConfigDict, variant: str | None) -> None:
+  """Applies `order=raster,tokens=discrete`, the part after the colon of `--config=file.py:...`."""
+  for part in (variant or '').split(','):
+    key, _, value = part.partition('=')
+    if key in ('order', 'tokens'):
+      config.model[key] = value
+    elif part:
+      raise errors.UserError(
+        f'{part!r} after the config file is not a variant: write order=random or order=raster, '
+        'tokens=continuous or tokens=discrete, with a comma between them.'
+      )
+
+
+def resolve(config: Mapping[str, Any]) -> Config:
+  """A checked `Config`; raises one UserError that lists every problem, each with its mending."""
+  problems: list[str] = []
+  resolved = _build(Config, config, '', problems)
+  if not problems:
+    problems += _check(resolved)
+  if problems:
+    raise errors.UserError('\n'.join(f'config: {problem}' for problem in problems))
+  order = resolved.model.order
+  scale, temperature = PAPER_SAMPLING[order, resolved.model.tokens]
+  sampling = dataclasses.replace(
+    resolved.sampling,
+    num_steps=resolved.image.num_tokens if order == 'raster' else resolved.sampling.num_steps,
+    guidance_scale=resolved.sampling.guidance_scale or scale,
+    temperature=resolved.sampling.temperature or temperature,
+  )
+  return dataclasses.replace(resolved, sampling=sampling)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
+  """Lines 'a.b: old -> new' of two resolved configs as dictionaries."""
+  lines = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key, 'absent'), new.get(key, 'absent')
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += differences(a, b, f'{prefix}{key}.')
+    elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+      lines.append(f'{prefix}{key}: {a} -> {b}')
+  return lines
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+  types = typing.get_type_hints(cls)
+  for key in values:
+    if key not in types:
+      near = difflib.get_close_matches(key, types, n=1)
+      hint = f'did you mean {prefix}{near[0]}?' if near else f'known: {", ".join(types)}.'
+      problems.append(f'{prefix}{key} is not a setting; {hint}')
+  built = {}
+  for key, kind in types.items():
+    if key not in values:
+      continue
+    value = values[key]
+    if dataclasses.is_dataclass(kind):
+      if isinstance(value, Mapping | ml_collections.ConfigDict):
+        built[key] = _build(kind, value, f'{prefix}{key}.', problems)
+        continue
+    elif typing.get_origin(kind) is tuple:
+      if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        built[key] = tuple(value)
+        continue
+      kind = 'a tuple of str'
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+      built[key] = value
+      continue
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+      built[key] = float(value)
+      continue
+    kind = getattr(kind, '__name__', kind)
+    problems.append(
+      f'{prefix}{key} is {value!r}, which is not {kind}; give --config.{prefix}{key}.'
+    )
+  return cls(**built)
+
+
+def _check(c: Config) -> list[str]:
+  problems = []
+
+  def need(holds, message):
+    if not holds:
+      problems.append(message)
+
+  def get(path):
+    group, name = path.split('.')
+    return getattr(getattr(c, group), name)
+
+  for path, choices in CHOICES.items():
+    need(get(path) in choices, f'{path} is {get(path)!r}; choose one of {", ".join(choices)}.')
+  positive = (
+    'image.size image.num_tokens image.channels image.vocab_size image.latent_scale text.length '
+    'text.feature_dim model.width model.depth model.num_heads model.aligner_depth model.head_depth '
+    'model.num_noise_draws model.mask_group_size optimizer.learning_rate optimizer.clip_norm '
+    'optimizer.accumulation_steps train.batch_size train.num_steps train.log_every '
+    'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints '
+    'mesh.replica mesh.tensor sampling.num_steps'
+  )
+  for path in positive.split():
+    need(get(path) > 0, f'{path} is {get(path)}; it must be above 0.')
+  if problems:
+    return problems
+  need(c.model.depth >= 2, f'model.depth is {c.model.depth}; the decoder has at least 2 blocks.')
+  need(
+    c.model.width % c.model.num_heads == 0,
+    f'model.width {c.model.width} is not divisible by model.num_heads {c.model.num_heads}; '
+    f'set model.width to a multiple of it, such as '
+    f'{c.model.num_heads * round(c.model.width / c.model.num_heads)}.',
+  )
+  need(
+    c.grid_size**2 == c.image.num_tokens,
+    f'image.num_tokens {c.image.num_tokens} is not a square; '
+    f'{c.grid_size**2} and {(c.grid_size + 1) ** 2} are the nearest.',
+  )
+  need(
+    c.image.size % c.grid_size == 0,
+    f'image.size {c.image.size} is not divisible by the {c.grid_size} tokens a side.',
+  )
+  parts = c.model.mask_group_size * c.optimizer.accumulation_steps
+  need(
+    c.train.batch_size % parts == 0,
+    f'train.batch_size {c.train.batch_size} is not divisible by model.mask_group_size x '
+    f'optimizer.accumulation_steps = {parts}; set it to a multiple.',
+  )
+  need(0 <= c.text.drop_rate < 1, f'text.drop_rate is {c.text.drop_rate}; it must be in [0, 1).')
+  need(
+    0 < c.optimizer.ema_decay < 1,
+    f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must lie between 0 and 1.',
+  )
+  need(
+    0 <= c.optimizer.warmup_steps < c.train.num_steps,
+    f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
+    f'{c.train.num_steps}; lower it.',
+  )
+  need(c.optimizer.weight_decay >= 0, 'optimizer.weight_decay is negative; 0 turns it off.')
+  need(
+    c.mesh.fsdp == -1 or c.mesh.fsdp > 0,
+    f'mesh.fsdp is {c.mesh.fsdp}; give a number of devices, or -1 for all that are left.',
+  )
+  problems += sampling_problems(c)
+  return problems
+
+
+def sampling_problems(c: Config) -> list[str]:
+  """What is out of range in `c.sampling`; 0 still stands for the paper's value."""
+  s, problems = c.sampling, []
+  if c.model.order == 'random' and not 1 <= s.num_steps <= c.image.num_tokens:
+    problems.append(
+      f'sampling.num_steps is {s.num_steps}; an image of {c.image.num_tokens} tokens takes 1 to '
+      f'{c.image.num_tokens} steps.'
+    )
+  if not 2 <= s.num_diffusion_steps <= 1000:
+    problems.append(
+      f'sampling.num_diffusion_steps is {s.num_diffusion_steps}; choose 2 to 1000 (100 is usual).'
+    )
+  if not 0 <= s.guidance_scale <= 100:
+    problems.append(
+      f'sampling.guidance_scale is {s.guidance_scale}; choose 1 (no guidance) to 100 (3 to 7 is '
+      'usual for continuous tokens).'
+    )
+  if not 0 <= s.temperature <= 10:
+    problems.append(f'sampling.temperature is {s.temperature}; choose a value near 1.')
+  return problems

@@ -1,0 +1,121 @@
+"""Matrix-product FLOPs of the model by component, and the peak of the device that runs them.
+
+One multiply-add counts two; the backward pass counts twice the forward; recomputation counts
+nothing, nor do norms, softmax and other elementwise work. Causal attention counts in full, since
+that is what is computed.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluid_jax import config as config_lib
+from fluid_jax.models import diffusion
+
+# Dense bfloat16 FLOP/s of one device, by the start of `device_kind` (makers' data sheets).
+PEAKS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA A100': 312e12,
+}
+
+
+def predicted_tokens(config: config_lib.Config) -> float:
+  """Mean number of tokens that a training example predicts."""
+  length = config.image.num_tokens
+  if config.model.order == 'raster':
+    return length
+  u = (np.arange(100_000) + 0.5) / 100_000
+  return float(np.ceil(length * np.cos(np.pi / 2 * u)).mean())
+
+
+def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[str, float]:
+  """FLOPs of the forward pass of one training image by component.
+
+  Args:
+    config: resolved.
+    rows: tokens of an image that enter the head; by default the mean number that is predicted.
+  """
+  m, length, text = config.model, config.image.num_tokens, config.text.length
+  width, rows = m.width, predicted_tokens(config) if rows is None else rows
+  self_attention = 8 * length * width**2 + 4 * length**2 * width
+  cross_attention = 4 * (length + text) * width**2 + 4 * length * text * width
+  aligner_block = 24 * text * width**2 + 4 * text**2 * width
+  flops = {
+    'decoder': m.depth * (self_attention + cross_attention + 16 * length * width**2),
+    'aligner': m.aligner_depth * aligner_block,
+  }
+  if config.text.source == 'features':
+    flops['aligner'] += 2 * text * config.text.feature_dim * width
+  if config.is_continuous:
+    draws = m.num_noise_draws * _denoise_flops(config)
+    flops['head'] = rows * (2 * width * config.head_width + draws)
+    flops['embeddings'] = 2 * length * config.image.channels * width
+  else:
+    flops['head'] = rows * 2 * width * config.image.vocab_size
+  return flops
+
+
+def _denoise_flops(config: config_lib.Config) -> float:
+  """FLOPs of the diffusion head on one noisy token."""
+  channels, width = config.image.channels, config.head_width
+  return 2 * (3 * channels + (5 * config.model.head_depth + 2) * width) * width
+
+
+def sampling_flops(config: config_lib.Config) -> float:
+  """FLOPs of drawing one image: the decoder at every step, the head at every token.
+
+  Raster order counts one position a step; the last block's saving in random order is left out, and
+  so are the aligner and the text's keys and values, which are made once.
+  """
+  m, s, length, text = config.model, config.sampling, config.image.num_tokens, config.text.length
+  rows = 1 if m.order == 'raster' else length
+  block = 28 * rows * m.width**2 + 4 * rows * (length + text) * m.width
+  head = 2 * length * m.width * config.image.vocab_size
+  if config.is_continuous:
+    head = s.num_diffusion_steps * length * _denoise_flops(config)
+  copies = 1 if s.guidance_scale == 1 else 2
+  return copies * (s.num_steps * m.depth * block + head)
+
+
+def time_table_flops(config: config_lib.Config) -> float:
+  """FLOPs of the diffusion head's table of times: forward, once a microbatch."""
+  width = config.head_width
+  return 2 * diffusion.NUM_TIMESTEPS * (256 + width) * width if config.is_continuous else 0.0
+
+
+def step_flops(config: config_lib.Config) -> float:
+  """FLOPs of one training step, all devices together."""
+  per_image = sum(forward_flops(config).values()) * config.train.batch_size
+  return 3 * (per_image + time_table_flops(config) * config.optimizer.accumulation_steps)
+
+
+@functools.cache
+def peak_flops() -> float:
+  """FLOP/s of one device: the maker's figure, or on a CPU the best float32 matrix product."""
+  device = jax.local_devices()[0]
+  for kind in sorted(PEAKS, key=len, reverse=True):
+    if device.device_kind.startswith(kind):
+      return PEAKS[kind]
+  return measured_matmul_flops() / len(jax.local_devices())
+
+
+def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
+  """Best of a few products of two square float32 matrices, in FLOP/s."""
+  a = jnp.ones((size, size))
+  multiply = jax.jit(jnp.dot)
+  multiply(a, a).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    multiply(a, a).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)

@@ -1,0 +1,64 @@
+"""The command: flags, several processes, and hand over to training.
+
+python -m fluid_jax.main --config=configs/demo.py --workdir=DIR
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file in configs/; `file.py:order=raster,tokens=discrete` chooses a variant.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and figures go.')
+_PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the config as JSON and exit.')
+_VALIDATE_ONLY = flags.DEFINE_bool(
+  'validate_only', False, 'Print parameters, FLOPs and bytes and exit, touching no device.'
+)
+
+
+def read_config(argv: list[str]) -> config_lib.Config:
+  """Reads the flags, overrides of the config among them; returns the config, checked."""
+  app.define_help_flags()
+  try:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is None:
+      raise errors.UserError('--config is missing: give a file, such as --config=configs/demo.py.')
+    config = _CONFIG.value.to_dict()
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # The libraries' own messages, which name the flag and may suggest another: in one line.
+    raise errors.UserError(' '.join(str(error).split()) + ' (see --help)') from error
+  if rest[1:]:
+    raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with --.')
+  return config_lib.resolve(config)
+
+
+def main() -> int:
+  config = read_config(sys.argv)
+  if _PRINT_CONFIG.value:
+    print(json.dumps(dataclasses.asdict(config), indent=2))
+    return 0
+  if _VALIDATE_ONLY.value:
+    from fluid_jax import overview
+
+    print(overview.describe(config))
+    return 0
+  if not _WORKDIR.value:
+    raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
+  with contextlib.suppress(ValueError):  # one process, of no cluster
+    jax.distributed.initialize()  # finds the others on TPU pods and known clusters
+  from fluid_jax import train
+
+  return train.train(config, _WORKDIR.value)
+
+
+if __name__ == '__main__':
+  errors.run(main)

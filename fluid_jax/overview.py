@@ -1,0 +1,92 @@
+"""What a config amounts to: parameters, FLOPs and bytes by component, from shapes alone."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from fluid_jax import config as config_lib
+from fluid_jax import flops, step
+
+# Parameters in millions by (width, depth): the paper's table of sizes (facts 1.1).
+PAPER_PARAMS = {
+  (768, 12): 166,
+  (1024, 16): 369,
+  (1280, 20): 665,
+  (1536, 24): 1100,
+  (2304, 32): 3100,
+  (4096, 34): 10500,
+}
+# Where a parameter counts, by the first names of its path; the decoder has the rest.
+_COMPONENTS = (
+  (('aligner', 'aligner_norm', 'text_projection'), 'aligner'),
+  (('head/token_embedding', 'text_embedding', 'position_embedding'), 'embeddings'),
+  (('text_position_embedding', 'unknown_token', 'null_text'), 'embeddings'),
+  (('head',), 'head'),
+)
+
+
+def count_params(config: config_lib.Config) -> dict[str, int]:
+  """Parameters by component, from shapes alone."""
+  model = step.make_model(config)
+  shapes = nn.unbox(jax.eval_shape(lambda: step.init_params(config, model, jax.random.key(0))))
+  counts = dict.fromkeys(('decoder', 'aligner', 'head', 'embeddings'), 0)
+  for path, leaf in jax.tree.leaves_with_path(shapes):
+    counts[_component(jax.tree_util.keystr(path, simple=True, separator='/'))] += math.prod(
+      leaf.shape
+    )
+  return counts
+
+
+def _component(path: str) -> str:
+  for prefixes, component in _COMPONENTS:
+    if any(path == prefix or path.startswith(prefix + '/') for prefix in prefixes):
+      return component
+  return 'decoder'
+
+
+def describe(config: config_lib.Config) -> str:
+  """The table that `--validate_only` prints."""
+  params = count_params(config)
+  image = flops.forward_flops(config)
+  batch = config.train.batch_size
+  total = sum(params.values())
+  lines = [
+    f'{config.name}: {config.model.order} order, {config.model.tokens} tokens, '
+    f'{config.image.num_tokens} tokens an image, batch {batch}',
+    '',
+    f'{"component":<12}{"parameters":>16}{"GFLOP/image":>14}{"TFLOP/step":>13}',
+  ]
+
+  def row(name: str, count: Any, per_image: float, per_step: float) -> str:
+    return f'{name:<12}{count:>16,}{per_image / 1e9:>14.2f}{per_step / 1e12:>13.2f}'
+
+  for name, count in params.items():
+    forward = image.get(name, 0.0)
+    per_step = 3 * batch * forward
+    if name == 'head':
+      per_step += 3 * flops.time_table_flops(config) * config.optimizer.accumulation_steps
+    lines.append(row(name, count, forward, per_step))
+  lines.append(row('total', total, sum(image.values()), flops.step_flops(config)))
+  paper = PAPER_PARAMS.get((config.model.width, config.model.depth))
+  if paper:
+    lines.append(
+      f'paper: {paper}M parameters; here {total / 1e6:.1f}M ({total / paper / 1e4 - 100:+.1f}%)'
+    )
+  lines += [
+    'FLOP/image is one forward pass; a step counts three (forward and backward) for each image.',
+    '',
+    'bytes (float32, all devices together):',
+    f'  parameters {_size(4 * total)}, optimizer {_size(8 * total)}, EMA {_size(4 * total)}, '
+    f'together {_size(16 * total)}',
+  ]
+  return '\n'.join(lines)
+
+
+def _size(num_bytes: float) -> str:
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if num_bytes < 1000:
+      return f'{num_bytes:.1f} {unit}'
+    num_bytes /= 1000
+  return f'{num_bytes:.1f} TB'

@@ -1,0 +1,72 @@
+"""Mesh and logical-axis rules: where every array of the program lives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors
+
+BATCH_AXES = ('replica', 'fsdp')
+
+# Logical axes in T5X's words. `embed` is split over the data-parallel devices (fully sharded data
+# parallel), the other side of each projection over `tensor`.
+RULES = (
+  ('embed', 'fsdp'),
+  ('joined_kv', 'tensor'),
+  ('mlp', 'tensor'),
+  ('vocab', 'tensor'),
+  ('layers', None),
+  ('length', None),
+  ('norm', None),
+  ('channels', None),
+  ('text', None),
+)
+
+
+def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh (replica, fsdp, tensor) over all devices; UserError if they do not fit."""
+  devices = jax.devices() if devices is None else devices
+  c = config.mesh
+  fsdp = c.fsdp if c.fsdp > 0 else max(1, len(devices) // (c.replica * c.tensor))
+  shape = (c.replica, fsdp, c.tensor)
+  if c.replica * fsdp * c.tensor != len(devices):
+    raise errors.UserError(
+      f'mesh replica={c.replica} x fsdp={fsdp} x tensor={c.tensor} asks for '
+      f'{c.replica * fsdp * c.tensor} devices but there are {len(devices)}: change --config.mesh.',
+      errors.DEVICES,
+    )
+  groups = config.train.batch_size // config.model.mask_group_size
+  groups //= config.optimizer.accumulation_steps
+  if groups % (c.replica * fsdp):
+    raise errors.UserError(
+      f'a microbatch holds {groups} groups of model.mask_group_size examples, which '
+      f'{c.replica * fsdp} data-parallel devices cannot share evenly: change train.batch_size, '
+      'model.mask_group_size or --config.mesh.',
+      errors.DEVICES,
+    )
+  return jax.make_mesh(
+    shape, (*BATCH_AXES, 'tensor'), axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def state_shardings(mesh: Mesh, boxed_state: Any) -> Any:
+  """Shardings of a (shape-only) state whose parameters carry logical axis names."""
+  specs = nn.get_partition_spec(boxed_state)
+  return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Examples split over the data-parallel devices."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+  """Global arrays of which this process holds `batch`, its consecutive share of the examples."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+  }

@@ -1,0 +1,206 @@
+"""The jitted programs: init, train step, eval step. The same function builds them everywhere."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fluid_jax import config as config_lib
+from fluid_jax import optim, sharding
+from fluid_jax.encoders import text, tokenizers
+from fluid_jax.models import fluid, heads, orders
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that training changes. `step` counts batches, `num_skipped` those that changed nothing."""
+
+  step: jax.Array
+  num_skipped: jax.Array
+  params: Any
+  ema_params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What `build` makes.
+
+  Attributes:
+    init: () -> TrainState, sharded.
+    train_step: (state, batch) -> (state, metrics); the old state's memory is used again.
+    eval_step: (params, batch, first example's index ()) -> per-example sums `loss_B`, its parts,
+      and `count_B`, with the same masks and noise at every call.
+    state: shapes, dtypes and shardings of the state.
+  """
+
+  init: Callable[[], TrainState]
+  train_step: Callable[..., Any]
+  eval_step: Callable[..., Any]
+  state: TrainState
+  model: fluid.Fluid
+
+
+def make_model(config: config_lib.Config) -> fluid.Fluid:
+  """The model of a config, unbound."""
+  m = config.model
+  dtype = jnp.dtype(m.dtype)
+  if config.is_continuous:
+    head = heads.DiffusionHead(
+      m.width, config.image.channels, config.head_width, m.head_depth, m.num_noise_draws, dtype
+    )
+  else:
+    head = heads.SoftmaxHead(m.width, config.image.vocab_size, dtype)
+  return fluid.Fluid(
+    order=orders.make_order(m.order, config.image.num_tokens, m.mask_group_size),
+    head=head,
+    width=m.width,
+    depth=m.depth,
+    num_heads=m.num_heads,
+    aligner_depth=m.aligner_depth,
+    text_length=config.text.length,
+    text_vocab_size=text.VOCAB_SIZE if config.text.source == 'bytes' else 0,
+    remat='' if m.remat == 'none' else m.remat,
+    dtype=dtype,
+  )
+
+
+def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -> Any:
+  """Fresh parameters, each boxed with its logical axis names."""
+  size, image, length = config.model.mask_group_size, config.image, config.text.length
+  token_shape = (size, image.num_tokens, *([image.channels] if config.is_continuous else []))
+  tokens = jnp.zeros(token_shape, jnp.float32 if config.is_continuous else jnp.int32)
+  mask_BxT = jnp.ones((size, length), bool)
+  text_in = mask_BxT.astype(jnp.int32)
+  if config.text.source == 'features':
+    text_in = jnp.zeros((size, length, config.text.feature_dim))
+
+  def losses(module, *inputs):
+    return module.losses(*inputs, module.draw(key, jnp.arange(size), config.text.drop_rate))
+
+  return model.init(key, tokens, text_in, mask_BxT, method=losses)['params']
+
+
+def text_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Text ids or features of a batch, and the mask of what is real in them."""
+  if 'text_features' in batch:
+    return batch['text_features'], batch['text_mask']
+  return batch['text_ids'], batch['text_ids'] > 0
+
+
+def build(config: config_lib.Config, mesh: Mesh) -> Program:
+  """The programs of `config` over `mesh`, jitted with exact shardings."""
+  model = make_model(config)
+  tokenizer = tokenizers.load(config)
+  optimizer = optim.make_optimizer(config)
+  schedule = optim.make_schedule(config)
+  num_parts = config.optimizer.accumulation_steps
+
+  def losses(params, batch, key, example_B, drop_rate):
+    """Per-position losses (B, L) and the mask of predicted positions."""
+    key_draw, key_latent = jax.random.split(key)
+    tokens = tokenizer.encode_batch(batch, key_latent, example_B)
+    draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')
+    by_part = model.apply({'params': params}, tokens, *text_inputs(batch), draws, method='losses')
+    return by_part, draws['mask_BxL']
+
+  def init() -> TrainState:
+    params = init_params(config, model, jax.random.key(config.train.seed))
+    return TrainState(
+      step=jnp.int32(0),
+      num_skipped=jnp.int32(0),
+      params=params,
+      ema_params=jax.tree.map(jnp.copy, params),
+      opt_state=optimizer.init(params),
+    )
+
+  def loss_sum(params, batch, key, example_B):
+    by_part, mask_BxL = losses(params, batch, key, example_B, config.text.drop_rate)
+    sums = {name: loss_BxL.sum() for name, loss_BxL in by_part.items()}
+    return sums['loss'], {**sums, 'count': mask_BxL.sum()}
+
+  def gradients(params, batch, key):
+    """Gradient of the mean loss over all predicted tokens of the batch, and the parts' means."""
+    example_B = jnp.arange(config.train.batch_size)
+    compute = jax.grad(loss_sum, has_aux=True)
+    if num_parts == 1:
+      grads, sums = compute(params, batch, key, example_B)
+    else:
+
+      def add(total, part):
+        part_batch, part_example_B = part
+        new = compute(params, part_batch, key, part_example_B)
+        return jax.tree.map(jnp.add, total, new), None
+
+      parts = jax.tree.map(_split_groups, (batch, example_B))
+      shapes = jax.eval_shape(compute, params, *_first(parts, key))
+      zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+      (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+    count = sums.pop('count')
+    return jax.tree.map(lambda g: g / count, grads), {k: v / count for k, v in sums.items()}
+
+  def _first(parts, key):
+    batch, example_B = jax.tree.map(lambda a: a[0], parts)
+    return batch, key, example_B
+
+  def _split_groups(a):
+    """(B, ...) -> (parts, B / parts, ...): whole groups, taken in turn so that they stay local."""
+    a = a.reshape(-1, num_parts, config.model.mask_group_size, *a.shape[1:])
+    return jnp.moveaxis(a, 1, 0).reshape(num_parts, -1, *a.shape[3:])
+
+  def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    grads, metrics = gradients(state.params, batch, key)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    num_updates = state.step - state.num_skipped
+    ema_params = optim.update_ema(state.ema_params, params, num_updates, config.optimizer.ema_decay)
+    # A step whose loss or gradient is not finite changes nothing but the count.
+    is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
+    new, old = (params, ema_params, opt_state), (state.params, state.ema_params, state.opt_state)
+    params, ema_params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+    metrics |= {
+      'learning_rate': schedule(num_updates),
+      'grad_norm': grad_norm,
+      'param_norm': optax.global_norm(params),
+      'num_skipped': state.num_skipped + ~is_finite,
+    }
+    state = TrainState(state.step + 1, metrics['num_skipped'], params, ema_params, opt_state)
+    return state, metrics
+
+  def eval_step(params, batch, first_example):
+    # Masks, times and noise depend on the example alone: the bank is the same at every step.
+    key = jax.random.key(config.train.seed)
+    example_B = first_example + jnp.arange(config.train.batch_size)
+    by_part, mask_BxL = losses(params, batch, key, example_B, drop_rate=0.0)
+    sums = {f'{name}_B': loss_BxL.sum(1) for name, loss_BxL in by_part.items()}
+    return {**sums, 'count_B': mask_BxL.sum(1)}
+
+  boxed = jax.eval_shape(init)
+  shardings = sharding.state_shardings(mesh, boxed)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  by_example = sharding.batch_sharding(mesh)
+  return Program(
+    init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(shardings, by_example),
+      out_shardings=(shardings, replicated),
+      donate_argnums=0,
+    ),
+    eval_step=jax.jit(
+      eval_step,
+      in_shardings=(shardings.params, by_example, replicated),
+      out_shardings=replicated,
+    ),
+    state=jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), shardings
+    ),
+    model=model,
+  )

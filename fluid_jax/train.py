@@ -1,0 +1,236 @@
+"""The training loop, top to bottom."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fluid_jax import checkpoint, errors, flops, metrics, sample, sharding, step
+from fluid_jax import config as config_lib
+from fluid_jax.data import pipeline
+
+# What may differ when a workdir is taken up again: nothing that changes the trained parameters.
+RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
+RESUMABLE += ('sampling.', 'mesh.')
+
+
+def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
+  """Trains `config` in `workdir`, from its newest checkpoint that verifies if it has one.
+
+  Returns:
+    The exit code: 0 when done, 42 when SIGTERM came and the state was saved.
+
+  Raises:
+    UserError: for what the user can mend; what was saved before stays as it is.
+  """
+  # ---- Workdir ----
+  workdir = pathlib.Path(workdir)
+  is_lead = jax.process_index() == 0
+  saved_config = json.loads(json.dumps(dataclasses.asdict(config)))
+  claim_workdir(workdir, saved_config, is_lead)
+  is_preempted = preemption_signal()
+
+  # ---- Programs and state ----
+  mesh = sharding.make_mesh(config)
+  program = step.build(config, mesh)
+  checkpointer = checkpoint.Checkpointer(
+    workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
+  )
+  restored = checkpointer.restore(program.state)
+  state = program.init() if restored is None else restored[0]
+  start = 0 if restored is None else restored[2]
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+  metrics.say(
+    f'{config.name}: {num_params / 1e6:.1f}M parameters on {len(mesh.devices.flat)} '
+    f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}, '
+    f'{jax.process_count()} process(es); {"resuming" if start else "starting"} at step {start}',
+    is_lead,
+  )
+
+  # ---- Data and reporting ----
+  batches = open_stream(config, 'train', start_step=start)
+  writer = metrics.Writer(workdir, start, is_lead)
+  writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
+  flops_per_image = flops.step_flops(config) / config.train.batch_size
+  peak_flops = flops.peak_flops() * len(jax.devices())
+  sampler = sample.Sampler(config) if config.train.sample_prompts else None
+
+  def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
+    """Writes a step's figures; reading them waits for the step, so the next is running already."""
+    values = {f'train/{name}': float(value) for name, value in values.items()}
+    nonlocal last_report
+    seconds, data_share = timer.read()
+    rate = (step_number - last_report) * config.train.batch_size / seconds
+    last_report = step_number
+    values |= {
+      'speed/images_per_s': rate,
+      'speed/tokens_per_s': rate * config.image.num_tokens,
+      'speed/tflop_per_s': rate * flops_per_image / 1e12,
+      'speed/share_of_peak': rate * flops_per_image / peak_flops,
+      'speed/data_wait_share': data_share,
+    }
+    writer.scalars(step_number, values)
+    left = (config.train.num_steps - step_number) * config.train.batch_size / rate
+    metrics.say(
+      f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}  '
+      f'{rate:.1f} images/s  ETA {metrics.duration(left)}',
+      is_lead,
+    )
+
+  def save(step_number: int) -> None:
+    checkpointer.save(step_number, state, {'step': step_number})
+
+  def is_due(every: int) -> bool:
+    return step_number % every == 0 or step_number == config.train.num_steps
+
+  timer = metrics.Timer()
+
+  # ---- Loop: step n + 1 is dispatched before step n's figures are read ----
+  pending = None
+  step_number = last_report = start
+  exit_code = 0
+  for step_number in range(start + 1, config.train.num_steps + 1):
+    waiting = time.perf_counter()
+    batch = next(batches)
+    timer.add_data(time.perf_counter() - waiting)
+    del batch['valid']  # all are, in training
+    state, values = program.train_step(state, sharding.put_batch(batch, mesh))
+    if pending is not None:
+      report(*pending)
+      pending = None
+    if step_number == start + 1:
+      jax.block_until_ready(values)
+      timer.read()  # compilation is nobody's speed
+      last_report = step_number
+    if is_due(config.train.log_every) and step_number > last_report:
+      pending = step_number, values
+
+    pausing = time.perf_counter()
+    if is_due(config.train.eval_every):
+      writer.scalars(step_number, evaluate(config, program, state, mesh))
+    if sampler and is_due(config.train.sample_every):
+      grid = sampler.grid(state.ema_params, config.train.sample_prompts)
+      writer.images(step_number, 'samples', grid)
+    stop = is_preempted(step_number)
+    if is_due(config.train.checkpoint_every) or stop:
+      save(step_number)
+    timer.pause(time.perf_counter() - pausing)
+    if stop:
+      exit_code = errors.PREEMPTED
+      break
+  if pending is not None:
+    report(*pending)
+
+  # ---- End ----
+  batches.close()
+  checkpointer.close()
+  writer.close()
+  word = 'preempted; saved' if exit_code else 'done'
+  metrics.say(f'{word} at step {step_number}: {workdir}', is_lead)
+  return exit_code
+
+
+def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_lead: bool) -> None:
+  """Makes the folder, and leaves `config.json` in it or compares with the one that is there."""
+  path = workdir / 'config.json'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      old = json.loads(path.read_text())
+      changed = config_lib.differences(old, config)
+      refused = [line for line in changed if not line.startswith(RESUMABLE)]
+      if refused:
+        raise errors.UserError(
+          f'{workdir} was trained with another config ({"; ".join(refused)}): give the same '
+          'config or another --workdir.',
+          errors.MISMATCH,
+        )
+    if is_lead:
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(json.dumps(config, indent=2) + '\n')
+      temporary.replace(path)
+  except OSError as error:
+    raise errors.UserError(
+      f'--workdir={workdir} cannot be written ({error.strerror}): give a folder of yours.',
+      errors.STORAGE,
+    ) from error
+  except ValueError as error:
+    raise errors.UserError(
+      f'{path} is not JSON ({error}): delete it if {workdir} holds nothing you need.',
+      errors.CORRUPT,
+    ) from error
+
+
+def preemption_signal() -> Callable[[int], bool]:
+  """A function of the step: has SIGTERM come? All processes then stop after the same step."""
+  if jax.process_count() > 1:
+    return multihost_utils.reached_preemption_sync_point
+  received = []
+
+  def on_sigterm(number, frame):
+    received.append(number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+
+  signal.signal(signal.SIGTERM, on_sigterm)
+  return lambda step_number: bool(received)
+
+
+def open_stream(config: config_lib.Config, split: str, **kwargs: Any) -> pipeline.Stream:
+  """This process's share of the batches of a split of the config's task."""
+  return pipeline.Stream(
+    config.data.task,
+    split,
+    batch_size=config.train.batch_size,
+    seed=config.train.seed,
+    image_size=config.image.size,
+    text_length=config.text.length,
+    languages=config.data.languages,
+    module=config.data.module,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    **kwargs,
+  )
+
+
+def evaluate(
+  config: config_lib.Config, program: step.Program, state: step.TrainState, mesh: Any
+) -> dict[str, float]:
+  """Loss over the whole validation split, of raw and averaged weights, with standard errors.
+
+  Masks, times and noise of an example are the same at every call and for both weights. The loss is
+  the mean over predicted tokens, a ratio of sums, and its standard error that of a ratio estimate
+  over pictures.
+  """
+  figures = {}
+  sums = {'raw': [], 'ema': []}
+  valid = []
+  batches = open_stream(config, 'validation', shuffle=False)
+  for index, batch in enumerate(batches):
+    batch = sharding.put_batch(batch, mesh)
+    first = np.int32(index * config.train.batch_size)
+    is_valid = multihost_utils.process_allgather(batch.pop('valid'), tiled=True)
+    valid.append(np.asarray(is_valid))
+    for weights, params in (('raw', state.params), ('ema', state.ema_params)):
+      sums[weights].append(program.eval_step(params, batch, first))
+  batches.close()
+  keep = np.concatenate(valid)
+  for weights, parts in sums.items():
+    parts = {
+      name: np.concatenate([np.asarray(p[name], np.float64) for p in parts])[keep]
+      for name in parts[0]
+    }
+    count = parts.pop('count_B')
+    for name, total in parts.items():
+      mean = total.sum() / count.sum()
+      spread = np.sqrt((len(count) / max(1, len(count) - 1)) * ((total - mean * count) ** 2).sum())
+      key = f'validation/{name.removesuffix("_B")}_{weights}'
+      figures |= {key: mean, f'{key}_se': spread / count.sum()}
+  return figures
