@@ -1,5 +1,6 @@
 """Errors that a user can mend, each with the exit code that a scheduler acts on."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,7 +32,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = error.exit_code
-  except Exception:
-    traceback.print_exc()
-    code = CRASH
+  except Exception as error:
+    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+      print(f'error: the disk is full ({error}): make room and run it again.', file=sys.stderr)
+      code = STORAGE
+    else:
+      traceback.print_exc()
+      code = CRASH
   sys.exit(code)

@@ -33,9 +33,15 @@ def read_config(argv: list[str]) -> config_lib.Config:
     if _CONFIG.value is None:
       raise errors.UserError('--config is missing: give a file, such as --config=configs/demo.py.')
     config = _CONFIG.value.to_dict()
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # The libraries' own messages, which name the flag and may suggest another: in one line.
-    raise errors.UserError(' '.join(str(error).split()) + ' (see --help)') from error
+  except OSError as error:
+    path = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise errors.UserError(f'--config={path} cannot be read: give a file in configs/.') from error
+  except (flags.Error, AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+    # The libraries' own words, which name the flag or key and may suggest another: in one line.
+    reason = error.args[0]
+    if isinstance(reason, KeyError):  # so ml_collections says that it has no such key
+      reason = f'the config has no key {reason.args[0]}'
+    raise errors.UserError(f'{": ".join(str(reason).splitlines())} (see --help)') from error
   if rest[1:]:
     raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with --.')
   return config_lib.resolve(config)

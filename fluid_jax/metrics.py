@@ -61,6 +61,11 @@ class Writer:
     if self._is_active:
       self._summary.write_texts(step, {name: text})
 
+  def flush(self) -> None:
+    """Hands all that was written to the system, so that it outlives this process."""
+    if self._is_active:
+      self._summary.flush()
+
   def close(self) -> None:
     if self._is_active:
       self._file.close()

@@ -175,9 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   if config.model.order == 'raster' and 'num_steps' in given:
     raise errors.UserError('--num_steps is for random order; this model draws one token a step.')
-  config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **given))
-  if problems := config_lib.sampling_problems(config):
-    raise errors.UserError('\n'.join(problems))
+  # Checked as a config file's settings are; 0 stands for the paper's value here too.
+  sampling = dataclasses.asdict(config.sampling) | given
+  config = config_lib.resolve(dataclasses.asdict(config) | {'sampling': sampling})
   sampler = Sampler(config, show_progress=True)
   seeds = range(args.seed, args.seed + args.num_images)
   pairs = [(prompt, seed) for prompt in prompts for seed in seeds]

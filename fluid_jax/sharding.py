@@ -39,24 +39,40 @@ def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = 
       f'{c.replica * fsdp * c.tensor} devices but there are {len(devices)}: change --config.mesh.',
       errors.DEVICES,
     )
-  groups = config.train.batch_size // config.model.mask_group_size
-  groups //= config.optimizer.accumulation_steps
-  if groups % (c.replica * fsdp):
-    raise errors.UserError(
-      f'a microbatch holds {groups} groups of model.mask_group_size examples, which '
-      f'{c.replica * fsdp} data-parallel devices cannot share evenly: change train.batch_size, '
-      'model.mask_group_size or --config.mesh.',
-      errors.DEVICES,
-    )
   return jax.make_mesh(
     shape, (*BATCH_AXES, 'tensor'), axis_types=(AxisType.Auto,) * 3, devices=devices
   )
 
 
+def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
+  """UserError if the devices cannot share the groups of examples of a microbatch evenly."""
+  parts = config.model.mask_group_size * config.optimizer.accumulation_steps
+  groups = config.train.batch_size // parts
+  shares = mesh.shape['replica'] * mesh.shape['fsdp']
+  if groups % shares:
+    raise errors.UserError(
+      f'a microbatch holds {groups} groups of model.mask_group_size examples, which {shares} '
+      'data-parallel devices cannot share evenly: change train.batch_size, '
+      'model.mask_group_size or --config.mesh.',
+      errors.DEVICES,
+    )
+
+
 def state_shardings(mesh: Mesh, boxed_state: Any) -> Any:
-  """Shardings of a (shape-only) state whose parameters carry logical axis names."""
+  """Shardings of a (shape-only) state whose parameters carry logical axis names.
+
+  A dimension that its mesh axis does not divide, such as the 259 bytes, stays whole.
+  """
+
+  def fit(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    axes = zip(sharding.spec, leaf.shape, strict=False)
+    return NamedSharding(
+      mesh, PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in axes))
+    )
+
   specs = nn.get_partition_spec(boxed_state)
-  return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+  shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+  return jax.tree.map(fit, shardings, nn.unbox(boxed_state))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

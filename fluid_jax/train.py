@@ -40,6 +40,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
 
   # ---- Programs and state ----
   mesh = sharding.make_mesh(config)
+  sharding.check_batch(config, mesh)
   program = step.build(config, mesh)
   checkpointer = checkpoint.Checkpointer(
     workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
@@ -65,28 +66,24 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
 
   def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
     """Writes a step's figures; reading them waits for the step, so the next is running already."""
-    values = {f'train/{name}': float(value) for name, value in values.items()}
     nonlocal last_report
-    seconds, data_share = timer.read()
-    rate = (step_number - last_report) * config.train.batch_size / seconds
-    last_report = step_number
-    values |= {
-      'speed/images_per_s': rate,
-      'speed/tokens_per_s': rate * config.image.num_tokens,
-      'speed/tflop_per_s': rate * flops_per_image / 1e12,
-      'speed/share_of_peak': rate * flops_per_image / peak_flops,
-      'speed/data_wait_share': data_share,
-    }
+    values = {f'train/{name}': float(value) for name, value in values.items()}
+    line = f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}'
+    if step_number > last_report:  # else it is the first step, which compiled
+      seconds, data_share = timer.read()
+      rate = (step_number - last_report) * config.train.batch_size / seconds
+      last_report = step_number
+      values |= {
+        'speed/images_per_s': rate,
+        'speed/tokens_per_s': rate * config.image.num_tokens,
+        'speed/tflop_per_s': rate * flops_per_image / 1e12,
+        'speed/share_of_peak': rate * flops_per_image / peak_flops,
+        'speed/data_wait_share': data_share,
+      }
+      left = (config.train.num_steps - step_number) * config.train.batch_size / rate
+      line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
     writer.scalars(step_number, values)
-    left = (config.train.num_steps - step_number) * config.train.batch_size / rate
-    metrics.say(
-      f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}  '
-      f'{rate:.1f} images/s  ETA {metrics.duration(left)}',
-      is_lead,
-    )
-
-  def save(step_number: int) -> None:
-    checkpointer.save(step_number, state, {'step': step_number})
+    metrics.say(line, is_lead)
 
   def is_due(every: int) -> bool:
     return step_number % every == 0 or step_number == config.train.num_steps
@@ -110,8 +107,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
       jax.block_until_ready(values)
       timer.read()  # compilation is nobody's speed
       last_report = step_number
-    if is_due(config.train.log_every) and step_number > last_report:
+    if is_due(config.train.log_every):
       pending = step_number, values
+    stop = is_preempted(step_number)
+    is_saving = is_due(config.train.checkpoint_every) or stop
+    if is_saving and pending is not None:  # a run that resumes here will not write them again
+      report(*pending)
+      pending = None
 
     pausing = time.perf_counter()
     if is_due(config.train.eval_every):
@@ -119,9 +121,9 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
     if sampler and is_due(config.train.sample_every):
       grid = sampler.grid(state.ema_params, config.train.sample_prompts)
       writer.images(step_number, 'samples', grid)
-    stop = is_preempted(step_number)
-    if is_due(config.train.checkpoint_every) or stop:
-      save(step_number)
+    if is_saving:
+      writer.flush()
+      checkpointer.save(step_number, state, {'step': step_number})
     timer.pause(time.perf_counter() - pausing)
     if stop:
       exit_code = errors.PREEMPTED

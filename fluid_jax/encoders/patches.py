@@ -42,7 +42,7 @@ def from_patches(x_BxLxP: jax.Array, patch: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchPCA:
-  """Each patch's first principal components, at mean 0 and variance 1 over the training split."""
+  """Each patch's first principal components, scaled to mean 0 and a mean variance of 1."""
 
   name: ClassVar[str] = 'patch_pca'
   patch: int
@@ -77,16 +77,11 @@ class PatchPCA:
     basis_CxP = vectors_PxP[:, ::-1][:, :channels].T.astype(np.float32)
     basis_CxP *= np.sign(basis_CxP.sum(1, keepdims=True))  # eigenvectors come with either sign
     z_NxC = (x_NxP - center_P) @ basis_CxP.T
-    return cls(
-      patch,
-      center_P,
-      basis_CxP,
-      z_NxC.mean(0),
-      z_NxC.std(0) ** ALPHA * ((z_NxC.std(0) ** 2).mean() ** 0.5) ** (1 - ALPHA),
-    )
-
-
-ALPHA = 1
+    # Between whitening, which would give the faintest component the weight of the first, and one
+    # scale for all, at which the diffusion would hide it: deviations go by their square root.
+    deviation_C = z_NxC.std(0)
+    latent_scale_C = np.sqrt(deviation_C * deviation_C.mean())
+    return cls(patch, center_P, basis_CxP, z_NxC.mean(0), latent_scale_C)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,76 @@
+"""Training and sampling speed of a config, beside the machine's matrix-product peak, in one run.
+
+  python benchmarks/speed.py --config=configs/demo.py
+
+The data are random; nothing is written. Every figure is the best of a few repeats.
+"""
+
+import argparse
+import importlib.util
+import time
+
+import jax
+import numpy as np
+
+from fluid_jax import config as config_lib
+from fluid_jax import flops, sample, sharding, step
+
+
+def best_seconds(run, repeats: int) -> float:
+  run()  # compiles
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--config', default='configs/demo.py')
+  parser.add_argument('--repeats', type=int, default=5)
+  args = parser.parse_args()
+  spec = importlib.util.spec_from_file_location('config', args.config)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = config_lib.resolve(module.get_config().to_dict())
+  peak = flops.peak_flops() * len(jax.devices())
+  print(f'peak: {peak / 1e9:.1f} GFLOP/s ({jax.devices()[0].device_kind})')
+
+  mesh = sharding.make_mesh(config)
+  program = step.build(config, mesh)
+  state = program.init()
+  rng = np.random.default_rng(0)
+  size, batch_size = config.image.size, config.train.batch_size
+  batch = {
+    'images': rng.integers(0, 256, (batch_size, size, size, 3), np.uint8),
+    'text_ids': np.full((batch_size, config.text.length), 40, np.int32),
+  }
+
+  def train() -> None:
+    nonlocal state
+    state, metrics = program.train_step(state, sharding.put_batch(batch, mesh))
+    jax.block_until_ready(metrics)
+
+  seconds = best_seconds(train, args.repeats)
+  share = flops.step_flops(config) / seconds / peak
+  print(
+    f'training: {batch_size / seconds:.1f} images/s, {share:.1%} of peak, {seconds:.3f} s a step'
+  )
+
+  sampler = sample.Sampler(config)
+  prompts = ['red heart'] * sample.BATCH_SIZE
+  seconds = best_seconds(
+    lambda: sampler.draw(state.ema_params, prompts, range(sample.BATCH_SIZE)), args.repeats
+  )
+  rate = sample.BATCH_SIZE / seconds
+  share = rate * flops.sampling_flops(config) / peak
+  print(
+    f'sampling: {rate:.2f} images/s, {share:.1%} of peak, {config.sampling.num_steps} steps x '
+    f'{config.sampling.num_diffusion_steps} diffusion steps, batch {sample.BATCH_SIZE}'
+  )
+
+
+if __name__ == '__main__':
+  main()
