@@ -1,0 +1,48 @@
+"""Installs fluid_jax; tested versions are pinned in constraints.txt."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'fluid_jax/__init__.py').read_text())[1]
+
+setuptools.setup(
+  name='fluid_jax',
+  version=VERSION,
+  description='Fluid (arXiv 2410.13863) in JAX: autoregressive text-to-image, continuous tokens',
+  license='Apache-2.0',
+  python_requires='>=3.11,<3.14',  # tensorflow-text has no wheel beyond 3.13
+  packages=setuptools.find_packages(include=['fluid_jax', 'fluid_jax.*']),
+  package_data={
+    'fluid_jax.data': ['emoji_set/*'],
+    'fluid_jax.encoders': ['weights/*'],
+  },
+  # Lower bounds are what the tests run with on Python 3.11.
+  install_requires=[
+    'absl-py>=2.5',
+    'clu>=0.0.12',
+    'etils[epath]>=1.15',
+    'flax>=0.12.8',
+    'google-crc32c>=1.9',
+    'jax>=0.10.2',
+    'ml-collections>=1.1',
+    'numpy>=2.4',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'pillow>=13.0',
+    'safetensors>=0.8',
+    'seqio>=0.0.20',
+    'tensorboard>=2.21',
+    'tensorflow>=2.21',
+    'tensorflow-datasets>=4.9.10',
+    'tensorflow-text>=2.21',
+  ],
+  extras_require={
+    # jax chooses the libtpu that it was built for; another one crashes.
+    'tpu': ['jax[tpu]>=0.10.2'],
+    't5x': ['t5x @ git+https://github.com/google-research/t5x'],
+    'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'ruff>=0.17', 'scikit-image>=0.26'],
+  },
+)
