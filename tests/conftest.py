@@ -1,0 +1,125 @@
+"""Shared by the tests: JAX on the CPU, small configs, and parameters without zeros."""
+
+import os
+
+# Both before jax is imported. Fake devices wait for each other, so each needs a thread.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['NPROC'] = '16'
+
+import collections
+import math
+
+import commands
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import reference
+
+from fluid_jax import config as config_lib
+from fluid_jax import step
+
+# Compiling is most of the tests' time: little optimisation, and a cache (see commands.py).
+jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_compilation_cache_dir', str(commands.ROOT / '.pytest_cache/xla'))
+
+SMALL = {
+  'image.num_tokens': 16,
+  'image.channels': 3,
+  'image.vocab_size': 11,
+  'image.size': 32,
+  'text.source': 'bytes',
+  'text.length': 6,
+  'model.width': 16,
+  'model.depth': 3,
+  'model.num_heads': 2,
+  'model.aligner_depth': 2,
+  'model.head_depth': 2,
+  'model.head_width': 12,
+  'model.num_noise_draws': 2,
+  'model.mask_group_size': 4,
+  'model.remat': 'none',
+  'model.dtype': 'float32',
+  'optimizer.warmup_steps': 0,
+  'train.batch_size': 8,
+  'train.num_steps': 10,
+  'sampling.num_steps': 5,
+}
+
+
+@pytest.fixture(scope='session')
+def make_config():
+  """A function from settings by dotted name to a small config; tokens come ready-made."""
+
+  def make(settings=()):
+    values = collections.defaultdict(dict)
+    for path, value in (SMALL | dict(settings)).items():
+      group, name = path.split('.')
+      values[group][name] = value
+    return config_lib.resolve(values)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def random_params():
+  """A function from a config to NumPy parameters; at initialisation many of them are zero."""
+
+  def make(config, seed=0):
+    model = step.make_model(config)
+    shapes = nn.unbox(jax.eval_shape(lambda: step.init_params(config, model, jax.random.key(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+      noise = rng.normal(size=leaf.shape)
+      if path[-1].key == 'kernel':
+        return noise / math.sqrt(leaf.shape[-2])
+      return 1 + 0.3 * noise if path[-1].key == 'scale' else 0.5 * noise
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def reference_head():
+  """The reference's diffusion head on our parameters: (head's params, x, t, cond) -> eps, v."""
+
+  def run(head, x, t, cond):
+    depth = sum(name.startswith('fc1') for name in head)
+    # Ours makes all shifts, scales and gates by one product: block after block, the last layer's.
+    width = head['modulation']['kernel'].shape[0]
+    ends = [*range(3 * width, 3 * width * depth + 1, 3 * width)]
+    modulations = [
+      {'kernel': kernel, 'bias': bias}
+      for kernel, bias in zip(
+        np.split(head['modulation']['kernel'], ends, axis=1),
+        np.split(head['modulation']['bias'], ends),
+        strict=True,
+      )
+    ]
+    blocks = [
+      {
+        'norm': head[f'norms_{i}'],
+        'modulation': modulations[i],
+        'fc1': head[f'fc1_{i}'],
+        'fc2': head[f'fc2_{i}'],
+      }
+      for i in range(depth)
+    ]
+    params = {**head, 'blocks': blocks, 'final_modulation': modulations[-1]}
+    out, v = reference.diffusion_head(x, t, cond, params)
+    # Ours predicts the velocity sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022, appendix D),
+    # from which with x = sqrt(a) x_0 + sqrt(1 - a) eps the noise follows.
+    alphas_cumprod = np.cumprod(1 - reference.cosine_betas())
+    a = reference.at(alphas_cumprod, t)
+    return np.sqrt(1 - a) * x + np.sqrt(a) * out, v
+
+  return run
+
+
+@pytest.fixture
+def x64():
+  """JAX in float64."""
+  with jax.enable_x64(True):
+    yield

@@ -1,0 +1,341 @@
+"""The commands as a user meets them: help, checks, pictures, and a sentence for every bad input."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from fluid_jax import checkpoint, errors, main, sample, train
+from fluid_jax import config as config_lib
+from fluid_jax.data import emoji
+
+TINY = '--config=configs/tiny.py'
+STEP = 3  # of the checkpoint that is drawn from
+
+
+@pytest.fixture
+def read_config(monkeypatch):
+  """A function from flags to the config that the command reads from them."""
+
+  def read(*args):
+    for name in [name for name in flags.FLAGS if name.startswith('config.')]:
+      delattr(flags.FLAGS, name)  # overrides of a call before
+    flags.FLAGS['config'].unparse()
+    monkeypatch.chdir(commands.ROOT)
+    monkeypatch.setattr(sys, 'argv', ['main', *args])
+    return main.read_config(sys.argv)
+
+  return read
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, random_params):
+  """A workdir with a checkpoint of random weights, its config and the weights."""
+  config = config_lib.resolve(
+    json.loads(commands.run_ok('-m', 'fluid_jax.main', TINY, '--print_config'))
+  )
+  params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config))
+  workdir = tmp_path_factory.mktemp('trained')
+  checkpointer = checkpoint.Checkpointer(
+    workdir / 'checkpoints', keep=1, config=dataclasses.asdict(config)
+  )
+  checkpointer.save(STEP, {'params': params, 'ema_params': params}, {'step': STEP})
+  checkpointer.close()
+  return workdir, config, params
+
+
+# ---- Help and checks ----
+
+
+@pytest.mark.parametrize('module', ['main', 'sample', 'data.emoji', 'encoders.patches'])
+def test_help_names_the_flags(module):
+  done = commands.run('-m', f'fluid_jax.{module}', '--help')
+  assert ' --' in done.stdout
+  assert not done.stderr
+
+
+def test_print_config_is_the_resolved_config_as_json(read_config):
+  args = (TINY, '--config.train.seed=7', '--config.model.width=64')
+  printed = json.loads(commands.run_ok('-m', 'fluid_jax.main', *args, '--print_config'))
+  assert printed['train']['seed'] == 7
+  assert printed['sampling']['guidance_scale'] == 5.0  # the paper's value in the place of 0
+  assert config_lib.resolve(printed) == read_config(*args)
+
+
+def test_validate_only_touches_no_device():
+  script = """
+import sys
+from jax._src import xla_bridge
+from fluid_jax import main
+sys.argv = ['main', '--config=configs/fluid_10b.py', '--validate_only']
+assert main.main() == 0
+assert not xla_bridge.backends_are_initialized()
+"""
+  out = commands.run_ok('-c', script)
+  assert 'paper: 10500M parameters' in out
+  for component in ('decoder', 'aligner', 'head', 'embeddings', 'optimizer', 'EMA'):
+    assert component in out
+
+
+# ---- Configs that cannot be ----
+
+
+@pytest.mark.parametrize(
+  ('args', 'words'),
+  [
+    ([TINY, '--config.model.wdth=3'], 'no key \'wdth\': Did you mean "width"'),
+    ([TINY, '--wrkdir=x'], "'wrkdir'. Did you mean: workdir"),
+    ([TINY, '--config.model.width=wide'], '--config.model.width=wide'),
+    ([TINY, '--config.train.sample_prompts=(1,)'], 'train.sample_prompts is (1,), which is not'),
+    ([TINY, '--config.model.width=33'], 'multiple of it, such as 32'),
+    ([TINY, '--config.train.batch_size=10'], 'train.batch_size 10 is not divisible'),
+    ([TINY, '--config.model.order=spiral'], 'choose one of random, raster'),
+    ([TINY, '--config.sampling.num_steps=17'], 'takes 1 to 16 steps'),
+    ([f'{TINY}:order=spiral'], 'choose one of random, raster'),
+    ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
+    (['--config=configs/absent.py'], '--config=configs/absent.py cannot be read'),
+    (['--config=configs/absent.py', '--config.model.width=32'], 'cannot be read'),
+    ([], '--config is missing'),
+    ([TINY, 'stray'], "'stray' is not a flag"),
+  ],
+)
+def test_a_wrong_config_is_named(read_config, args, words):
+  with pytest.raises(errors.UserError) as caught:
+    read_config(*args)
+  assert words in str(caught.value)
+  assert '\n' not in str(caught.value)
+  assert caught.value.exit_code == errors.CONFIG
+
+
+def test_all_that_is_wrong_is_named_at_once():
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.resolve({'model': {'width': 'wide', 'dpth': 3}, 'train': {'num_steps': True}})
+  message = str(caught.value)
+  assert "model.width is 'wide', which is not int" in message
+  assert 'did you mean model.depth?' in message
+  assert 'train.num_steps is True, which is not int' in message
+
+
+# ---- Exit codes of the processes ----
+
+
+def expect(code, words, *args):
+  """The command ends with `code` and one sentence that contains `words`."""
+  done = commands.run(*args)
+  assert done.returncode == code, done.stderr[-3000:]
+  assert 'Traceback' not in done.stderr
+  (message,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert words in message
+  return message
+
+
+def test_wrong_configs_and_missing_flags_exit_with_2():
+  expect(2, "no key 'wdth'", '-m', 'fluid_jax.main', TINY, '--config.model.wdth=3')
+  expect(2, '--workdir is missing', '-m', 'fluid_jax.main', TINY)
+  expect(2, 'there is no prompt', '-m', 'fluid_jax.sample', '--workdir=nowhere')
+
+
+def test_a_mesh_that_does_not_fit_exits_with_3(tmp_path):
+  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}')
+  expect(3, 'asks for 3 devices but there are 1', *args, '--config.mesh.fsdp=3')
+
+
+def test_a_checkpoint_of_another_model_exits_with_4(trained, tmp_path):
+  shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}', '--config.model.width=64')
+  message = expect(4, 'is a checkpoint of another model', *args)
+  assert 'use the config in its MANIFEST.json' in message
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tmp_path):
+  config = json.loads(json.dumps(dataclasses.asdict(trained[1])))
+  train.claim_workdir(tmp_path, config, is_lead=True)
+  train.claim_workdir(tmp_path, config, is_lead=True)
+  config['train']['log_every'] = 7  # may differ
+  train.claim_workdir(tmp_path, config, is_lead=True)
+  config['optimizer']['learning_rate'] = 0.5
+  config['model']['width'] = 64
+  with pytest.raises(errors.UserError) as caught:
+    train.claim_workdir(tmp_path, config, is_lead=True)
+  assert 'model.width: 32 -> 64; optimizer.learning_rate: 0.002 -> 0.5' in str(caught.value)
+  assert caught.value.exit_code == errors.MISMATCH
+
+
+def test_a_broken_config_in_the_workdir_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{"name": ')
+  with pytest.raises(errors.UserError, match='is not JSON') as caught:
+    train.claim_workdir(tmp_path, {}, is_lead=True)
+  assert caught.value.exit_code == errors.CORRUPT
+
+
+def test_a_workdir_without_checkpoint_exits_with_5(tmp_path):
+  args = ('-m', 'fluid_jax.sample', f'--workdir={tmp_path}', '--prompt=red heart')
+  expect(5, 'holds no checkpoint', *args)
+
+
+def test_missing_and_corrupt_shards_exit_with_5(tmp_path, monkeypatch):
+  shards = tmp_path / 'set'
+  shutil.copytree(emoji.DIRECTORY, shards)
+  (tmp_path / 'my_tasks.py').write_text(f"""
+import seqio
+import tensorflow as tf
+scalar = tf.io.FixedLenFeature([], tf.string)
+task = seqio.TaskRegistry.get('emoji')
+seqio.TaskRegistry.add(
+  'mine',
+  source=seqio.TFExampleDataSource(
+    {{split: f'{shards}/{{split}}-*.tfrecord' for split in ('train', 'validation')}},
+    {{name: scalar for name in ('image', 'key', 'names')}},
+  ),
+  preprocessors=task.preprocessors,
+  output_features=task.output_features,
+)
+""")
+  monkeypatch.setitem(commands._ENVIRONMENT, 'PYTHONPATH', f'{commands.ROOT}:{tmp_path}')
+  args = ['-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "run"}']
+  args += ['--config.data.task=mine', '--config.data.module=my_tasks']
+  for shard in shards.glob('train-*'):
+    data = bytearray(shard.read_bytes())
+    data[100::1000] = (byte ^ 1 for byte in data[100::1000])  # a bit in every record
+    shard.write_bytes(data)
+  expect(5, 'is corrupt at byte', *args)
+  for shard in shards.glob('train-*'):
+    shard.unlink()
+  expect(5, "finds no shard of split 'train'", *args)
+
+
+def test_an_unwritable_workdir_exits_with_6(tmp_path):
+  (tmp_path / 'file').write_text('in the way')
+  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "file" / "run"}')
+  expect(6, 'cannot be written (Not a directory)', *args)
+
+
+def test_a_full_disk_exits_with_6(tmp_path):
+  (tmp_path / 'config.tmp').symlink_to('/dev/full')
+  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}')
+  expect(6, 'cannot be written (No space left on device)', *args)
+  script = (
+    "from fluid_jax import errors; errors.run(lambda: open('/dev/full', 'w').write('x' * 9999))"
+  )
+  expect(6, 'the disk is full', '-c', script)
+
+
+def test_an_error_of_ours_exits_with_134_and_shows_where():
+  done = commands.run('-c', 'from fluid_jax import errors; errors.run(lambda: 1 / 0)')
+  assert done.returncode == errors.CRASH
+  assert 'ZeroDivisionError' in done.stderr
+
+
+# ---- Sampling ----
+
+
+def cell(path, row, column):
+  """One picture of a grid, without the line of text above it."""
+  size, line = 128, 20
+  left, top = column * size, row * (size + line) + line
+  return np.asarray(Image.open(path).crop((left, top, left + size, top + size)))
+
+
+def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained, tmp_path):
+  args = ('-m', 'fluid_jax.sample', f'--workdir={trained[0]}', '--num_steps=3')
+  args += ('--guidance_scale=3', '--temperature=0.9')
+  both, alone = tmp_path / 'both.png', tmp_path / 'alone.png'
+  prompts = ['red heart', 'drapeau: été 🎉']
+  commands.run_ok(
+    *args, *(f'--prompt={prompt}' for prompt in prompts), '--seed=6', '--num_images=2',
+    f'--out={both}', f'--animation={tmp_path / "strip.gif"}',
+  )  # fmt: skip
+  (tmp_path / 'prompts.txt').write_text(prompts[1] + '\n', encoding='utf-8')
+  commands.run_ok(
+    *args,
+    f'--prompts_file={tmp_path / "prompts.txt"}',
+    '--seed=7',
+    '--num_images=1',
+    f'--out={alone}',
+  )
+  np.testing.assert_array_equal(cell(both, 1, 1), cell(alone, 0, 0))
+  for other in ((0, 0), (0, 1), (1, 0)):  # the seed and the prompt both matter
+    assert np.abs(cell(both, *other).astype(int) - cell(both, 1, 1)).mean() > 1
+  facts = {
+    key: json.loads(value)
+    for key, value in Image.open(both).text.items()
+    if key in ('prompts', 'seeds', 'checkpoint_step', 'settings')
+  }
+  assert facts['prompts'] == prompts
+  assert facts['seeds'] == [6, 7]
+  assert facts['checkpoint_step'] == STEP
+  assert facts['settings'] == {
+    'num_steps': 3,
+    'num_diffusion_steps': 5,
+    'guidance_scale': 3.0,
+    'guidance_schedule': 'linear',
+    'temperature': 0.9,
+  }
+  strip = Image.open(tmp_path / 'strip.gif')
+  assert strip.n_frames == 3 + 1  # nothing, then a frame a step
+  assert strip.size == (2 * 2 * 64, 2 * 64)
+
+
+@pytest.mark.parametrize(
+  ('args', 'words'),
+  [
+    (['--prompt='], 'prompt 1 is empty'),
+    (['--prompt=apple', '--prompt=  '], 'prompt 2 is empty'),
+    (['--prompt=' + 'x' * 10_000], 'has 10000 bytes and the model reads 23: shorten it'),
+    (['--prompt=❤️🎉'], 'has no letter or digit'),
+    (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),
+    (['--prompt=a', '--guidance_scale=101'], 'sampling.guidance_scale is 101.0; choose'),
+    (['--prompt=a', '--guidance_scale=nan'], 'sampling.guidance_scale is nan; choose'),
+    (['--prompt=a', '--num_steps=0'], 'sampling.num_steps is 0; it must be above 0'),
+    (['--prompt=a', '--num_steps=17'], 'takes 1 to 16 steps'),
+    (['--prompt=a', '--num_diffusion_steps=1'], 'choose 2 to 1000'),
+    (['--prompt=a', '--num_diffusion_steps=1001'], 'choose 2 to 1000'),
+    (['--prompt=a', '--temperature=-1'], 'sampling.temperature is -1.0; choose'),
+    (['--prompt=a', '--num_images=0'], '--num_images=0 is out of range'),
+    (['--prompt=a', '--seed=-1'], '--seed=-1 is out of range'),
+    (['--prompt=a', '--out=absent/grid.png'], 'the folder of --out=absent/grid.png does not exist'),
+    (['--prompts_file=absent.txt'], '--prompts_file=absent.txt cannot be read'),
+    ([], 'there is no prompt'),
+  ],
+)
+def test_a_wrong_prompt_or_setting_is_named_before_anything_is_drawn(
+  trained, monkeypatch, args, words
+):
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], trained[2], STEP))
+  monkeypatch.setattr(sample, 'Sampler', None)
+  with pytest.raises(errors.UserError) as caught:
+    sample.main(['--workdir=unused', *args])
+  assert words in str(caught.value)
+  assert caught.value.exit_code == errors.CONFIG
+
+
+def test_raster_order_takes_no_number_of_steps(trained, monkeypatch):
+  model = dataclasses.replace(trained[1].model, order='raster')
+  config = dataclasses.replace(trained[1], model=model)
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, trained[2], STEP))
+  with pytest.raises(errors.UserError, match='draws one token a step'):
+    sample.main(['--workdir=unused', '--prompt=a', '--num_steps=4'])
+
+
+def test_zero_guidance_and_temperature_stand_for_the_papers(trained, monkeypatch):
+  used = []
+
+  def stop(config, **_):
+    used.append(config.sampling)
+    raise InterruptedError
+
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], trained[2], STEP))
+  monkeypatch.setattr(sample, 'Sampler', stop)
+  with pytest.raises(InterruptedError):
+    sample.main(['--workdir=unused', '--prompt=a', '--guidance_scale=0', '--temperature=0'])
+  assert math.isclose(used[0].guidance_scale, 5.0)
+  assert math.isclose(used[0].temperature, 0.975)

@@ -1,0 +1,482 @@
+"""Layers, heads and Fluid against the float64 reference; leaks, packing, parameters and FLOPs."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import commands
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from fluid_jax import config as config_lib
+from fluid_jax import flops, overview, step
+
+BATCH = 4
+VARIANTS = [
+  ('random', 'continuous'),
+  ('random', 'discrete'),
+  ('raster', 'continuous'),
+  ('raster', 'discrete'),
+]
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+# JAX's attention has its softmax in float32 whatever the dtype.
+close_after_attention = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+
+
+def test_reference_checks_itself():
+  reference.self_check()
+
+
+def with_model(config, **settings):
+  """The config with other settings of the model, unchecked: float64 is for tests alone."""
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings))
+
+
+def make_tokens(config, batch=BATCH, seed=0):
+  rng, image = np.random.default_rng(seed), config.image
+  if config.is_continuous:
+    return rng.normal(size=(batch, image.num_tokens, image.channels))
+  return rng.integers(image.vocab_size, size=(batch, image.num_tokens), dtype=np.int32)
+
+
+def make_texts(config, batch=BATCH):
+  """Ids and mask; text 0 is full, the last is empty."""
+  rng = np.random.default_rng(1)
+  length = config.text.length
+  ids = rng.integers(3, 259, size=(batch, length), dtype=np.int32)
+  num_bytes = np.linspace(length, 0, batch).round().astype(int)
+  return ids, np.arange(length) < num_bytes[:, None]
+
+
+# ---- the decoder ----
+
+
+@pytest.fixture(scope='module')
+def variant(make_config, random_params):
+  """A function from order and tokens to config, parameters and jitted forward pass, in float64."""
+
+  @functools.cache
+  def make(order, tokens):
+    config = make_config({'model.order': order, 'model.tokens': tokens})
+    model = step.make_model(with_model(config, dtype='float64'))
+    forward = jax.jit(lambda params, *inputs: model.apply({'params': params}, *inputs))
+    return config, random_params(config), forward
+
+  return make
+
+
+def forward_inputs(config):
+  """Tokens, mask, text ids, text mask and which text is dropped (1; 3 is empty)."""
+  mask = np.random.default_rng(2).random((BATCH, config.image.num_tokens)) < 0.6
+  return make_tokens(config), mask, *make_texts(config), np.arange(BATCH) == 1
+
+
+def attention_reference(params, num_heads):
+  """Our fused keys and values, [D, heads, 2, K], as two layers."""
+  width = params['out']['kernel'].shape[0]
+  kernel = params['key_value']['kernel'].reshape(width, num_heads, 2, -1)
+  bias = params['key_value']['bias'].reshape(num_heads, 2, -1)
+  key, value = (
+    {'kernel': kernel[:, :, i].reshape(width, width), 'bias': bias[:, i].reshape(width)}
+    for i in (0, 1)
+  )
+  return {'query': params['query'], 'key': key, 'value': value, 'out': params['out']}
+
+
+def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
+  """z_BxLxD of the whole model."""
+  num_heads = config.model.num_heads
+  text = params['text_embedding']['embedding'][ids]
+  text_mask = text_mask.copy()
+  for row in range(len(ids)):
+    if drop[row] or not text_mask[row].any():
+      text[row] = params['null_text']
+      text_mask[row] = np.arange(text_mask.shape[1]) == 0
+  text = text + params['text_position_embedding']
+  allowed = np.repeat(text_mask[:, None], text.shape[1], axis=1)
+  for i in range(config.model.aligner_depth):
+    block = jax.tree.map(lambda a, i=i: a[i], params['aligner'])
+    h = reference.layer_norm(text, block['norm_self'])
+    attention = attention_reference(block['self_attention'], num_heads)
+    text = text + reference.attention(h, h, allowed, attention, num_heads)
+    h = reference.dense(reference.layer_norm(text, block['norm_mlp']), block['mlp']['wi'])
+    text = text + reference.dense(reference.gelu(h, 'tanh'), block['mlp']['wo'])
+  text = reference.layer_norm(text, params['aligner_norm'])
+
+  embedding = params['head']['token_embedding']
+  is_raster = config.model.order == 'raster'
+  x = reference.dense(tokens, embedding) if config.is_continuous else embedding['embedding'][tokens]
+  if is_raster:
+    x = np.roll(x, 1, axis=1)
+    x[:, 0] = params['unknown_token']
+  else:
+    x[mask] = params['unknown_token']
+  x = x + params['position_embedding']
+  stacked = [
+    jax.tree.map(lambda a, i=i: a[i], params['blocks']) for i in range(config.model.depth - 1)
+  ]
+  for block in (*stacked, params['last_block']):
+    block = {
+      'self_attention_norm': block['norm_self'],
+      'cross_attention_norm': block['norm_cross'],
+      'mlp_norm': block['norm_mlp'],
+      'self_attention': attention_reference(block['self_attention'], num_heads),
+      'cross_attention': attention_reference(block['cross_attention'], num_heads),
+      'mlp': block['mlp'],
+    }
+    x = reference.transformer_block(
+      x, text, text_mask, block, num_heads=num_heads, causal=is_raster, gelu_kind='tanh'
+    )
+  return reference.layer_norm(x, params['final_norm'])
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(('order', 'tokens'), VARIANTS)
+def test_forward_pass_equals_the_reference(variant, order, tokens):
+  config, params, forward = variant(order, tokens)
+  inputs = forward_inputs(config)
+  close_after_attention(forward(params, *inputs), fluid_reference(config, params, *inputs))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('tokens', ['continuous', 'discrete'])
+def test_raster_order_does_not_leak(variant, tokens):
+  config, params, forward = variant('raster', tokens)
+  image, *others = forward_inputs(config)
+  z = forward(params, image, *others)
+  for j in range(config.image.num_tokens):
+    changed = image.copy()
+    # LayerNorm would hide a constant.
+    changed[:, j] = (
+      make_tokens(config, seed=3)[:, j] if config.is_continuous else (image[:, j] + 1 + j % 10) % 11
+    )
+    new = forward(params, changed, *others)
+    np.testing.assert_array_equal(new[:, : j + 1], z[:, : j + 1])
+    assert (np.abs(new - z)[:, j + 1 :].max(-1) > 1e-6).all()
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('tokens', ['continuous', 'discrete'])
+def test_random_order_does_not_leak(variant, tokens):
+  config, params, forward = variant('random', tokens)
+  image, mask, *others = forward_inputs(config)
+  z = forward(params, image, mask, *others)
+  other = make_tokens(config, seed=3)
+  hidden = mask if image.ndim == 2 else mask[..., None]
+  new = forward(params, np.where(hidden, other, image), mask, *others)
+  np.testing.assert_array_equal(new, z)
+  for row in range(BATCH):
+    seen = np.flatnonzero(~mask[row])[row]
+    changed = image.copy()
+    changed[row, seen] = other[row, seen] if config.is_continuous else (image[row, seen] + 3) % 11
+    difference = np.abs(forward(params, changed, mask, *others) - z).max(-1)
+    assert (difference[row, mask[row]] > 1e-6).all()
+    assert difference.max(1).astype(bool).tolist() == [i == row for i in range(BATCH)]
+
+
+@pytest.mark.usefixtures('x64')
+def test_dropped_and_empty_texts_are_one_null_text_and_padding_does_not_matter(variant):
+  config, params, forward = variant('random', 'continuous')
+  image, mask, ids, text_mask, _ = forward_inputs(config)
+  image, mask = np.stack([image[0]] * BATCH), np.stack([mask[0]] * BATCH)
+  # 0 is read, 1 is dropped, 2 is read, 3 is empty.
+  z = np.asarray(forward(params, image, mask, ids, text_mask, np.arange(BATCH) == 1))
+  np.testing.assert_allclose(z[3], z[1], rtol=1e-12)
+  assert np.abs(z[0] - z[1]).max() > 1e-3
+  assert np.abs(z[0] - z[2]).max() > 1e-3
+  padding = np.where(text_mask, ids, 99)
+  new = forward(params, image, mask, padding, text_mask, np.arange(BATCH) == 1)
+  np.testing.assert_array_equal(new, z)
+  padding[2, 0] = 99
+  new = forward(params, image, mask, padding, text_mask, np.arange(BATCH) == 1)
+  assert np.abs(new[2] - z[2]).max() > 1e-3
+
+
+@pytest.mark.usefixtures('x64')
+def test_decoding_with_kept_keys_and_values_equals_the_forward_pass(variant):
+  config, params, forward = variant('raster', 'continuous')
+  model = step.make_model(with_model(config, dtype='float64'))
+  tokens, mask, ids, text_mask, drop = forward_inputs(config)
+
+  @jax.jit
+  def decode(params, tokens):
+    def all_steps(module):
+      text, seen = module.align(ids, text_mask, drop)
+      text_kv = module.text_keys_values(text)
+      shape = (BATCH, config.image.num_tokens, *text_kv[1][0].shape[2:])
+      zeros = jnp.zeros(shape)
+      caches = (jnp.zeros((config.model.depth - 1, *shape)),) * 2, (zeros, zeros)
+      before = jnp.roll(tokens, 1, axis=1)  # what the first position gets must not matter
+      z = []
+      for j in range(4):
+        z_j, caches = module.decode(before[:, j : j + 1], jnp.int32(j), caches, text_kv, seen)
+        z.append(z_j)
+      return jnp.concatenate(z, axis=1)
+
+    return model.apply({'params': params}, method=all_steps)
+
+  z = forward(params, tokens, mask, ids, text_mask, drop)
+  close_after_attention(decode(params, tokens), z[:, :4])
+
+
+@pytest.mark.usefixtures('x64')
+def test_reading_some_positions_equals_the_forward_pass(variant):
+  config, params, forward = variant('random', 'continuous')
+  model = step.make_model(with_model(config, dtype='float64'))
+  tokens, mask, ids, text_mask, drop = forward_inputs(config)
+  positions = np.array([[3, 0, 15], [1, 2, 9], [14, 15, 3], [5, 4, 3]])
+
+  @jax.jit
+  def read(params):
+    def some(module):
+      text, seen = module.align(ids, text_mask, drop)
+      return module.read(tokens, mask, module.text_keys_values(text), seen, positions)
+
+    return model.apply({'params': params}, method=some)
+
+  z = np.asarray(forward(params, tokens, mask, ids, text_mask, drop))
+  close_after_attention(read(params), np.take_along_axis(z, positions[..., None], axis=1))
+
+
+# ---- the heads ----
+
+
+@pytest.mark.usefixtures('x64')
+def test_diffusion_head_equals_the_reference(make_config, random_params, reference_head):
+  config = with_model(make_config(), dtype='float64')
+  model, params = step.make_model(config), random_params(config)
+  rng = np.random.default_rng(4)
+  rows, draws, channels = 9, config.model.num_noise_draws, config.image.channels
+  z, x0 = rng.normal(size=(rows, config.model.width)), rng.normal(size=(rows, channels))
+  t = rng.integers(1000, size=(rows, draws))
+  t[0], t[1] = 0, 999
+  noise = rng.normal(size=(rows, draws, channels))
+  ours = jax.jit(
+    lambda params, *inputs: model.apply(
+      {'params': params}, *inputs, method=lambda module, *inputs: module.head.loss(*inputs)
+    )
+  )(params, z, x0, {'t_LxS': t, 'noise_LxSxC': noise})
+
+  chain = reference.Diffusion(reference.cosine_betas())
+  mse, vlb = np.zeros((2, rows, draws))
+  for s in range(draws):
+    x = chain.q_sample(x0, t[:, s], noise[:, s])
+    eps, v = reference_head(params['head'], x, t[:, s], z)
+    mse[:, s], vlb[:, s] = reference.diffusion_loss(chain, x0, t[:, s], noise[:, s], eps, v)
+  close(ours['mse'], mse.mean(1), rtol=1e-6)
+  close(ours['vlb'], vlb.mean(1), rtol=1e-6)
+  close(ours['loss'], (mse + vlb).mean(1), rtol=1e-6)
+
+
+def test_softmax_head_equals_the_cross_entropy_with_tied_embedding(make_config, random_params):
+  config = make_config({'model.tokens': 'discrete'})
+  model, params = step.make_model(config), random_params(config)
+  rng = np.random.default_rng(5)
+  z, x = rng.normal(size=(9, config.model.width)), rng.integers(config.image.vocab_size, size=9)
+  loss = model.apply(
+    {'params': params}, z, x, {}, method=lambda module, *inputs: module.head.loss(*inputs)
+  )['loss']
+  logits = z @ params['head']['token_embedding']['embedding'].T + params['head']['bias']
+  expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(9), x]
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# ---- the loss ----
+
+
+def draw_all(model, params, key, example_B, drop_rate=0.1):
+  return model.apply({'params': params}, key, example_B, drop_rate, method='draw')
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(('order', 'tokens'), VARIANTS[:2])
+def test_packed_loss_and_gradients_equal_the_dense_ones(make_config, random_params, order, tokens):
+  """Recomputing layers in the backward pass changes nothing either."""
+  config = make_config(
+    {
+      'model.order': order,
+      'model.tokens': tokens,
+      'model.depth': 2,
+      'model.aligner_depth': 1,
+      'model.head_depth': 1,
+    }
+  )
+  batch = 2 * config.model.mask_group_size
+  packed_model = step.make_model(with_model(config, dtype='float64', remat='full'))
+  dense_model = step.make_model(with_model(config, dtype='float64'))
+  params = random_params(config)
+  image, texts = make_tokens(config, batch), make_texts(config, batch)
+  draws = jax.device_get(
+    jax.jit(lambda: draw_all(dense_model, params, jax.random.key(0), jnp.arange(batch), 0.5))()
+  )
+  assert 0 < draws['drop_B'].sum() < batch
+  assert draws['mask_BxL'].all() == (order == 'raster')
+
+  def packed(params):
+    losses = packed_model.apply({'params': params}, image, *texts, draws, method='losses')
+    return losses['loss'].sum(), losses
+
+  def dense(params):
+    def every_position(module):
+      z = module(image, draws['mask_BxL'], *texts, draws['drop_B'])
+      noise = {k: v for k, v in draws.items() if k not in ('mask_BxL', 'drop_B')}
+      flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), a) for a in (z, image, noise)]
+      losses = jax.tree.map(lambda a: a.reshape(image.shape[:2]), module.head.loss(*flat))
+      return jax.tree.map(lambda a: jnp.where(draws['mask_BxL'], a, 0), losses)
+
+    losses = dense_model.apply({'params': params}, method=every_position)
+    return losses['loss'].sum(), losses
+
+  (_, losses), gradients = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
+  (_, expected), expected_gradients = jax.jit(jax.value_and_grad(dense, has_aux=True))(params)
+  assert losses.keys() == expected.keys()
+  for name in losses:
+    close(losses[name], expected[name])
+  jax.tree.map(close, gradients, expected_gradients)
+  sizes = [float(np.abs(g).max()) for g in jax.tree.leaves(gradients)]
+  assert min(sizes) > 1e-8, 'a parameter does not learn'
+
+
+def test_random_draws_are_a_function_of_key_and_global_example_index(make_config, random_params):
+  config, num = make_config(), 2000
+  model, params = step.make_model(config), random_params(config)
+  draw = jax.jit(lambda key, first: draw_all(model, params, key, first + jnp.arange(num)))
+  draws = jax.device_get(draw(jax.random.key(0), 0))
+  later = jax.device_get(draw(jax.random.key(0), 400))
+  for name, array in draws.items():
+    np.testing.assert_array_equal(later[name][:-400], array[400:], err_msg=name)
+  other = jax.device_get(draw(jax.random.key(1), 0))
+  assert all((other[name] != array).any() for name, array in draws.items())
+  # One in ten texts is dropped; times are uniform, noise is normal, and draws differ.
+  assert abs(draws['drop_B'].mean() - 0.1) < 4 * math.sqrt(0.09 / num)
+  t = np.sort(draws['t_LxS'], axis=None)
+  assert (t[0], t[-1]) == (0, 999)
+  assert np.abs((t + 0.5) / 1000 - (np.arange(t.size) + 0.5) / t.size).max() < 1.95 / math.sqrt(
+    t.size
+  )
+  noise = draws['noise_LxSxC'].astype(np.float64)
+  assert abs(noise.mean()) < 4 / math.sqrt(noise.size)
+  assert abs(noise.var() - 1) < 4 * math.sqrt(2 / noise.size)
+  assert len(np.unique(noise.reshape(-1, 3), axis=0)) == noise.size // 3
+
+
+def test_bfloat16_loss_is_near_the_float32_loss(make_config, random_params):
+  means = []
+  for dtype in ('bfloat16', 'float32'):
+    config = make_config({'model.dtype': dtype, 'model.depth': 2, 'model.aligner_depth': 1})
+    model, params = step.make_model(config), jax.tree.map(np.float32, random_params(config))
+
+    def mean(params, model=model, config=config):
+      draws = draw_all(model, params, jax.random.key(0), jnp.arange(BATCH))
+      inputs = make_tokens(config).astype(np.float32), *make_texts(config), draws
+      losses = model.apply({'params': params}, *inputs, method='losses')
+      assert all(a.dtype == jnp.float32 for a in losses.values())
+      return losses['loss'].sum() / draws['mask_BxL'].sum()
+
+    means.append(float(jax.jit(mean)(params)))
+  assert math.isfinite(means[0])
+  np.testing.assert_allclose(means[0], means[1], rtol=0.03)
+  assert means[0] != means[1]
+
+
+# ---- parameters and FLOPs ----
+
+SIZES = ['150m', '369m', '665m', '1b', '3b', '10b']
+# Decoder and aligner in millions by the formula that counts MAR's models exactly, which leaves out
+# embeddings: 16 d^2 a decoder block, 12 d^2 an aligner block, 4096 d.
+DECODER_AND_ALIGNER = dict(zip(SIZES, (159.3, 348.8, 648.4, 1083, 3112, 10356), strict=True))
+
+
+def paper_config(size, **settings):
+  path = commands.ROOT / f'configs/fluid_{size}.py'
+  spec = importlib.util.spec_from_file_location('size', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return with_model(config_lib.resolve(module.get_config()), **settings)
+
+
+@pytest.mark.parametrize(
+  ('size', 'tokens'), [*((size, 'continuous') for size in SIZES), ('150m', 'discrete')]
+)
+def test_parameters_by_component_equal_the_formula(size, tokens):
+  config = paper_config(size, tokens=tokens)
+  counts = overview.count_params(config)
+  d, depth, blocks = config.model.width, config.model.depth, config.model.head_depth
+
+  def dense(fan_in, fan_out):
+    return (fan_in + 1) * fan_out
+
+  norm, attention = 2 * d, 4 * dense(d, d)
+  mlp = dense(d, 4 * d) + dense(4 * d, d)
+  expected = {
+    'decoder': depth * (2 * attention + mlp + 3 * norm) + norm,
+    'aligner': dense(4096, d) + 6 * (attention + mlp + 2 * norm) + norm,
+    'embeddings': (256 + 128 + 2) * d,
+  }
+  if tokens == 'continuous':
+    expected['embeddings'] += dense(16, d)
+    inputs = dense(16, d) + dense(d, d) + dense(256, d) + dense(d, d)
+    expected['head'] = inputs + blocks * (norm + dense(d, 3 * d) + 2 * dense(d, d))
+    expected['head'] += dense(d, 2 * d) + dense(d, 2 * 16)
+  else:
+    expected['embeddings'] += 8192 * d
+    expected['head'] = 8192
+  assert counts == expected
+  millions = (counts['decoder'] + counts['aligner']) / 1e6
+  np.testing.assert_allclose(millions, DECODER_AND_ALIGNER[size], rtol=0.002)
+
+
+@pytest.mark.parametrize(('order', 'tokens'), VARIANTS)
+@pytest.mark.parametrize('source', ['bytes', 'features'])
+def test_flops_equal_what_xla_counts(make_config, order, tokens, source):
+  config = make_config(
+    {
+      'image.num_tokens': 64,
+      'image.channels': 16,
+      'image.vocab_size': 1024,
+      'image.size': 64,
+      'text.source': source,
+      'text.length': 32,
+      'text.feature_dim': 700,
+      'model.order': order,
+      'model.tokens': tokens,
+      # XLA counts a loop's body once: one round each.
+      'model.depth': 2,
+      'model.aligner_depth': 1,
+      'model.width': 1024,
+      'model.num_heads': 16,
+      'model.head_width': 1536,
+      'model.num_noise_draws': 3,
+    }
+  )
+  model = step.make_model(config)
+  group = config.model.mask_group_size
+
+  def losses(params, tokens, text, text_mask, draws):
+    return model.apply({'params': params}, tokens, text, text_mask, draws, method='losses')
+
+  shapes = nn.unbox(jax.eval_shape(lambda: step.init_params(config, model, jax.random.key(0))))
+  draws = jax.eval_shape(
+    lambda params: draw_all(model, params, jax.random.key(0), jnp.arange(group)), shapes
+  )
+  ids, text_mask = make_texts(config, group)
+  text = ids if source == 'bytes' else np.zeros((*ids.shape, 700), np.float32)
+  inputs = make_tokens(config, group), text, text_mask, draws
+  counted = jax.jit(losses).lower(shapes, *inputs).cost_analysis()['flops']
+  rows = model.order.capacity() / group
+  ours = group * sum(flops.forward_flops(config, rows).values()) + flops.time_table_flops(config)
+  np.testing.assert_allclose(ours, counted, rtol=0.02)
+
+
+def test_predicted_tokens_is_the_mean_of_the_masks(make_config):
+  config = make_config({'image.num_tokens': 256})
+  # Of ceil(L cos(pi u / 2)): sum of P(count > k) = 2 / pi arccos(k / L) over k.
+  mean = (2 / np.pi * np.arccos(np.arange(256) / 256)).sum()
+  np.testing.assert_allclose(flops.predicted_tokens(config), mean, rtol=1e-4)
+  assert flops.predicted_tokens(with_model(config, order='raster')) == 256

@@ -1,0 +1,240 @@
+"""Schedules, optimizer and average against the reference; and the train step around them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from fluid_jax import optim, sharding, step
+
+NUM_STEPS = 6
+
+
+@pytest.mark.parametrize(
+  ('settings', 'expected'),
+  [
+    # Warm-up over 4 steps ends at the peak; then constant.
+    ({'warmup_steps': 4}, {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0, 4: 2.0, 100: 2.0}),
+    ({'warmup_steps': 0}, {0: 2.0, 50: 2.0}),
+    # Half a cosine from the end of the warm-up, step 4, to step 104.
+    (
+      {'warmup_steps': 4, 'schedule': 'cosine'},
+      {1: 1.0, 3: 2.0, 4: 2.0, 29: 1 + math.sqrt(0.5), 54: 1.0, 104: 0.0, 200: 0.0},
+    ),
+    ({'warmup_steps': 0, 'schedule': 'cosine'}, {0: 2.0, 52: 1.0, 104: 0.0}),
+  ],
+)
+def test_schedules(make_config, settings, expected):
+  settings = {'learning_rate': 2.0, **settings}
+  settings = {f'optimizer.{name}': value for name, value in settings.items()}
+  schedule = jax.jit(optim.make_schedule(make_config({**settings, 'train.num_steps': 104})))
+  for at, rate in expected.items():
+    np.testing.assert_allclose(schedule(jnp.int32(at)), rate, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures('x64')
+def test_adamw_and_clipping_equal_the_reference(make_config):
+  config = make_config(
+    {
+      'optimizer.learning_rate': 0.125,
+      'optimizer.warmup_steps': 4,
+      'optimizer.weight_decay': 0.3,
+      'optimizer.clip_norm': 2.0,
+    }
+  )
+  rng = np.random.default_rng(0)
+  shapes = {'kernel': (3, 4), 'bias': (2, 4), 'scale': (2, 4), 'embedding': (5, 4)}
+  params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+  first = second = {name: np.zeros(shape) for name, shape in shapes.items()}
+  ours = jax.tree.map(jnp.asarray, {'layer': params})
+  optimizer = optim.make_optimizer(config)
+  opt_state = optimizer.init(ours)
+  norms = []
+  for i in range(NUM_STEPS):
+    grads = {name: (i + 0.1) * 0.1 * rng.normal(size=shape) for name, shape in shapes.items()}
+    norms.append(math.sqrt(sum((g**2).sum() for g in grads.values())))
+    updates, opt_state = optimizer.update({'layer': grads}, opt_state, ours)
+    ours = jax.tree.map(jnp.add, ours, updates)
+    params, first, second = reference.adamw_step(
+      params,
+      reference.clip_by_global_norm(grads, 2.0),
+      first,
+      second,
+      i + 1,
+      learning_rate=0.125 * min(1, (i + 1) / 4),
+      decayed=['kernel'],
+      weight_decay=0.3,
+    )
+    for name in shapes:
+      np.testing.assert_allclose(ours['layer'][name], params[name], rtol=1e-9)
+  assert min(norms) < 2 < max(norms)
+
+
+@pytest.mark.usefixtures('x64')
+def test_average_of_the_weights_equals_the_reference():
+  rng = np.random.default_rng(1)
+  average = {'a': rng.normal(size=5)}
+  ours = average
+  for t in range(NUM_STEPS):
+    params = {'a': rng.normal(size=5)}
+    average = reference.ema_step(average, params, t, 0.4)
+    ours = optim.update_ema(ours, params, t, 0.4)
+    np.testing.assert_allclose(ours['a'], average['a'], rtol=1e-12)
+
+
+def test_only_kernels_decay(make_config, random_params):
+  """Zero gradients leave weight decay alone: what moves is what decays."""
+  config = make_config({'optimizer.weight_decay': 0.1, 'optimizer.learning_rate': 0.5})
+  params = random_params(config)
+  optimizer = optim.make_optimizer(config)
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(params, zeros)
+  moved = set()
+  for path, update in jax.tree.leaves_with_path(updates):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if np.any(update):
+      moved.add(name)
+      value = np.asarray(jax.tree_util.tree_reduce(lambda a, key: a[key.key], path, params))
+      np.testing.assert_allclose(update, -0.05 * value, rtol=1e-5)
+    assert (name in moved) == name.endswith('/kernel'), name
+  assert 'blocks/mlp/wi/kernel' in moved
+
+
+# ---- the train step ----
+
+
+def make_batch(config, seed=0):
+  """Prepared tokens and texts; the last text is empty."""
+  rng = np.random.default_rng(seed)
+  batch, image = config.train.batch_size, config.image
+  ids = rng.integers(3, 259, size=(batch, config.text.length), dtype=np.int32)
+  ids[:, 4:] = 0
+  ids[-1] = 0
+  if config.is_continuous:
+    moments = rng.normal(size=(batch, image.num_tokens, 2 * image.channels))
+    return {'image_moments': moments.astype(np.float32), 'text_ids': ids}
+  codes = rng.integers(image.vocab_size, size=(batch, image.num_tokens), dtype=np.int32)
+  return {'image_codes': codes, 'text_ids': ids}
+
+
+def run(config, params, num_steps=1, poison=()):
+  """Program, states and metrics of some steps from `params`; those in `poison` get a NaN."""
+  program = step.build(config, sharding.make_mesh(config, jax.devices()[:1]))
+  state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.state)
+  params = jax.tree.map(np.float32, params)
+  state = state.replace(params=params, ema_params=params)
+  states, all_metrics = [state], []
+  for i in range(num_steps):
+    batch = make_batch(config, seed=i)
+    if i in poison:
+      batch['image_moments'][3, 2, 1] = np.nan
+    state, metrics = program.train_step(state, batch)
+    states.append(jax.device_get(state))
+    all_metrics.append(jax.device_get(metrics))
+  return program, states, all_metrics
+
+
+@pytest.fixture(scope='module')
+def config(make_config):
+  return make_config(
+    {
+      'model.depth': 2,
+      'model.aligner_depth': 1,
+      'model.head_depth': 1,
+      'model.mask_group_size': 2,
+      'mesh.fsdp': 1,
+      'optimizer.learning_rate': 0.01,
+      'optimizer.clip_norm': 0.5,
+      'optimizer.warmup_steps': 3,
+    }
+  )
+
+
+@pytest.fixture(scope='module')
+def five_steps(config, random_params):
+  """Training in which the batches of steps 1 and 3 are poisoned."""
+  return run(config, random_params(config), 5, poison=(1, 3))
+
+
+def global_norm(tree):
+  return math.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)))
+
+
+def assert_trees_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_poisoned_batch_changes_nothing_but_the_counts(five_steps):
+  _, states, metrics = five_steps
+  for i in (1, 3):
+    assert not np.isfinite(metrics[i]['loss'])
+    for field in ('params', 'ema_params', 'opt_state'):
+      assert_trees_equal(getattr(states[i], field), getattr(states[i + 1], field))
+  for i in (0, 2, 4):
+    assert np.isfinite(metrics[i]['loss'])
+    for field in ('params', 'ema_params'):
+      old, new = (jax.tree.leaves(getattr(states[i + k], field)) for k in (0, 1))
+      assert any((a != b).any() for a, b in zip(old, new, strict=True))
+  assert [int(state.step) for state in states] == [0, 1, 2, 3, 4, 5]
+  assert [int(state.num_skipped) for state in states] == [0, 0, 1, 1, 2, 2]
+  assert [int(m['num_skipped']) for m in metrics] == [0, 1, 1, 2, 2]
+
+
+def test_skipped_steps_count_neither_for_the_schedule_nor_for_the_average(five_steps):
+  _, states, metrics = five_steps
+  rates = [float(m['learning_rate']) for m in metrics]
+  np.testing.assert_allclose(rates, [0.01 / 3, 0.02 / 3, 0.02 / 3, 0.01, 0.01], rtol=1e-6)
+  for num_updates, i in enumerate((0, 2, 4)):
+    old, new, params = (
+      dict(enumerate(jax.tree.leaves(tree)))
+      for tree in (states[i].ema_params, states[i + 1].ema_params, states[i + 1].params)
+    )
+    for name, value in reference.ema_step(old, params, num_updates, 0.9999).items():
+      np.testing.assert_allclose(new[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_norms_in_the_metrics_are_global_norms(five_steps):
+  _, states, metrics = five_steps
+  np.testing.assert_allclose(metrics[0]['param_norm'], global_norm(states[1].params), rtol=1e-5)
+  # The first moment after one step is 0.1 of the gradient, clipped to a norm of 0.5.
+  adam = states[1].opt_state[1][0]
+  norm = 10 * global_norm(adam.mu)
+  np.testing.assert_allclose(norm, min(0.5, metrics[0]['grad_norm']), rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_the_large_batch(config, random_params, monkeypatch):
+  # Its momentum after one step is the gradient.
+  monkeypatch.setattr(optim, 'make_optimizer', lambda config: optax.sgd(1.0, momentum=0.9))
+  results = []
+  for parts in (1, 2, 4):
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=parts)
+    accumulating = dataclasses.replace(config, optimizer=optimizer)
+    _, (_, state), (metrics,) = run(accumulating, random_params(config))
+    results.append((state.opt_state[0].trace, metrics))
+  (gradient, metrics), *others = results
+  for other_gradient, other_metrics in others:
+    for name in ('loss', 'mse', 'vlb', 'grad_norm'):
+      np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-6, err_msg=name)
+    error = global_norm(jax.tree.map(np.subtract, other_gradient, gradient))
+    assert error < 1e-6 * global_norm(gradient)
+
+
+def test_validation_loss_depends_on_the_example_and_its_index_alone(config, five_steps):
+  program, states, _ = five_steps
+  batch, params = make_batch(config), states[-1].params
+  sums = jax.device_get(program.eval_step(params, batch, 4))
+  assert (sums['count_B'] >= 1).all()
+  np.testing.assert_allclose(sums['loss_B'], sums['mse_B'] + sums['vlb_B'], rtol=1e-5)
+  # The same examples, further on in another batch: places 2 to 7 become 0 to 5.
+  rolled = {name: np.roll(array, -2, axis=0) for name, array in batch.items()}
+  others = jax.device_get(program.eval_step(params, rolled, 6))
+  for name, per_example in sums.items():
+    np.testing.assert_allclose(others[name][:6], per_example[2:], rtol=1e-5, err_msg=name)
+  # At another index an example has another mask and other noise.
+  others = jax.device_get(program.eval_step(params, batch, 8))
+  assert (others['loss_B'] != sums['loss_B']).all()
