@@ -600,6 +600,17 @@ def test_prepared_moments_and_text_features(own_task, tf):
     np.testing.assert_array_equal(batch['text_features'][i, n:], 0)
 
 
+def test_prepared_codes(own_task):
+  codes = np.arange(12).reshape(3, 4)
+  examples = [{'image_codes': list(c), 'text': 'a', 'lang': 'en'} for c in codes]
+  codes_feature = 'tf.io.FixedLenFeature([4], tf.int64)'
+  described = {'image_codes': codes_feature, 'text': _LIST, 'lang': _LIST}
+  batch = next(_stream(**own_task(examples, described, _TEXTS), shuffle=False))
+  assert batch.keys() == {'image_codes', 'text_ids', 'valid'}
+  assert batch['image_codes'].dtype == np.int32
+  np.testing.assert_array_equal(batch['image_codes'], codes[:2])
+
+
 def test_corrupt_shard_ends_the_stream_in_one_sentence(own_task, tmp_path):
   examples = [{'image': _png(i), 'text': 'a', 'lang': 'en'} for i in range(6)]
   settings = own_task(examples, {'image': _SCALAR, 'text': _LIST, 'lang': _LIST}, _TEXTS)

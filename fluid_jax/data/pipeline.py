@@ -78,6 +78,7 @@ class Stream:
   Prepared examples, which have the features below, give instead
 
     image_moments (float16 bytes, shape in image_moments_shape): float32 [b, L, 2C]
+    image_codes (int64 [L]): int32 [b, L]
     text_features (bfloat16 bytes, shape in text_features_shape): float32 [b, text_length, E],
       zero past the tokens, and text_mask: bool [b, text_length]
 
@@ -224,6 +225,8 @@ class Stream:
       row['image_moments'] = tf.cast(
         tf.reshape(moments, example['image_moments_shape']), tf.float32
       )
+    elif 'image_codes' in example:
+      row['image_codes'] = tf.cast(example['image_codes'], tf.int32)
     else:
       image = tf.io.decode_image(example['image'], channels=3, expand_animations=False)
       row['images'] = _crop_and_resize(image, self._image_size)
