@@ -24,8 +24,8 @@ def get_config(variant: str | None = None):
   config.optimizer.update(learning_rate=3e-3, warmup_steps=50, schedule='cosine', clip_norm=0.5)
   config.train.update(
     batch_size=32,
-    num_steps=2000,
-    log_every=25,
+    num_steps=2400,
+    log_every=20,
     eval_every=500,
     sample_every=500,
     checkpoint_every=250,

@@ -52,10 +52,10 @@ def results(workdir):
 
 def events(workdir):
   """What TensorBoard shows."""
-  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.backend.event_processing import plugin_event_accumulator
 
-  sizes = {'scalars': 0, 'images': 0, 'tensors': 0}
-  accumulator = event_accumulator.EventAccumulator(str(workdir), size_guidance=sizes)
+  all_of_them = {'tensors': 0}
+  accumulator = plugin_event_accumulator.EventAccumulator(str(workdir), all_of_them)
   return accumulator.Reload()
 
 
