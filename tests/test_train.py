@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import time
 
 import commands
 import numpy as np
@@ -54,16 +55,15 @@ def events(workdir):
   """What TensorBoard shows."""
   from tensorboard.backend.event_processing import plugin_event_accumulator
 
-  all_of_them = {'tensors': 0}
-  accumulator = plugin_event_accumulator.EventAccumulator(str(workdir), all_of_them)
-  return accumulator.Reload()
+  # A size of 0 keeps all of them.
+  return plugin_event_accumulator.EventAccumulator(str(workdir), {'tensors': 0}).Reload()
 
 
-def assert_same(workdir, other):
+def assert_same(workdir, other, num_steps=NUM_STEPS):
   """Last checkpoint, figures and TensorBoard's steps of two runs are equal, bit for bit."""
   states = []
   for path in (workdir, other):
-    states.append(ocp.load_checkpointables(path / f'checkpoints/{NUM_STEPS:08d}'))
+    states.append(ocp.load_checkpointables(path / f'checkpoints/{num_steps:08d}'))
   assert states[0].keys() == states[1].keys() >= {'params', 'ema_params', 'opt_state', 'step'}
   leaves = [dict(_leaves(state)) for state in states]
   assert leaves[0].keys() == leaves[1].keys()
@@ -168,28 +168,22 @@ def test_another_config_is_refused_with_the_differences(whole):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(whole, tmp_path):
+def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  longer = ('--config.train.num_steps=200', '--config.train.eval_every=50')
+  train(whole, *longer)
   rng = random.Random(0)
-  kills = 0
-  while kills < 10:
-    # A moment after a random step that this run reports; a killed run may lose up to 4 steps.
-    process = commands.start(*TRAIN, f'--workdir={tmp_path}', PROMPTS)
-    lines = rng.randint(1, 3)
-    for line in process.stdout:
-      lines -= line.startswith(('step', 'tiny'))
-      if not lines:
-        break
-    try:
-      process.wait(timeout=rng.uniform(0, 0.3))
-    except Exception:
-      process.kill()
+  for _ in range(10):
+    # A moment after one of its first lines: the one about the start, and one for every second step.
+    process = commands.start(*TRAIN, f'--workdir={killed}', PROMPTS, *longer)
+    for _ in range(rng.randint(1, 7)):
+      process.stdout.readline()
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
     process.communicate()
-    kills += process.returncode == -signal.SIGKILL
-    if process.returncode == 0:
-      break
-  train(tmp_path)
-  assert kills == 10
-  assert_same(whole, tmp_path)
+    assert process.returncode == -signal.SIGKILL
+  train(killed, *longer)
+  assert_same(whole, killed, num_steps=200)
 
 
 @pytest.mark.slow
