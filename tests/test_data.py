@@ -602,7 +602,7 @@ def test_prepared_moments_and_text_features(own_task, tf):
 
 def test_prepared_codes(own_task):
   codes = np.arange(12).reshape(3, 4)
-  examples = [{'image_codes': list(c), 'text': 'a', 'lang': 'en'} for c in codes]
+  examples = [{'image_codes': c.tolist(), 'text': 'a', 'lang': 'en'} for c in codes]
   codes_feature = 'tf.io.FixedLenFeature([4], tf.int64)'
   described = {'image_codes': codes_feature, 'text': _LIST, 'lang': _LIST}
   batch = next(_stream(**own_task(examples, described, _TEXTS), shuffle=False))
