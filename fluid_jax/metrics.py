@@ -35,13 +35,12 @@ class Writer:
       temporary = path.with_suffix('.tmp')
       temporary.write_text(''.join(f'{line}\n' for line in kept))
       temporary.replace(path)
-      # TensorBoard drops earlier events beyond the step of a session's start.
-      events = event_file_writer.EventFileWriter(str(workdir))
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      events.add_event(
-        event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start)
-      )
-      events.close()
+    # TensorBoard drops earlier events beyond the step of a session's start, but takes the first
+    # start that it reads for the beginning: a fresh run must mark its own, too.
+    events = event_file_writer.EventFileWriter(str(workdir))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start))
+    events.close()
     self._file = path.open('a')
     self._summary = metric_writers.SummaryWriter(str(workdir))
 

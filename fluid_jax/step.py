@@ -156,7 +156,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
   def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     grads, metrics = gradients(state.params, batch, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     num_updates = state.step - state.num_skipped
@@ -168,7 +168,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     metrics |= {
       'learning_rate': schedule(num_updates),
       'grad_norm': grad_norm,
-      'param_norm': optax.global_norm(params),
+      'param_norm': optax.tree.norm(params),
       'num_skipped': state.num_skipped + ~is_finite,
     }
     state = TrainState(state.step + 1, metrics['num_skipped'], params, ema_params, opt_state)

@@ -282,7 +282,7 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
   }
   strip = Image.open(tmp_path / 'strip.gif')
   assert strip.n_frames == 3 + 1  # nothing, then a frame a step
-  assert strip.size == (2 * 2 * 64, 2 * 64)
+  assert strip.size == (2 * 2 * 32, 2 * 32)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,17 @@ def test_an_image_depends_on_its_own_text_and_key_alone(sampler, order, tokens, 
   assert draw._cache_size() == 1
 
 
+def test_at_temperature_zero_the_likeliest_codes_come_whatever_the_key(sampler, full_forward):
+  config, params, draw = sampler('raster', 'discrete', guidance_scale=1.0, temperature=0)
+  ids, mask = make_texts(config)
+  drawn, drawn_at = draw(params, ids, mask, make_keys(5, 6, 7))
+  np.testing.assert_array_equal(draw(params, ids, mask, make_keys(8, 9, 10))[0], drawn)
+  z = full_forward(config, params, drawn, drawn_at, ids, mask, False)
+  logits = z @ params['head']['token_embedding']['embedding'].T + params['head']['bias']
+  np.testing.assert_array_equal(drawn, logits.argmax(-1))
+  assert len(np.unique(drawn)) > 5
+
+
 def test_an_image_does_not_depend_on_the_size_of_the_batch(sampler):
   config, params, draw = sampler(
     'random', 'discrete', guidance_scale=1.0, guidance_schedule='linear'

@@ -15,6 +15,7 @@ import reference
 
 from fluid_jax import config as config_lib
 from fluid_jax import flops, overview, step
+from fluid_jax.models import layers
 
 BATCH = 4
 VARIANTS = [
@@ -52,6 +53,20 @@ def make_texts(config, batch=BATCH):
   ids = rng.integers(3, 259, size=(batch, length), dtype=np.int32)
   num_bytes = np.linspace(length, 0, batch).round().astype(int)
   return ids, np.arange(length) < num_bytes[:, None]
+
+
+def test_positions_start_apart_and_alike_in_every_direction():
+  grid, width = 8, 32
+  table = np.asarray(layers.grid_position_init(jax.random.key(0), (grid * grid, width)), np.float64)
+  row, column = np.divmod(np.arange(grid * grid), grid)
+  # Sums of cosines of the distances in rows and columns, periods of 4 to 400 positions.
+  rates = [2 * math.pi / 4 / 10 ** (k / 4) for k in range(8)]
+  expected = sum(
+    np.cos(rate * (place[:, None] - place)) for rate in rates for place in (row, column)
+  )
+  np.testing.assert_allclose(table @ table.T, expected, atol=1e-4)
+  apart = np.linalg.norm(table[:, None] - table, axis=-1) + 1e9 * np.eye(grid * grid)
+  assert apart.min() > 1
 
 
 # ---- the decoder ----

@@ -72,8 +72,7 @@ def assert_same(workdir, other, num_steps=NUM_STEPS):
   assert results(workdir) == results(other)
   for tag in ('train/loss', 'validation/loss_ema'):
     shown = [[event.step for event in events(path).Tensors(tag)] for path in (workdir, other)]
-    # Not yet that none is shown twice: that failed once in a loaded run, and is open.
-    assert sorted(set(shown[0])) == sorted(set(shown[1]))
+    assert shown[0] == shown[1] == sorted(set(shown[1]))
 
 
 def _leaves(tree, path=''):
@@ -191,10 +190,11 @@ def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(tmp_path):
 @pytest.mark.parametrize('order', ['random', 'raster'])
 @pytest.mark.parametrize('tokens', ['continuous', 'discrete'])
 def test_validation_loss_falls_by_the_same_recipe(order, tokens, tmp_path):
+  # On all the pictures: the 63 of the demo are learned by heart, and the others suffer for it.
   commands.run_ok(
     '-m', 'fluid_jax.main', f'--config=configs/tiny.py:order={order},tokens={tokens}',
-    f'--workdir={tmp_path}', '--config.train.num_steps=300', '--config.train.eval_every=100',
-    '--config.train.checkpoint_every=1000',
+    f'--workdir={tmp_path}', '--config.data.task=emoji', '--config.train.num_steps=600',
+    '--config.train.eval_every=200', '--config.train.checkpoint_every=1000',
   )  # fmt: skip
   losses = [row['validation/loss_raw'] for row in rows(tmp_path) if 'validation/loss_raw' in row]
   spread = [row['validation/loss_raw_se'] for row in rows(tmp_path) if 'validation/loss_raw' in row]

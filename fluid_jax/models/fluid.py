@@ -47,8 +47,10 @@ class Fluid(nn.Module):
       init = nn.with_logical_partitioning(layers.embedding_init, axes)
       return self.param(name, init, shape)
 
-    self.position_embedding = vector(
-      'position_embedding', self.order.num_tokens, self.width, axes=('length', 'embed')
+    self.position_embedding = self.param(
+      'position_embedding',
+      nn.with_logical_partitioning(layers.grid_position_init, ('length', 'embed')),
+      (self.order.num_tokens, self.width),
     )
     # An unknown token in random order; the start token in raster order.
     self.unknown_token = vector('unknown_token', self.width, axes=('embed',))

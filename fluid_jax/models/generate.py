@@ -28,7 +28,8 @@ class Sampling:
     num_steps: autoregressive steps; every token in raster order.
     guidance_scale: w in u + w (c - u); 1 draws without guidance, at half the cost.
     guidance_schedule: 'constant', or 'linear' in the share of tokens drawn, from 1 to w (MAR).
-    temperature: of the noise of each diffusion step, or of the softmax (facts 5).
+    temperature: of the noise of each diffusion step, or of the softmax (facts 5); at 0 the
+      likeliest code.
     num_diffusion_steps: steps of the respaced chain; continuous tokens only.
   """
 
@@ -191,6 +192,8 @@ def _discrete_draw(call, sampling):
     if scale is not None:
       cond, null = jnp.split(logits_BxNxV, 2)
       logits_BxNxV = null + scale * (cond - null)
+    if sampling.temperature == 0:
+      return jnp.argmax(logits_BxNxV, axis=-1)
     return jax.vmap(jax.vmap(jax.random.categorical))(keys_BxN, logits_BxNxV / sampling.temperature)
 
   return draw

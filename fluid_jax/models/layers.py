@@ -3,6 +3,7 @@
 Projections are two-dimensional: a minor axis of head_dim (64) would be padded to 128 lanes on TPU.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,24 @@ KeysValues = tuple[jax.Array, jax.Array]  # k_BxMxHxK, v_BxMxHxK
 
 embedding_init = nn.initializers.normal(0.02)
 kernel_init = nn.initializers.xavier_uniform()
+
+
+def grid_position_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32):
+  """Sinusoids of the row and the column of each of L positions of a square grid, (L, D).
+
+  A table to be learned, as MAR's is, but not from deviations of 0.02: beside embedded tokens of
+  order 1 a model is slow to find where a token lies (the demo put the right patches in wrong
+  places). The periods go from 4 positions, the shortest that tells neighbours apart, to 400.
+  """
+  del key
+  length, width = shape
+  place_L = jnp.arange(length)
+  grid = math.isqrt(length)
+  num_frequencies = -(-width // 4)
+  frequencies = math.pi / 2 * 100.0 ** (-jnp.arange(num_frequencies) / num_frequencies)
+  angles = [place[:, None] * frequencies for place in (place_L // grid, place_L % grid)]
+  waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
+  return jnp.concatenate(waves, axis=1)[:, :width].astype(dtype)
 
 
 def dense(
