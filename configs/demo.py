@@ -7,7 +7,7 @@ def get_config(variant: str | None = None):
   config = config_lib.base_config()
   config.name = 'demo'
   config.image.update(size=64, tokenizer='patch', num_tokens=64, channels=16, vocab_size=1024)
-  config.text.update(source='bytes', length=32)
+  config.text.update(source='bytes', length=48)
   config.model.update(
     width=128,
     depth=4,

@@ -78,7 +78,7 @@ class Optimizer:
   warmup_steps: int = 65_536  # linear (facts 4: 65K)
   b1: float = 0.9
   b2: float = 0.95
-  weight_decay: float = 0.02  # of matrices only
+  weight_decay: float = 0.02  # of the layers' matrices; embeddings, biases and scales have none
   clip_norm: float = 3.0  # global gradient norm (MAR's; not stated for Fluid)
   ema_decay: float = 0.9999  # reached by warm-up: min(ema_decay, (1 + step) / (10 + step))
   accumulation_steps: int = 1  # microbatches a step; the result equals the large batch
@@ -287,6 +287,14 @@ def _check(c: Config) -> list[str]:
     0 <= c.optimizer.warmup_steps < c.train.num_steps,
     f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
     f'{c.train.num_steps}; lower it.',
+  )
+  need(c.model.head_width >= 0, 'model.head_width is negative; 0 is the width of the decoder.')
+  for name in ('b1', 'b2'):
+    value = getattr(c.optimizer, name)
+    need(0 <= value < 1, f'optimizer.{name} is {value}; it must be in [0, 1).')
+  need(
+    not c.train.sample_prompts or c.image.tokenizer != 'prepared',
+    "train.sample_prompts needs a decoder, which image.tokenizer='prepared' has not; set it to ().",
   )
   need(c.optimizer.weight_decay >= 0, 'optimizer.weight_decay is negative; 0 turns it off.')
   need(

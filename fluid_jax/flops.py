@@ -100,12 +100,13 @@ def step_flops(config: config_lib.Config) -> float:
 
 @functools.cache
 def peak_flops() -> float:
-  """FLOP/s of one device: the maker's figure, or on a CPU the best float32 matrix product."""
+  """FLOP/s of one device: the maker's figure, or if unknown the best float32 matrix product."""
   device = jax.local_devices()[0]
   for kind in sorted(PEAKS, key=len, reverse=True):
     if device.device_kind.startswith(kind):
       return PEAKS[kind]
-  return measured_matmul_flops() / len(jax.local_devices())
+  shares = len(jax.local_devices()) if device.platform == 'cpu' else 1  # of the same cores
+  return measured_matmul_flops() / shares
 
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:

@@ -3,7 +3,6 @@
 python -m fluid_jax.main --config=configs/demo.py --workdir=DIR
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -59,8 +58,13 @@ def main() -> int:
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  with contextlib.suppress(ValueError):  # one process, of no cluster
+  try:
     jax.distributed.initialize()  # finds the others on TPU pods and known clusters
+  except ValueError as error:
+    if 'coordinator_address' not in str(error):  # else there is no cluster: one process
+      raise errors.UserError(
+        f'the processes cannot find each other ({error}): set what JAX asks for.', errors.DEVICES
+      ) from error
   from fluid_jax import train
 
   return train.train(config, _WORKDIR.value)

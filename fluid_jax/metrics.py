@@ -4,10 +4,8 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -82,7 +80,7 @@ class Timer:
   """Seconds since the last reading, and the part of them spent waiting for data."""
 
   def __init__(self):
-    self.start = self.last = time.perf_counter()
+    self.last = time.perf_counter()
     self.data_seconds = 0.0
 
   def add_data(self, seconds: float) -> None:
@@ -108,7 +106,7 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def say(text: str, is_active: bool = True, **kwargs: Any) -> None:
+def say(text: str, is_active: bool = True) -> None:
   """A line for the person who watches."""
   if is_active:
-    print(text, file=sys.stdout, flush=True, **kwargs)
+    print(text, flush=True)

@@ -58,8 +58,8 @@ class Sampler:
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
       tokens, at = self._draw(params, ids[rows], ids[rows] > 0, keys)
-      images.append(self._tokenizer.decode(tokens))
-      drawn_at.append(at)
+      images.append(np.asarray(self._tokenizer.decode(tokens)))  # waits: one label a batch
+      drawn_at.append(np.asarray(at))
     count = len(ids)
     return np.concatenate(images)[:count], np.concatenate(drawn_at)[:count]
 
@@ -137,9 +137,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--num_images', type=int, default=4, help='seeds for each prompt')
   parser.add_argument('--num_steps', type=int, help='autoregressive steps (random order)')
   parser.add_argument('--num_diffusion_steps', type=int, help='2 to 1000 (continuous tokens)')
-  parser.add_argument('--guidance_scale', type=float, help='1 is none')
+  parser.add_argument('--guidance_scale', type=float, help="1 is none, 0 the paper's")
   parser.add_argument('--guidance_schedule', choices=('linear', 'constant'))
-  parser.add_argument('--temperature', type=float)
+  parser.add_argument('--temperature', type=float, help="of the noise; 0 is the paper's")
   parser.add_argument('--weights', choices=('ema', 'raw'), default='ema')
   parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('grid.png'))
@@ -167,8 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name, value, low in (('num_images', args.num_images, 1), ('seed', args.seed, 0)):
     if not low <= value < 2**31:
       raise errors.UserError(f'--{name}={value} is out of range: choose {low} or more.')
-  if not args.out.absolute().parent.is_dir():
-    raise errors.UserError(f'the folder of --out={args.out} does not exist: make it first.')
+  for name, path, suffix in (('out', args.out, '.png'), ('animation', args.animation, '.gif')):
+    if path and not path.absolute().parent.is_dir():
+      raise errors.UserError(f'the folder of --{name}={path} does not exist: make it first.')
+    if path and path.suffix.lower() != suffix:
+      raise errors.UserError(f'--{name}={path} does not end in {suffix}: name it so.')
   config, params, found = load_workdir(args.workdir, args.weights, args.step)
   text.encode_prompts(prompts, config.text)  # refuses before anything is drawn
   names = [field.name for field in dataclasses.fields(config.sampling)]

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 from fluid_jax import checkpoint, errors, flops, metrics, sample, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.data import pipeline
+from fluid_jax.encoders import text
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
 RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
@@ -31,17 +33,22 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   Raises:
     UserError: for what the user can mend; what was saved before stays as it is.
   """
-  # ---- Workdir ----
-  workdir = pathlib.Path(workdir)
+  # ---- Programs: what the user can mend is found before the workdir is touched ----
   is_lead = jax.process_index() == 0
-  saved_config = json.loads(json.dumps(dataclasses.asdict(config)))
-  claim_workdir(workdir, saved_config, is_lead)
   is_preempted = preemption_signal()
-
-  # ---- Programs and state ----
   mesh = sharding.make_mesh(config)
   sharding.check_batch(config, mesh)
   program = step.build(config, mesh)
+  open_stream(config, 'validation', shuffle=False).close()
+  sampler = None
+  if config.train.sample_prompts:
+    text.encode_prompts(config.train.sample_prompts, config.text)
+    sampler = sample.Sampler(config)
+
+  # ---- Workdir and state ----
+  workdir = pathlib.Path(workdir)
+  saved_config = json.loads(json.dumps(dataclasses.asdict(config)))
+  claim_workdir(workdir, saved_config, is_lead)
   checkpointer = checkpoint.Checkpointer(
     workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
   )
@@ -62,7 +69,6 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
   flops_per_image = flops.step_flops(config) / config.train.batch_size
   peak_flops = flops.peak_flops() * len(jax.devices())
-  sampler = sample.Sampler(config) if config.train.sample_prompts else None
 
   def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
     """Writes a step's figures; reading them waits for the step, so the next is running already."""
@@ -94,47 +100,47 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   pending = None
   step_number = last_report = start
   exit_code = 0
-  for step_number in range(start + 1, config.train.num_steps + 1):
-    waiting = time.perf_counter()
-    batch = next(batches)
-    timer.add_data(time.perf_counter() - waiting)
-    del batch['valid']  # all are, in training
-    state, values = program.train_step(state, sharding.put_batch(batch, mesh))
+  # Whatever happens, what was being saved is finished.
+  with contextlib.closing(writer), contextlib.closing(checkpointer), contextlib.closing(batches):
+    for step_number in range(start + 1, config.train.num_steps + 1):
+      waiting = time.perf_counter()
+      batch = next(batches)
+      timer.add_data(time.perf_counter() - waiting)
+      del batch['valid']  # all are, in training
+      state, values = program.train_step(state, sharding.put_batch(batch, mesh))
+      if pending is not None:
+        report(*pending)
+        pending = None
+      if step_number == start + 1:
+        jax.block_until_ready(values)
+        timer.read()  # compilation is nobody's speed
+        last_report = step_number
+      if is_due(config.train.log_every):
+        pending = step_number, values
+      stop = is_preempted(step_number)
+      is_saving = is_due(config.train.checkpoint_every) or stop
+      if is_saving and pending is not None:  # a run that resumes here will not write them again
+        report(*pending)
+        pending = None
+
+      if is_saving or is_due(config.train.eval_every) or is_due(config.train.sample_every):
+        jax.block_until_ready(values)  # the step's own time is no pause
+      pausing = time.perf_counter()
+      if is_due(config.train.eval_every):
+        writer.scalars(step_number, evaluate(config, program, state, mesh))
+      if sampler and is_due(config.train.sample_every):
+        grid = sampler.grid(state.ema_params, config.train.sample_prompts)
+        writer.images(step_number, 'samples', grid)
+      if is_saving:
+        writer.flush()
+        checkpointer.save(step_number, state, {'step': step_number})
+      timer.pause(time.perf_counter() - pausing)
+      if stop:
+        exit_code = errors.PREEMPTED
+        break
     if pending is not None:
       report(*pending)
-      pending = None
-    if step_number == start + 1:
-      jax.block_until_ready(values)
-      timer.read()  # compilation is nobody's speed
-      last_report = step_number
-    if is_due(config.train.log_every):
-      pending = step_number, values
-    stop = is_preempted(step_number)
-    is_saving = is_due(config.train.checkpoint_every) or stop
-    if is_saving and pending is not None:  # a run that resumes here will not write them again
-      report(*pending)
-      pending = None
 
-    pausing = time.perf_counter()
-    if is_due(config.train.eval_every):
-      writer.scalars(step_number, evaluate(config, program, state, mesh))
-    if sampler and is_due(config.train.sample_every):
-      grid = sampler.grid(state.ema_params, config.train.sample_prompts)
-      writer.images(step_number, 'samples', grid)
-    if is_saving:
-      writer.flush()
-      checkpointer.save(step_number, state, {'step': step_number})
-    timer.pause(time.perf_counter() - pausing)
-    if stop:
-      exit_code = errors.PREEMPTED
-      break
-  if pending is not None:
-    report(*pending)
-
-  # ---- End ----
-  batches.close()
-  checkpointer.close()
-  writer.close()
   word = 'preempted; saved' if exit_code else 'done'
   metrics.say(f'{word} at step {step_number}: {workdir}', is_lead)
   return exit_code

@@ -100,6 +100,12 @@ assert not xla_bridge.backends_are_initialized()
     ([TINY, '--config.train.batch_size=10'], 'train.batch_size 10 is not divisible'),
     ([TINY, '--config.model.order=spiral'], 'choose one of random, raster'),
     ([TINY, '--config.sampling.num_steps=17'], 'takes 1 to 16 steps'),
+    ([TINY, '--config.model.head_width=-1'], 'model.head_width is negative'),
+    ([TINY, '--config.optimizer.b2=1.0'], 'optimizer.b2 is 1.0; it must be in [0, 1)'),
+    (
+      [TINY, '--config.image.tokenizer=prepared', "--config.train.sample_prompts=('a',)"],
+      'train.sample_prompts needs a decoder',
+    ),
     ([f'{TINY}:order=spiral'], 'choose one of random, raster'),
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
     (['--config=configs/absent.py'], '--config=configs/absent.py cannot be read'),
@@ -144,9 +150,12 @@ def test_wrong_configs_and_missing_flags_exit_with_2():
   expect(2, 'there is no prompt', '-m', 'fluid_jax.sample', '--workdir=nowhere')
 
 
-def test_a_mesh_that_does_not_fit_exits_with_3(tmp_path):
-  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}')
+def test_what_is_wrong_is_found_before_the_workdir_is_touched(tmp_path):
+  args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "run"}')
   expect(3, 'asks for 3 devices but there are 1', *args, '--config.mesh.fsdp=3')
+  expect(2, "there is no task 'emoij'", *args, '--config.data.task=emoij')
+  expect(2, 'prompt 1 has 40 bytes', *args, f"--config.train.sample_prompts=('{'x' * 40}',)")
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_checkpoint_of_another_model_exits_with_4(trained, tmp_path):
@@ -303,6 +312,13 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
     (['--prompt=a', '--num_images=0'], '--num_images=0 is out of range'),
     (['--prompt=a', '--seed=-1'], '--seed=-1 is out of range'),
     (['--prompt=a', '--out=absent/grid.png'], 'the folder of --out=absent/grid.png does not exist'),
+    (['--prompt=a', '--out=grid'], '--out=grid does not end in .png: name it so'),
+    (
+      ['--prompt=a', '--animation=absent/a.gif'],
+      'the folder of --animation=absent/a.gif does not exist',
+    ),
+    (['--prompt=a', '--animation=strip'], '--animation=strip does not end in .gif: name it so'),
+    (['--prompt=caf\udce9'], 'prompt 1 is not UTF-8'),
     (['--prompts_file=absent.txt'], '--prompts_file=absent.txt cannot be read'),
     ([], 'there is no prompt'),
   ],

@@ -104,6 +104,7 @@ def test_tokens_are_those_that_the_full_forward_pass_gives(
   scales = np.array(reference.guidance_per_step(num_tokens, num_steps, scale, schedule))
   scales = scales[np.asarray(drawn_at)].reshape(-1, 1)
   fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+  keys = jax.vmap(jax.random.split)(keys)[:, 1]  # the first gives the order
   keys = fold_in(keys, jnp.arange(num_tokens)).reshape(-1)
   head = params['head']
   if tokens == 'discrete':
@@ -149,17 +150,6 @@ def test_an_image_depends_on_its_own_text_and_key_alone(sampler, order, tokens, 
   assert draw._cache_size() == 1
 
 
-def test_at_temperature_zero_the_likeliest_codes_come_whatever_the_key(sampler, full_forward):
-  config, params, draw = sampler('raster', 'discrete', guidance_scale=1.0, temperature=0)
-  ids, mask = make_texts(config)
-  drawn, drawn_at = draw(params, ids, mask, make_keys(5, 6, 7))
-  np.testing.assert_array_equal(draw(params, ids, mask, make_keys(8, 9, 10))[0], drawn)
-  z = full_forward(config, params, drawn, drawn_at, ids, mask, False)
-  logits = z @ params['head']['token_embedding']['embedding'].T + params['head']['bias']
-  np.testing.assert_array_equal(drawn, logits.argmax(-1))
-  assert len(np.unique(drawn)) > 5
-
-
 def test_an_image_does_not_depend_on_the_size_of_the_batch(sampler):
   config, params, draw = sampler(
     'random', 'discrete', guidance_scale=1.0, guidance_schedule='linear'
@@ -178,10 +168,10 @@ def test_guidance_does_not_move_an_empty_text(sampler):
   _, _, guided = sampler('random', 'discrete', guidance_scale=3.0, guidance_schedule='constant')
   ids, mask = make_texts(config)
   keys = make_keys(5, 6, 7)
-  mask[1:] = False
+  mask[2:] = False
   drawn, expected = (draw(params, ids, mask, keys)[0] for draw in (guided, unguided))
-  np.testing.assert_array_equal(drawn[1:], expected[1:])
-  assert not np.array_equal(drawn[0], expected[0])
+  np.testing.assert_array_equal(drawn[2:], expected[2:])
+  assert not np.array_equal(drawn[:2], expected[:2])
 
 
 @pytest.mark.parametrize('num_steps', [1, 2, 16, 63, 64, 200, 255, 256])

@@ -93,6 +93,11 @@ for split in ('train', 'validation'):
   assert b'WEBP' in opened[0] and b'WEBP' in opened[len(opened) - 1]
 for path in patches.WEIGHTS.glob('*.safetensors'):
   patches.load(path)
+from fluid_jax.data import pipeline
+stream = pipeline.Stream(
+  'emoji_demo', 'train', batch_size=4, seed=0, image_size=32, text_length=24
+)
+assert next(stream)['images'].shape == (4, 32, 32, 3)
 """
   commands.run_ok('-I', '-c', script)
 

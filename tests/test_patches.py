@@ -11,12 +11,14 @@ from fluid_jax.encoders import patches
 SHIPPED = {
   'patch_pca_64px_8x8_16': (25.51, 0.83),
   'patch_kmeans_64px_8x8_1024': (22.24, 0.73),
+  'patch_pca_32px_8x8_16': (22.03, 0.71),
+  'patch_kmeans_32px_8x8_1024': (19.50, 0.58),
 }
 
 
 @pytest.fixture(scope='module')
 def held_out():
-  return patches.read_images('emoji', 'validation', 64)
+  return {size: patches.read_images('emoji', 'validation', size) for size in (32, 64)}
 
 
 def _images(num=6, size=8, seed=0):
@@ -89,6 +91,7 @@ def test_too_few_patches_and_wrong_files_are_refused(tmp_path):
 @pytest.mark.parametrize('name', SHIPPED)
 def test_shipped_tokenizers_lose_what_is_stated(name, held_out):
   tokenizer = patches.load(patches.WEIGHTS / f'{name}.safetensors')
+  held_out = held_out[64 if '64px' in name else 32]
   decoded = np.asarray(tokenizer.decode(tokenizer.encode(held_out)))
   pairs = list(zip(held_out, decoded, strict=True))
   psnr = np.mean([metrics.peak_signal_noise_ratio(a, b) for a, b in pairs])

@@ -173,12 +173,14 @@ def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(tmp_path):
   longer = ('--config.train.num_steps=200', '--config.train.eval_every=50')
   train(whole, *longer)
   rng = random.Random(0)
-  for _ in range(10):
-    # A moment after one of its first lines: the one about the start, and one for every second step.
+  for attempt in range(10):
     process = commands.start(*TRAIN, f'--workdir={killed}', PROMPTS, *longer)
-    for _ in range(rng.randint(1, 7)):
-      process.stdout.readline()
-    time.sleep(rng.uniform(0, 0.3))
+    if attempt % 3 == 0:  # at any time, of starting and compiling too
+      time.sleep(rng.uniform(0, 30))
+    else:  # a moment after one of its first lines: about the start, and for every second step
+      for _ in range(rng.randint(1, 7)):
+        process.stdout.readline()
+      time.sleep(rng.uniform(0, 0.3))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

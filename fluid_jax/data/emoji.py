@@ -15,7 +15,6 @@ import io
 import json
 import pathlib
 import shutil
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -258,18 +257,14 @@ def build(source: pathlib.Path, out: pathlib.Path) -> None:
       shutil.copy(path, out)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
   """Builds the set; see the module's docstring."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--source', type=pathlib.Path, required=True, help='where the tarballs are')
   parser.add_argument('--out', type=pathlib.Path, default=DIRECTORY, help='where the set goes')
   args = parser.parse_args(argv)
-  try:
-    build(args.source, args.out)
-  except errors.UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+  build(args.source, args.out)
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  errors.run(main)

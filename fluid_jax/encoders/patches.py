@@ -1,6 +1,6 @@
 """Two classical tokenizers that need no download: patch PCA (continuous), patch k-means (discrete).
 
-  python -m fluid_jax.encoders.patches --size 64 --patch 8 --channels 16 --vocab_size 2048
+  python -m fluid_jax.encoders.patches --size 64 --patch 8 --channels 16 --vocab_size 1024
 
 fits both on the training split and prints PSNR and SSIM on the validation split: what does
 quantisation lose? (paper section 5.1, in small).
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--size', type=int, default=64, help='pixels a side')
   parser.add_argument('--patch', type=int, default=8, help='pixels a side of a patch')
   parser.add_argument('--channels', type=int, default=16, help='principal components')
-  parser.add_argument('--vocab_size', type=int, default=2048, help='codes')
+  parser.add_argument('--vocab_size', type=int, default=1024, help='codes')
   parser.add_argument('--out', type=pathlib.Path, default=WEIGHTS, help='folder to write to')
   args = parser.parse_args(argv)
   if args.size % args.patch:

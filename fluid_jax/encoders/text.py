@@ -28,7 +28,11 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
         f'prompt {row + 1}, {prompt[:20]!r}, has no letter or digit, and the model learned from '
         'names: describe it in words.'
       )
-    ids = [*(byte + FIRST_BYTE for byte in prompt.encode(errors='replace')), EOS]
+    try:
+      encoded = prompt.encode()
+    except UnicodeEncodeError as error:
+      raise errors.UserError(f'prompt {row + 1} is not UTF-8: write it anew.') from error
+    ids = [*(byte + FIRST_BYTE for byte in encoded), EOS]
     if len(ids) > config.length:
       raise errors.UserError(
         f'prompt {row + 1} has {len(ids) - 1} bytes and the model reads {config.length - 1}: '

@@ -13,6 +13,9 @@ from fluid_jax.encoders import patches
 class Tokenizer(Protocol):
   """Pictures to tokens and back; pure functions of arrays, so they run inside jitted programs."""
 
+  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
+    """Tokens of uint8 pictures; of a tokenizer that draws its latents, their mean."""
+
   def encode_batch(
     self, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
   ) -> jax.Array:
@@ -30,6 +33,11 @@ class Prepared:
 
   def __init__(self, is_continuous: bool, scale: float):
     self.is_continuous, self.scale = is_continuous, scale
+
+  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
+    raise errors.UserError(
+      "image.tokenizer='prepared' has no encoder: set it to a tokenizer's file to read pictures."
+    )
 
   def encode_batch(
     self, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array

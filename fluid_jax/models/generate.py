@@ -28,8 +28,7 @@ class Sampling:
     num_steps: autoregressive steps; every token in raster order.
     guidance_scale: w in u + w (c - u); 1 draws without guidance, at half the cost.
     guidance_schedule: 'constant', or 'linear' in the share of tokens drawn, from 1 to w (MAR).
-    temperature: of the noise of each diffusion step, or of the softmax (facts 5); at 0 the
-      likeliest code.
+    temperature: of the noise of each diffusion step, or of the softmax (facts 5).
     num_diffusion_steps: steps of the respaced chain; continuous tokens only.
   """
 
@@ -62,6 +61,7 @@ def generate(
     tokens_BxLxC float32 (or tokens_BxL int32), and drawn_at_BxL int32, the step of each token.
   """
   call = _bound(model, params)
+  order_keys_B, token_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
   guided = sampling.guidance_scale != 1
   num_tokens, batch = model.order.num_tokens, text_mask_BxT.shape[0]
   text_BxTxD, text_mask_BxT = call('align', text, text_mask_BxT)
@@ -101,7 +101,7 @@ def generate(
   def draw_at(z_BxNxD, positions_BxN, scale):
     """Tokens at the positions; each has a key of its own, whatever else is drawn beside it."""
     keys_BxN = jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(
-      keys_B, positions_BxN
+      token_keys_B, positions_BxN
     )
     return draw(z_BxNxD, keys_BxN, scale if guided else None)
 
@@ -134,7 +134,7 @@ def generate(
     )
     return drawn
 
-  orders_BxL = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(keys_B)
+  orders_BxL = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(order_keys_B)
   drawn = tokens, drawn_at_BxL
   for width, run in _runs(counts):
 
@@ -192,8 +192,6 @@ def _discrete_draw(call, sampling):
     if scale is not None:
       cond, null = jnp.split(logits_BxNxV, 2)
       logits_BxNxV = null + scale * (cond - null)
-    if sampling.temperature == 0:
-      return jnp.argmax(logits_BxNxV, axis=-1)
     return jax.vmap(jax.vmap(jax.random.categorical))(keys_BxN, logits_BxNxV / sampling.temperature)
 
   return draw

@@ -2,7 +2,7 @@
 
 Both heads have `embed` (tokens to decoder inputs) and `loss` (of packed rows). The diffusion head
 is MAR's (facts 7.3): residual MLP blocks modulated by time and condition. With three blocks at the
-decoder's width it has the paper's "six layers", and the parameter counts come closest (facts 1.3).
+decoder's width it has the paper's "six layers" (facts 1.3).
 """
 
 import math
@@ -153,4 +153,7 @@ class SoftmaxHead(nn.Module):
 
   def logits(self, z: jax.Array) -> jax.Array:
     """(..., V) float32."""
-    return self.token_embedding.attend(z).astype(self.bias.dtype) + self.bias
+    embedding_VxD = self.token_embedding.embedding.astype(self.dtype)
+    # Summed in float32 whatever the dtype: rounded logits would be rounded probabilities.
+    logits = jnp.einsum('...d,vd->...v', z, embedding_VxD, preferred_element_type=self.bias.dtype)
+    return logits + self.bias
