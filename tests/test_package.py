@@ -98,6 +98,7 @@ stream = pipeline.Stream(
   'emoji_demo', 'train', batch_size=4, seed=0, image_size=32, text_length=24
 )
 assert next(stream)['images'].shape == (4, 32, 32, 3)
+stream.close()
 """
   commands.run_ok('-I', '-c', script)
 
