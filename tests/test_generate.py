@@ -166,12 +166,12 @@ def test_guidance_does_not_move_an_empty_text(sampler):
     'random', 'discrete', guidance_scale=1.0, guidance_schedule='linear'
   )
   _, _, guided = sampler('random', 'discrete', guidance_scale=3.0, guidance_schedule='constant')
-  ids, mask = make_texts(config)
-  keys = make_keys(5, 6, 7)
-  mask[2:] = False
+  ids, mask = make_texts(config, num=8)
+  keys = make_keys(*range(5, 13))
+  mask[4:] = False
   drawn, expected = (draw(params, ids, mask, keys)[0] for draw in (guided, unguided))
-  np.testing.assert_array_equal(drawn[2:], expected[2:])
-  assert not np.array_equal(drawn[:2], expected[:2])
+  np.testing.assert_array_equal(drawn[4:], expected[4:])
+  assert not np.array_equal(drawn[:4], expected[:4])
 
 
 @pytest.mark.parametrize('num_steps', [1, 2, 16, 63, 64, 200, 255, 256])
