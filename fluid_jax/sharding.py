@@ -1,6 +1,7 @@
 """Mesh and logical-axis rules: where every array of the program lives."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ BATCH_AXES = ('replica', 'fsdp')
 # Logical axes in T5X's words. `embed` is split over the data-parallel devices (fully sharded data
 # parallel), the other side of each projection over `tensor`.
 RULES = (
+  ('batch', BATCH_AXES),
   ('embed', 'fsdp'),
   ('joined_kv', 'tensor'),
   ('mlp', 'tensor'),
@@ -73,6 +75,13 @@ def state_shardings(mesh: Mesh, boxed_state: Any) -> Any:
   specs = nn.get_partition_spec(boxed_state)
   shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
   return jax.tree.map(fit, shardings, nn.unbox(boxed_state))
+
+
+@contextlib.contextmanager
+def axis_rules(mesh: Mesh) -> Iterator[None]:
+  """While a program is traced: what the logical axes of its activations mean."""
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+    yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -103,6 +103,10 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
 
   def losses(params, batch, key, example_B, drop_rate):
     """Per-position losses (B, L) and the mask of predicted positions."""
+    with sharding.axis_rules(mesh):
+      return _losses(params, batch, key, example_B, drop_rate)
+
+  def _losses(params, batch, key, example_B, drop_rate):
     key_draw, key_latent = jax.random.split(key)
     tokens = tokenizer.encode_batch(batch, key_latent, example_B)
     draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')

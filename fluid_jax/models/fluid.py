@@ -111,7 +111,7 @@ class Fluid(nn.Module):
     x_BxTxD = jnp.where(is_null_B[:, None, None], self.null_text.astype(self.dtype), x_BxTxD)
     mask_BxT = jnp.where(is_null_B[:, None], jnp.arange(mask_BxT.shape[1]) == 0, mask_BxT)
     x_BxTxD += self.text_position_embedding[: mask_BxT.shape[1]].astype(self.dtype)
-    x_BxTxD, _ = self.aligner(x_BxTxD, mask_BxT)
+    x_BxTxD, _ = self.aligner(layers.split_by_example(x_BxTxD), mask_BxT)
     return self.aligner_norm(x_BxTxD), mask_BxT
 
   # ---- training ----
@@ -155,7 +155,7 @@ class Fluid(nn.Module):
     def packed(a):  # (B, L, ...) -> (G * R, ...)
       a = a.reshape(rows_GxR.shape[0], -1, *a.shape[2:])
       a = jax.vmap(lambda group, rows: group[rows])(a, rows_GxR)
-      return a.reshape(-1, *a.shape[2:])
+      return layers.split_by_example(a.reshape(-1, *a.shape[2:]))
 
     def unpacked(a_R):  # (G * R) -> (B, L)
       a_GxR = jnp.where(valid_GxR, a_R.reshape(rows_GxR.shape), 0)
@@ -212,7 +212,7 @@ class Fluid(nn.Module):
   def _inputs(self, tokens, mask_BxL):
     unknown_D = self.unknown_token.astype(self.dtype)
     x_BxLxD = self.order.inputs(self.head.embed(tokens), mask_BxL, unknown_D)
-    return x_BxLxD + self.position_embedding.astype(self.dtype)
+    return layers.split_by_example(x_BxLxD + self.position_embedding.astype(self.dtype))
 
 
 def _scan(block: type[nn.Module], length: int, methods: dict[str, tuple]) -> type[nn.Module]:

@@ -66,6 +66,15 @@ def layer_norm(dtype: Any, name: str | None = None, affine: bool = True) -> nn.L
   )
 
 
+def split_by_example(x: jax.Array) -> jax.Array:
+  """`x` (B, ...), told to lie split over the data-parallel devices if a mesh is in use.
+
+  Left to itself the compiler lays activations out as the parameters lie, split along the width and
+  whole along the batch: 15 times the memory and a collective in every layer.
+  """
+  return nn.with_logical_constraint(x, ('batch', *(None,) * (x.ndim - 1)))
+
+
 def gather_positions(x_BxLxD: jax.Array, positions_BxN: jax.Array) -> jax.Array:
   """Rows `positions_BxN` of each example."""
   return jnp.take_along_axis(x_BxLxD, positions_BxN[..., None], axis=1)
@@ -129,7 +138,7 @@ class AlignerBlock(nn.Module):
     h = layer_norm(self.dtype, 'norm_self')(x_BxTxD)
     x_BxTxD += attention(h, attention.keys_values(h), mask_BxT[:, None, None, :])
     h = layer_norm(self.dtype, 'norm_mlp')(x_BxTxD)
-    return x_BxTxD + MLP(self.width, dtype=self.dtype, name='mlp')(h), None
+    return split_by_example(x_BxTxD + MLP(self.width, dtype=self.dtype, name='mlp')(h)), None
 
 
 class DecoderBlock(nn.Module):
@@ -200,4 +209,4 @@ class DecoderBlock(nn.Module):
   def _cross_and_mlp(self, x_BxNxD, text_kv, text_mask_BxT):
     mask = text_mask_BxT[:, None, None, :]
     x_BxNxD += self.cross_attention(self.norm_cross(x_BxNxD), text_kv, mask)
-    return x_BxNxD + self.mlp(self.norm_mlp(x_BxNxD))
+    return split_by_example(x_BxNxD + self.mlp(self.norm_mlp(x_BxNxD)))
