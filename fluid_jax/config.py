@@ -18,8 +18,9 @@ from fluid_jax import errors
 CHOICES = {
   'model.order': ('random', 'raster'),
   'model.tokens': ('continuous', 'discrete'),
-  'model.remat': ('none', 'full', 'minimal'),
+  'model.remat': ('none', 'full', 'save_attention', 'minimal', 'offload'),
   'model.dtype': ('float32', 'bfloat16'),
+  'mesh.preset': ('fsdp', 'fsdp_tensor', 'multislice'),
   'text.source': ('bytes', 'features'),
   'optimizer.schedule': ('constant', 'cosine'),
   'sampling.guidance_schedule': ('linear', 'constant'),
@@ -99,9 +100,11 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  replica: int = 1  # data parallel; across slices
+  preset: str = 'fsdp'  # which logical axes are split over which mesh axes: sharding.PRESETS
+  # data parallel, parameters whole; -1: the slices, and the shortest side of a 3-D torus
+  replica: int = -1
   fsdp: int = -1  # data parallel, parameters split; -1: all devices left
-  tensor: int = 1  # heads and MLP split
+  tensor: int = 1  # heads, hidden units and codes split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +253,7 @@ def _check(c: Config) -> list[str]:
     'model.num_noise_draws model.mask_group_size optimizer.learning_rate optimizer.clip_norm '
     'optimizer.accumulation_steps train.batch_size train.num_steps train.log_every '
     'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints '
-    'mesh.replica mesh.tensor sampling.num_steps'
+    'mesh.tensor sampling.num_steps'
   )
   for path in positive.split():
     need(get(path) > 0, f'{path} is {get(path)}; it must be above 0.')
@@ -297,10 +300,12 @@ def _check(c: Config) -> list[str]:
     "train.sample_prompts needs a decoder, which image.tokenizer='prepared' has not; set it to ().",
   )
   need(c.optimizer.weight_decay >= 0, 'optimizer.weight_decay is negative; 0 turns it off.')
-  need(
-    c.mesh.fsdp == -1 or c.mesh.fsdp > 0,
-    f'mesh.fsdp is {c.mesh.fsdp}; give a number of devices, or -1 for all that are left.',
-  )
+  for name in ('replica', 'fsdp'):
+    size = getattr(c.mesh, name)
+    need(
+      size == -1 or size > 0,
+      f'mesh.{name} is {size}; give a number of devices, or -1 for as many as fit.',
+    )
   problems += sampling_problems(c)
   return problems
 

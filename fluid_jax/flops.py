@@ -12,20 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluid_jax import chips
 from fluid_jax import config as config_lib
-from fluid_jax.models import diffusion
-
-# Dense bfloat16 FLOP/s of one device, by the start of `device_kind` (makers' data sheets).
-PEAKS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5p': 459e12,
-  'TPU v5': 459e12,
-  'TPU v6 lite': 918e12,
-  'NVIDIA H100': 989e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA A100': 312e12,
-}
+from fluid_jax.models import diffusion, orders
 
 
 def predicted_tokens(config: config_lib.Config) -> float:
@@ -46,12 +35,9 @@ def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[
   """
   m, length, text = config.model, config.image.num_tokens, config.text.length
   width, rows = m.width, predicted_tokens(config) if rows is None else rows
-  self_attention = 8 * length * width**2 + 4 * length**2 * width
-  cross_attention = 4 * (length + text) * width**2 + 4 * length * text * width
-  aligner_block = 24 * text * width**2 + 4 * text**2 * width
   flops = {
-    'decoder': m.depth * (self_attention + cross_attention + 16 * length * width**2),
-    'aligner': m.aligner_depth * aligner_block,
+    'decoder': m.depth * sum(_decoder_block(config).values()),
+    'aligner': m.aligner_depth * sum(_aligner_block(config).values()),
   }
   if config.text.source == 'features':
     flops['aligner'] += 2 * text * config.text.feature_dim * width
@@ -62,6 +48,60 @@ def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[
   else:
     flops['head'] = rows * 2 * width * config.image.vocab_size
   return flops
+
+
+def _decoder_block(config: config_lib.Config) -> dict[str, float]:
+  """FLOPs of one decoder block: projections, logits, values, and the MLP's two layers."""
+  length, text, width = config.image.num_tokens, config.text.length, config.model.width
+  return {
+    'projections': (8 * length + 4 * length + 4 * text) * width**2,
+    'logits': 2 * length * (length + text) * width,
+    'values': 2 * length * (length + text) * width,
+    'wi': 8 * length * width**2,
+    'wo': 8 * length * width**2,
+  }
+
+
+def _aligner_block(config: config_lib.Config) -> dict[str, float]:
+  text, width = config.text.length, config.model.width
+  return {
+    'projections': 8 * text * width**2,
+    'logits': 2 * text**2 * width,
+    'values': 2 * text**2 * width,
+    'wi': 8 * text * width**2,
+    'wo': 8 * text * width**2,
+  }
+
+
+# Products that the backward pass of a stacked block makes again, by model.remat. Nothing but the
+# next layer needs the last one, `wo`.
+_RECOMPUTED = {
+  'none': (),
+  'full': ('projections', 'logits', 'values', 'wi'),
+  'save_attention': ('logits', 'wi'),
+  'minimal': ('logits',),
+  'offload': ('logits',),
+}
+
+
+def compiled_flops(config: config_lib.Config) -> float:
+  """FLOPs that the program of one training step executes, all devices together.
+
+  More than `step_flops` counts: recomputation, and places in the head for as many rows as a group
+  can ever predict. Less: inputs need no gradient. The last decoder block is not in the stack, and
+  the compiler finds that what it would compute again is still there.
+  """
+  m, length, text = config.model, config.image.num_tokens, config.text.length
+  order = orders.make_order(m.order, length, m.mask_group_size)
+  flops = forward_flops(config, rows=order.capacity() / m.mask_group_size)
+  stacked = (_decoder_block(config), m.depth - 1), (_aligner_block(config), m.aligner_depth)
+  again = sum(n * sum(block[name] for name in _RECOMPUTED[m.remat]) for block, n in stacked)
+  no_gradient = flops.get('embeddings', 0.0)
+  if config.text.source == 'features':
+    no_gradient += 2 * text * config.text.feature_dim * m.width
+  per_image = 3 * sum(flops.values()) + again - no_gradient
+  table = 3 * time_table_flops(config) * config.optimizer.accumulation_steps
+  return per_image * config.train.batch_size + table
 
 
 def _denoise_flops(config: config_lib.Config) -> float:
@@ -102,9 +142,9 @@ def step_flops(config: config_lib.Config) -> float:
 def peak_flops() -> float:
   """FLOP/s of one device: the maker's figure, or if unknown the best float32 matrix product."""
   device = jax.local_devices()[0]
-  for kind in sorted(PEAKS, key=len, reverse=True):
-    if device.device_kind.startswith(kind):
-      return PEAKS[kind]
+  chip = chips.find(device.device_kind)
+  if chip:
+    return chip.peak_flops
   shares = len(jax.local_devices()) if device.platform == 'cpu' else 1  # of the same cores
   return measured_matmul_flops() / shares
 

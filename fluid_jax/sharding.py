@@ -1,49 +1,116 @@
 """Mesh and logical-axis rules: where every array of the program lives."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors
 
+AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
+MAX_REPLICATED = 0.02  # share of the parameters' bytes that may lie whole on every device
 
-# Logical axes in T5X's words. `embed` is split over the data-parallel devices (fully sharded data
-# parallel), the other side of each projection over `tensor`.
-RULES = (
-  ('batch', BATCH_AXES),
-  ('embed', 'fsdp'),
-  ('joined_kv', 'tensor'),
-  ('mlp', 'tensor'),
-  ('vocab', 'tensor'),
-  ('layers', None),
-  ('length', None),
-  ('norm', None),
-  ('channels', None),
-  ('text', None),
-)
+# Logical axes in T5X's words to mesh axes. `embed` is every parameter's side of the model's width:
+# split, it is gathered just before use (fully sharded data parallel). The other side of a
+# projection may be split too, over devices that share an example's heads and hidden units.
+_DATA = {
+  'batch': BATCH_AXES,
+  'embed': 'fsdp',
+  'joined_kv': None,
+  'mlp': None,
+  'vocab': None,
+  'layers': None,
+  'length': None,
+  'norm': None,
+  'channels': None,
+  'text': None,
+}
+_TENSOR = {'joined_kv': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
+PRESETS = {
+  'fsdp': _DATA,
+  'fsdp_tensor': {**_DATA, **_TENSOR},
+  # Slices hold copies and add their gradients over the data-centre network once a step; between
+  # parts of one slice `replica` works the same way.
+  'multislice': {**_DATA, **_TENSOR},
+}
 
 
 def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh (replica, fsdp, tensor) over all devices; UserError if they do not fit."""
+  """The mesh (replica, fsdp, tensor) over all devices, slices outermost.
+
+  Raises:
+    UserError: the devices do not fit.
+  """
   devices = jax.devices() if devices is None else devices
-  c = config.mesh
-  fsdp = c.fsdp if c.fsdp > 0 else max(1, len(devices) // (c.replica * c.tensor))
-  shape = (c.replica, fsdp, c.tensor)
-  if c.replica * fsdp * c.tensor != len(devices):
+  num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  shape = mesh_shape(config.mesh, devices, num_slices)
+  asked = dict(zip(AXES, shape, strict=True))
+  if math.prod(shape) != len(devices):
     raise errors.UserError(
-      f'mesh replica={c.replica} x fsdp={fsdp} x tensor={c.tensor} asks for '
-      f'{c.replica * fsdp * c.tensor} devices but there are {len(devices)}: change --config.mesh.',
+      f'mesh {_written(asked)} asks for {math.prod(shape)} devices but there are {len(devices)}: '
+      'change --config.mesh.',
       errors.DEVICES,
     )
-  return jax.make_mesh(
-    shape, (*BATCH_AXES, 'tensor'), axis_types=(AxisType.Auto,) * 3, devices=devices
-  )
+  if config.mesh.preset == 'fsdp' and shape[2] > 1:
+    raise errors.UserError(
+      f"mesh.preset 'fsdp' splits nothing over mesh.tensor={shape[2]}: set it to 1, or "
+      '--config.mesh.preset=fsdp_tensor.',
+      errors.DEVICES,
+    )
+  if shape[0] % num_slices:
+    raise errors.UserError(
+      f'{num_slices} slices cannot share mesh.replica={shape[0]} evenly: set it to a multiple.',
+      errors.DEVICES,
+    )
+  within = (shape[0] // num_slices, *shape[1:])
+  try:
+    if num_slices > 1:
+      placed = mesh_utils.create_hybrid_device_mesh(
+        within, (num_slices, 1, 1), devices, allow_split_physical_axes=True
+      )
+    else:
+      placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+  except (NotImplementedError, ValueError) as error:
+    raise errors.UserError(
+      f'mesh {_written(asked)} cannot be laid over these devices ({error}): choose axes that are '
+      'products of the sides of the slice.',
+      errors.DEVICES,
+    ) from error
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_shape(
+  mesh: config_lib.Mesh, devices: Sequence[jax.Device], num_slices: int
+) -> tuple[int, int, int]:
+  """Sizes of the axes, -1 filled in.
+
+  A slice that is a three-dimensional torus keeps its shortest side for copies: over two sides the
+  TPU compiler reduces gradients straight into their shards, over three it moves them whole.
+  """
+  left = len(devices) // mesh.tensor
+  replica, fsdp = mesh.replica, mesh.fsdp
+  if replica == -1 and fsdp == -1:
+    replica = num_slices
+    if hasattr(devices[0], 'coords') and mesh.tensor == 1:
+      sides = [len(set(side)) for side in zip(*(d.coords for d in devices), strict=True)]
+      replica *= min(sides)
+    fsdp = left // replica
+  elif replica == -1:
+    replica = left // fsdp
+  elif fsdp == -1:
+    fsdp = left // replica
+  return max(replica, 1), max(fsdp, 1), mesh.tensor
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+  return ' x '.join(f'{name}={size}' for name, size in sizes.items())
 
 
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
@@ -60,27 +127,90 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     )
 
 
-def state_shardings(mesh: Mesh, boxed_state: Any) -> Any:
-  """Shardings of a (shape-only) state whose parameters carry logical axis names.
+def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) -> Any:
+  """Shardings of (shape-only) parameters that carry logical axis names.
 
-  A dimension that its mesh axis does not divide, such as the 259 bytes, stays whole.
+  Vectors (biases, scales) lie whole: to split them would save nothing and cost a collective in
+  every layer. So does a side that its mesh axis does not divide, such as the 259 bytes.
+
+  Raises:
+    UserError: so much lies whole for lack of division that the mesh does not serve its purpose.
   """
+  rules = PRESETS[config.mesh.preset]
+  accidents, total = {}, 0
 
-  def fit(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    axes = zip(sharding.spec, leaf.shape, strict=False)
-    return NamedSharding(
-      mesh, PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in axes))
+  def fit(path: tuple, spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    nonlocal total
+    total += leaf.size
+    wanted = [rules[name] for name in spec]
+    if len([name for name in spec if name != 'layers']) == 1:
+      wanted = [None if axis == 'fsdp' else axis for axis in wanted]
+    axes = [
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(wanted, leaf.shape, strict=True)
+    ]
+    lost = {axis for axis in wanted if axis and axis not in axes and mesh.shape[axis] > 1}
+    if lost:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      accidents[name] = leaf.size, f'{min(lost)}={mesh.shape[min(lost)]}'
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  specs, shapes = nn.get_partition_spec(boxed_params), nn.unbox(boxed_params)
+  shardings = jax.tree_util.tree_map_with_path(fit, specs, shapes)
+  share = sum(size for size, _ in accidents.values()) / total
+  if share > MAX_REPLICATED:
+    largest = sorted(accidents, key=lambda name: -accidents[name][0])
+    raise errors.UserError(
+      f'{share:.0%} of the parameters would lie whole on every device, since '
+      f'{accidents[largest[0]][1]} does not divide them: {", ".join(largest[:5])}'
+      f'{" and others" if len(largest) > 5 else ""}; choose --config.mesh axes that do.',
+      errors.DEVICES,
     )
+  return shardings
 
-  specs = nn.get_partition_spec(boxed_state)
-  shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-  return jax.tree.map(fit, shardings, nn.unbox(boxed_state))
+
+def like_params(params: Any, shardings: Any, tree: Any) -> Any:
+  """Shardings of a (shape-only) tree in which some leaves belong to parameters.
+
+  A leaf belongs to the parameter whose path ends its own. It is split as the parameter if it has
+  its shape (moments, averages), as what is left if it lacks one axis (Adafactor's means over rows
+  or columns), and lies whole on every device otherwise (counts).
+  """
+  known = {
+    path: (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+    )
+  }
+  mesh = next(iter(known.values()))[1].mesh
+
+  def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    whole = NamedSharding(mesh, PartitionSpec())
+    shape, sharding = next(
+      (known[path[i:]] for i in range(len(path)) if path[i:] in known), ((), whole)
+    )
+    if leaf.shape == shape:
+      return sharding
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    # Of a square kernel the means over columns come first, `v_row`: they lack the last axis.
+    axes = range(len(shape)) if 'v_col' in map(_name, path) else reversed(range(len(shape)))
+    for axis in axes:
+      if leaf.shape == (*shape[:axis], *shape[axis + 1 :]):
+        return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return whole
+
+  return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _name(key: Any) -> str:
+  return str(getattr(key, 'name', getattr(key, 'key', key)))
 
 
 @contextlib.contextmanager
-def axis_rules(mesh: Mesh) -> Iterator[None]:
+def axis_rules(config: config_lib.Config, mesh: Mesh) -> Iterator[None]:
   """While a program is traced: what the logical axes of its activations mean."""
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+  rules = tuple(PRESETS[config.mesh.preset].items())
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
     yield
 
 
@@ -95,3 +225,11 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
   return {
     name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
   }
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of arrays or shapes with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )

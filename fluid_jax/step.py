@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fluid_jax import chips, optim, sharding
 from fluid_jax import config as config_lib
-from fluid_jax import optim, sharding
 from fluid_jax.encoders import text, tokenizers
-from fluid_jax.models import fluid, heads, orders
+from fluid_jax.models import fluid, generate, heads, orders
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -86,6 +86,50 @@ def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -
   return model.init(key, tokens, text_in, mask_BxT, method=losses)['params']
 
 
+def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of a global batch (see `data.pipeline.Stream`)."""
+  image, text, by_example = config.image, config.text, sharding.batch_sharding(mesh)
+  arrays = {'images': ((image.size, image.size, 3), jnp.uint8)}
+  if image.tokenizer == 'prepared' and config.is_continuous:
+    arrays = {'image_moments': ((image.num_tokens, 2 * image.channels), jnp.float32)}
+  elif image.tokenizer == 'prepared':
+    arrays = {'image_codes': ((image.num_tokens,), jnp.int32)}
+  if text.source == 'features':
+    arrays['text_features'] = (text.length, text.feature_dim), jnp.float32
+    arrays['text_mask'] = (text.length,), bool
+  else:
+    arrays['text_ids'] = (text.length,), jnp.int32
+  return {
+    name: jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=by_example)
+    for name, (shape, dtype) in arrays.items()
+  }
+
+
+def build_sampler(config: config_lib.Config, mesh: Mesh) -> Callable[..., Any]:
+  """`generate` over a mesh, jitted: (params, text, text_mask_BxT, keys_B) -> tokens, drawn_at."""
+  sampling = generate.Sampling(**dataclasses.asdict(config.sampling))
+  model = make_model(config)
+
+  def draw(params, text_in, text_mask_BxT, keys_B):
+    with sharding.axis_rules(config, mesh):
+      return generate.generate(model, params, text_in, text_mask_BxT, keys_B, sampling)
+
+  by_example = sharding.batch_sharding(mesh)
+  return jax.jit(
+    draw, out_shardings=by_example, compiler_options=chips.compiler_options(mesh.devices.flat[0])
+  )
+
+
+def sampler_shapes(config: config_lib.Config, mesh: Mesh) -> tuple[Any, ...]:
+  """Arguments of `build_sampler`'s function for a batch of `train.batch_size`, as shapes."""
+  batch = batch_shapes(config, mesh)
+  text_in = batch.get('text_ids', batch.get('text_features'))
+  mask = jax.ShapeDtypeStruct(text_in.shape[:2], bool, sharding=text_in.sharding)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.train.batch_size))
+  keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=text_in.sharding)
+  return build(config, mesh).state.params, text_in, mask, keys
+
+
 def text_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Text ids or features of a batch, and the mask of what is real in them."""
   if 'text_features' in batch:
@@ -103,7 +147,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
 
   def losses(params, batch, key, example_B, drop_rate):
     """Per-position losses (B, L) and the mask of predicted positions."""
-    with sharding.axis_rules(mesh):
+    with sharding.axis_rules(config, mesh):
       return _losses(params, batch, key, example_B, drop_rate)
 
   def _losses(params, batch, key, example_B, drop_rate):
@@ -114,7 +158,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     return by_part, draws['mask_BxL']
 
   def init() -> TrainState:
-    params = init_params(config, model, jax.random.key(config.train.seed))
+    params = nn.unbox(init_params(config, model, jax.random.key(config.train.seed)))
     return TrainState(
       step=jnp.int32(0),
       num_skipped=jnp.int32(0),
@@ -186,25 +230,30 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     sums = {f'{name}_B': loss_BxL.sum(1) for name, loss_BxL in by_part.items()}
     return {**sums, 'count_B': mask_BxL.sum(1)}
 
-  boxed = jax.eval_shape(init)
-  shardings = sharding.state_shardings(mesh, boxed)
+  boxed_params = jax.eval_shape(lambda: init_params(config, model, jax.random.key(0)))
+  by_param = sharding.param_shardings(config, mesh, boxed_params)
+  shapes = jax.eval_shape(init)
+  shardings = sharding.like_params(shapes.params, by_param, shapes)
   replicated = NamedSharding(mesh, PartitionSpec())
   by_example = sharding.batch_sharding(mesh)
+  compiler_options = chips.compiler_options(mesh.devices.flat[0])
   return Program(
-    init=jax.jit(lambda: nn.unbox(init()), out_shardings=shardings),
+    init=jax.jit(init, out_shardings=shardings),
     train_step=jax.jit(
       train_step,
       in_shardings=(shardings, by_example),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
+      compiler_options=compiler_options,
     ),
     eval_step=jax.jit(
       eval_step,
       in_shardings=(shardings.params, by_example, replicated),
       out_shardings=replicated,
+      compiler_options=compiler_options,
     ),
     state=jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), shardings
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
     ),
     model=model,
   )

@@ -10,10 +10,20 @@ from fluid_jax.models import layers
 from fluid_jax.models.heads import DiffusionHead, SoftmaxHead
 from fluid_jax.models.orders import Order
 
+_policies = jax.checkpoint_policies
+_ATTENTION = ('query', 'key_value', 'attention', 'residual')
+# What the backward pass keeps of each block, by the names that layers.py gives; all else is
+# computed again. Kept with their biases: products alone would leave a pass over memory for each.
 REMAT_POLICIES = {
-  # What the backward pass keeps of each block; all else is computed again.
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'minimal': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': _policies.nothing_saveable,
+  'save_attention': _policies.save_only_these_names(*_ATTENTION),
+  'minimal': _policies.save_only_these_names(*_ATTENTION, 'hidden'),
+  'offload': _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[*_ATTENTION, 'hidden'],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 KeysValues = tuple[jax.Array, jax.Array]  # k_BxMxHxK, v_BxMxHxK
 
@@ -94,7 +95,8 @@ class Attention(nn.Module):
 
   def keys_values(self, x_BxMxD: jax.Array) -> KeysValues:
     # Heads lie outside the key/value pair: a split over heads then keeps each pair together.
-    kv = self.key_value(x_BxMxD).reshape(*x_BxMxD.shape[:2], self.num_heads, 2, -1)
+    kv = checkpoint_name(self.key_value(x_BxMxD), 'key_value')
+    kv = kv.reshape(*x_BxMxD.shape[:2], self.num_heads, 2, -1)
     return kv[..., 0, :], kv[..., 1, :]
 
   def __call__(
@@ -104,12 +106,13 @@ class Attention(nn.Module):
     mask_Bx1xNxM: jax.Array | None = None,
     is_causal: bool = False,
   ) -> jax.Array:
-    q_BxNxHxK = self.query(x_BxNxD).reshape(*x_BxNxD.shape[:2], self.num_heads, -1)
+    q_BxNxD = checkpoint_name(self.query(x_BxNxD), 'query')
+    q_BxNxHxK = q_BxNxD.reshape(*x_BxNxD.shape[:2], self.num_heads, -1)
     # Batch-length-head-dimension order, logits and softmax in float32.
     y_BxNxHxK = jax.nn.dot_product_attention(
       q_BxNxHxK, *keys_values, mask=mask_Bx1xNxM, is_causal=is_causal
     )
-    return self.out(y_BxNxHxK.reshape(x_BxNxD.shape))
+    return self.out(checkpoint_name(y_BxNxHxK.reshape(x_BxNxD.shape), 'attention'))
 
 
 class MLP(nn.Module):
@@ -122,7 +125,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     h = dense(self.ratio * self.width, ('embed', 'mlp'), dtype=self.dtype, name='wi')(x_BxNxD)
-    return dense(self.width, ('mlp', 'embed'), dtype=self.dtype, name='wo')(nn.gelu(h))
+    h = nn.gelu(checkpoint_name(h, 'hidden'))
+    return dense(self.width, ('mlp', 'embed'), dtype=self.dtype, name='wo')(h)
 
 
 class AlignerBlock(nn.Module):
@@ -137,6 +141,7 @@ class AlignerBlock(nn.Module):
     attention = Attention(self.width, self.num_heads, self.dtype, name='self_attention')
     h = layer_norm(self.dtype, 'norm_self')(x_BxTxD)
     x_BxTxD += attention(h, attention.keys_values(h), mask_BxT[:, None, None, :])
+    x_BxTxD = checkpoint_name(x_BxTxD, 'residual')
     h = layer_norm(self.dtype, 'norm_mlp')(x_BxTxD)
     return split_by_example(x_BxTxD + MLP(self.width, dtype=self.dtype, name='mlp')(h)), None
 
@@ -185,6 +190,7 @@ class DecoderBlock(nn.Module):
     if positions_BxN is not None:
       x_BxLxD, h = (gather_positions(a, positions_BxN) for a in (x_BxLxD, h))
     x_BxLxD += self.self_attention(h, keys_values, is_causal=self.is_causal)
+    x_BxLxD = checkpoint_name(x_BxLxD, 'residual')
     return self._cross_and_mlp(x_BxLxD, text_kv, text_mask_BxT), None
 
   def decode(
@@ -209,4 +215,5 @@ class DecoderBlock(nn.Module):
   def _cross_and_mlp(self, x_BxNxD, text_kv, text_mask_BxT):
     mask = text_mask_BxT[:, None, None, :]
     x_BxNxD += self.cross_attention(self.norm_cross(x_BxNxD), text_kv, mask)
+    x_BxNxD = checkpoint_name(x_BxNxD, 'residual')
     return split_by_example(x_BxNxD + self.mlp(self.norm_mlp(x_BxNxD)))

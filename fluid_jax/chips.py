@@ -1,0 +1,125 @@
+"""What one accelerator can do, from its maker's documentation, and how TPUs are put together."""
+
+import dataclasses
+import math
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One accelerator as one JAX device; figures from the Cloud TPU documentation or data sheets.
+
+  Attributes:
+    device_kind: start of JAX's name for it.
+    peak_flops: dense bfloat16 FLOP/s.
+    hbm_bytes: memory.
+    clock_hz: derived, not published: peak_flops over what its matrix units do in a cycle. Turns
+      the compiler's cycles into seconds.
+    link_bytes_per_s: one direction of one link to a neighbour, as achieved (Scaling Book, part 2;
+      the documentation's figures are a tenth above).
+    dcn_bytes_per_s: this chip's share of its host's data-centre network.
+    has_sparse_cores: units that can move data between chips while the matrix units work.
+  """
+
+  device_kind: str
+  peak_flops: float
+  hbm_bytes: float = 0.0
+  clock_hz: float = 0.0
+  link_bytes_per_s: float = 0.0
+  dcn_bytes_per_s: float = 0.0
+  has_sparse_cores: bool = False
+
+
+TPUS = {
+  'v4': Chip('TPU v4', 275e12, 32 * GIB, 1.05e9, 45e9, 6.25e9),
+  'v5e': Chip('TPU v5 lite', 197e12, 16 * GIB, 1.5e9, 45e9, 3.125e9),
+  'v5p': Chip('TPU v5', 459e12, 95 * GIB, 1.75e9, 90e9, 6.25e9, has_sparse_cores=True),
+  'v6e': Chip('TPU v6 lite', 918e12, 32 * GIB, 1.75e9, 90e9, 12.5e9, has_sparse_cores=True),
+}
+GPUS = (
+  Chip('NVIDIA H100', 989e12),
+  Chip('NVIDIA H200', 989e12),
+  Chip('NVIDIA A100', 312e12),
+)
+
+# Usual shapes of a slice by its number of chips.
+_CUBES = '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16'
+_SQUARES = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'
+_SHAPES = {'v4': _CUBES, 'v5p': _CUBES, 'v5e': _SQUARES, 'v6e': _SQUARES}
+
+
+def find(device_kind: str) -> Chip | None:
+  """The chip of a JAX device, or None if its figures are not known here."""
+  known = sorted((*TPUS.values(), *GPUS), key=lambda chip: -len(chip.device_kind))
+  return next((chip for chip in known if device_kind.startswith(chip.device_kind)), None)
+
+
+def slice_shape(topology: str) -> tuple[str, tuple[int, ...]]:
+  """Generation and shape of 'v5p:4x8x8', or of a slice's name such as 'v5p-512' or 'v5e-256'.
+
+  The names of v4 and v5p count cores, two a chip; the others count chips.
+
+  Raises:
+    ValueError: one sentence that says what is known.
+  """
+  generation, colon, dims = topology.partition(':')
+  if not colon:
+    generation, _, size = topology.partition('-')
+  if generation not in TPUS:
+    raise ValueError(
+      f'{topology!r} is no TPU topology known here: write generation and shape, such as '
+      f'v5p:4x8x8, or a name such as v5p-512, of {", ".join(TPUS)}.'
+    )
+  shapes = [tuple(map(int, shape.split('x'))) for shape in _SHAPES[generation].split()]
+  rank = len(shapes[0])
+  if colon:
+    shape = tuple(int(d) if d.isdigit() else 0 for d in dims.split('x'))
+    if len(shape) != rank or 0 in shape:
+      raise ValueError(
+        f'{topology!r}: {generation} has {rank} axes, as in {generation}:{dims_of(shapes[-1])}.'
+      )
+    return generation, shape
+  count = int(size) if size.isdigit() else 0
+  chips = count / 2 if rank == 3 else count
+  for shape in shapes:
+    if math.prod(shape) == chips:
+      return generation, shape
+  names = [math.prod(shape) * (2 if rank == 3 else 1) for shape in shapes]
+  raise ValueError(
+    f'{topology!r} is not a usual slice: {generation}-{{{",".join(map(str, names))}}} are, or give '
+    f'its shape, as in {generation}:{dims_of(shapes[-1])}.'
+  )
+
+
+def dims_of(shape: tuple[int, ...]) -> str:
+  """'4x8x8'."""
+  return 'x'.join(map(str, shape))
+
+
+def closes_into_rings(shape: tuple[int, ...]) -> tuple[bool, ...]:
+  """Which axes of a slice close: all of whole 4x4x4 cubes; of a flat slice, those of 16 chips."""
+  if len(shape) == 3:
+    return (all(d % 4 == 0 for d in shape),) * 3
+  return tuple(d == 16 for d in shape)
+
+
+# Sparse cores gather weights and reduce gradients while the matrix units work; without them a step
+# of 10.5B parameters on v5p stands still for the collectives (benchmarks/aot_log.md).
+_SPARSE_CORE_OPTIONS = {
+  'xla_sc_disable_megacore_partitioning': True,
+  'xla_tpu_use_tc_device_shape_on_sc': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': False,
+  'xla_tpu_enable_sparse_core_collective_offload_all_gather': True,
+  'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather': True,
+  'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': True,
+  'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter': True,
+  'xla_tpu_enable_sparse_core_collective_offload_all_reduce': True,
+}
+
+
+def compiler_options(device: Any) -> dict[str, bool]:
+  """Options under which the compiler moves data between the chips of a slice while it computes."""
+  chip = find(device.device_kind)
+  return dict(_SPARSE_CORE_OPTIONS) if chip and chip.has_sparse_cores else {}
