@@ -22,6 +22,8 @@ CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'mesh.preset': ('fsdp', 'fsdp_tensor', 'multislice'),
   'text.source': ('bytes', 'features'),
+  'model.quantization': ('none', 'int8'),
+  'optimizer.name': ('adamw', 'adafactor'),
   'optimizer.schedule': ('constant', 'cosine'),
   'sampling.guidance_schedule': ('linear', 'constant'),
 }
@@ -63,6 +65,9 @@ class Model:
   mask_group_size: int = 8  # examples over which mask ratios are stratified
   remat: str = 'full'  # what the backward pass computes again
   dtype: str = 'bfloat16'  # of the computation; parameters are float32
+  # 'int8': in training, the projections and MLPs of decoder and aligner multiply 8-bit integers,
+  # forwards and backwards (qwix; extra [int8])
+  quantization: str = 'none'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
+  name: str = 'adamw'  # 'adafactor' needs half the memory
   learning_rate: float = 1e-4  # peak (facts 4)
   schedule: str = 'constant'  # after warm-up; 'cosine' falls to 0 at the last step
   warmup_steps: int = 65_536  # linear (facts 4: 65K)

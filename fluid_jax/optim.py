@@ -24,13 +24,23 @@ def make_schedule(config: config_lib.Config) -> optax.Schedule:
 
 
 def make_optimizer(config: config_lib.Config) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW that decays kernels only (facts 4, 7.5)."""
+  """Clipping by global norm, then AdamW (facts 4, 7.5) or Adafactor; kernels alone decay.
+
+  Adafactor (Shazeer and Stern 2018) keeps means over rows and columns in place of the second
+  moment and no first moment: 8 bytes a parameter with its average, where AdamW needs 16. As there,
+  an update's root mean square is clipped at 1 and its decay rate is 1 - t^-0.8; the learning rate
+  is absolute, as AdamW's is, not relative to the parameter's scale.
+  """
   c = config.optimizer
+  if c.name == 'adamw':
+    scale = [optax.scale_by_adam(b1=c.b1, b2=c.b2)]
+  else:
+    scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
-    optax.adamw(
-      make_schedule(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=_is_kernel
-    ),
+    *scale,
+    optax.add_decayed_weights(c.weight_decay, mask=_is_kernel),
+    optax.scale_by_learning_rate(make_schedule(config)),
   )
 
 

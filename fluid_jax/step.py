@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import chips, optim, sharding
+from fluid_jax import chips, errors, optim, sharding
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import text, tokenizers
 from fluid_jax.models import fluid, generate, heads, orders
@@ -68,6 +68,23 @@ def make_model(config: config_lib.Config) -> fluid.Fluid:
     remat='' if m.remat == 'none' else m.remat,
     dtype=dtype,
   )
+
+
+def quantized(config: config_lib.Config, model: fluid.Fluid) -> fluid.Fluid:
+  """The model whose `losses` multiplies as `model.quantization` says; parameters are the same."""
+  if config.model.quantization == 'none':
+    return model
+  try:
+    import qwix
+  except ImportError as error:
+    raise errors.UserError(
+      "model.quantization='int8' needs qwix: install it with pip install -e '.[int8]'."
+    ) from error
+  kind = jnp.dtype(config.model.quantization)
+  # Kernels' products alone: attention's own stay, as do the heads.
+  trunk = r'(aligner|blocks|last_block)/.*(query|key_value|out|wi|wo)'
+  rule = qwix.QtRule(module_path=trunk, weight_qtype=kind, act_qtype=kind, bwd_qtype=kind)
+  return qwix.quantize_model(model, qwix.QtProvider([rule]), methods=('losses',))
 
 
 def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -> Any:
@@ -140,6 +157,7 @@ def text_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 def build(config: config_lib.Config, mesh: Mesh) -> Program:
   """The programs of `config` over `mesh`, jitted with exact shardings."""
   model = make_model(config)
+  trained = quantized(config, model)
   tokenizer = tokenizers.load(config)
   optimizer = optim.make_optimizer(config)
   schedule = optim.make_schedule(config)
@@ -154,7 +172,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     key_draw, key_latent = jax.random.split(key)
     tokens = tokenizer.encode_batch(batch, key_latent, example_B)
     draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')
-    by_part = model.apply({'params': params}, tokens, *text_inputs(batch), draws, method='losses')
+    by_part = trained.apply({'params': params}, tokens, *text_inputs(batch), draws, method='losses')
     return by_part, draws['mask_BxL']
 
   def init() -> TrainState:
