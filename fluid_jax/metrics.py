@@ -62,6 +62,8 @@ class Writer:
     """Hands all that was written to the system, so that it outlives this process."""
     if self._is_active:
       self._summary.flush()
+      self._file.close()  # a file in a mounted bucket outlives the machine only once it is closed
+      self._file = open(self._file.name, 'a')
 
   def close(self) -> None:
     if self._is_active:
