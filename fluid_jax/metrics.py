@@ -39,6 +39,7 @@ class Writer:
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start))
     events.close()
+    self._path = path
     self._file = path.open('a')
     self._summary = metric_writers.SummaryWriter(str(workdir))
 
@@ -63,7 +64,7 @@ class Writer:
     if self._is_active:
       self._summary.flush()
       self._file.close()  # a file in a mounted bucket outlives the machine only once it is closed
-      self._file = open(self._file.name, 'a')
+      self._file = self._path.open('a')
 
   def close(self) -> None:
     if self._is_active:
