@@ -296,13 +296,13 @@ def test_a_bucket_that_cannot_be_mounted_is_reported_at_once(make_cloud):
 @pytest.mark.parametrize('exit_code', [42, 134])
 def test_stopping_ends_the_loop_too(make_cloud, exit_code):
   # With 42 the signal meets Python, which saves; with 134 it meets the pause after a crash.
-  wait = 'trap "exit 42" TERM; while true; do /bin/sleep 0.1; done'
+  wait = 'trap "exit 42" TERM; echo ready; while true; do /bin/sleep 0.1; done'
   cloud = make_cloud(wait if exit_code == 42 else f'exit {exit_code}')
   train(cloud)
-  cloud.wait_for('starting;' if exit_code == 42 else 'starting again')
-  time.sleep(0.5)
+  cloud.wait_for('ready' if exit_code == 42 else 'starting again')
+  time.sleep(0.5)  # until it sleeps
   cloud.ok('stop', *PLACE)
-  log = cloud.join(timeout=5)
+  log = cloud.join(timeout=15)
   assert log.count('starting;') == 1
   assert log.count(f'ended with exit code {exit_code}') == 1
   assert 'not training' in cloud.ok('stop', *PLACE)
