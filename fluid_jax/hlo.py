@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -223,23 +224,22 @@ def timeline(
       if instruction.opcode in ('call', 'conditional'):
         now += max((play(called, runs) for called in instruction.called), default=0.0)
         continue
-      if instruction.opcode.endswith('-done') and instruction.operands[0] in pending:
-        end, kind = pending.pop(instruction.operands[0])
+      role, found = _collective(program, instruction)
+      if role == 'done':
+        end, kind = pending.pop(_started(instruction, pending))
         exposed = max(0.0, end - now)
         result.collectives[kind].exposed_seconds += runs * exposed
         now += exposed
         continue
-      found = _collective(program, instruction)
       if found is not None:
         kind, size, groups = found
         seconds = collective_seconds(kind, size, groups)
-        begin = max(now, free_at)
         entry = result.collectives[kind]
         entry.count += runs
         entry.bytes += runs * size
         entry.seconds += runs * seconds
-        free_at = begin + seconds
-        if instruction.opcode.endswith('-start'):
+        free_at = max(now, free_at) + seconds
+        if role == 'start':
           entry.asynchronous += runs
           pending[instruction.name] = free_at, kind
         else:
@@ -257,24 +257,48 @@ def timeline(
   return result
 
 
+def _started(done: Instruction, pending: Mapping[str, Any]) -> str:
+  """Which start a `done` waits for: the one it names, or the oldest where compute lies between."""
+  return next((name for name in done.operands if name in pending), next(iter(pending)))
+
+
 def _collective(
   program: Program, instruction: Instruction
-) -> tuple[str, float, np.ndarray | None] | None:
-  """Kind, bytes of the whole (gathered, unreduced) array and groups of a collective."""
-  opcode = instruction.opcode.removesuffix('-start')
-  if opcode in KINDS:
-    return opcode, _whole_bytes(opcode, instruction), device_groups(instruction.rest)
-  if opcode in ('fusion', 'call', 'async'):
-    # Reduce-scatters are fusions around an all-reduce; offloaded collectives are started calls.
-    for called in instruction.called:
-      for inner in program.computations.get(called, ()):
-        kind = inner.opcode.removesuffix('-start')
-        if kind in KINDS:
-          size = _whole_bytes(kind, inner)
-          if opcode == 'fusion' and kind == 'all-reduce':
-            kind = 'reduce-scatter'
-          return kind, size, device_groups(inner.rest)
-  return None
+) -> tuple[str, tuple[str, float, np.ndarray | None] | None]:
+  """What part an instruction has in a collective, and of which.
+
+  Returns:
+    'start', 'done', 'whole' or '' (none); and kind, bytes of the whole (gathered, unreduced) array
+    and device groups, where it begins one.
+  """
+  opcode = instruction.opcode
+  kind = opcode.removesuffix('-start').removesuffix('-done')
+  if kind in KINDS:
+    if opcode.endswith('-done'):
+      return 'done', None
+    whole = kind, _whole_bytes(kind, instruction), device_groups(instruction.rest)
+    return ('start' if opcode.endswith('-start') else 'whole'), whole
+  if opcode == 'call-done':  # of what was handed to the sparse cores
+    return 'done', None
+  if opcode not in ('fusion', 'call-start'):
+    return '', None
+  # Without sparse cores a gather is a fusion that starts it, products whose fusions carry it on
+  # (compute like any other), and a fusion that ends it. A reduce-scatter is a fusion around an
+  # all-reduce.
+  if '"emitter":"AsyncCollectiveDone"' in instruction.rest:
+    return 'done', None
+  if opcode == 'fusion' and instruction.cycles:
+    return '', None
+  for called in instruction.called:
+    for inner in program.computations.get(called, ()):
+      kind = inner.opcode.removesuffix('-start')
+      if kind in KINDS:
+        size = _whole_bytes(kind, inner)
+        starts = opcode == 'call-start' or '"emitter":"AsyncCollectiveStart"' in instruction.rest
+        if opcode == 'fusion' and kind == 'all-reduce':
+          kind = 'reduce-scatter'
+        return ('start' if starts else 'whole'), (kind, size, device_groups(inner.rest))
+  return '', None
 
 
 def _whole_bytes(kind: str, instruction: Instruction) -> float:

@@ -82,7 +82,7 @@ def quantized(config: config_lib.Config, model: fluid.Fluid) -> fluid.Fluid:
     ) from error
   kind = jnp.dtype(config.model.quantization)
   # Kernels' products alone: attention's own stay, as do the heads.
-  trunk = r'(aligner|blocks|last_block)/.*(query|key_value|out|wi|wo)'
+  trunk = r'(aligner|blocks|last_block)/.*(query|key|value|out|wi|wo)'
   rule = qwix.QtRule(module_path=trunk, weight_qtype=kind, act_qtype=kind, bwd_qtype=kind)
   return qwix.quantize_model(model, qwix.QtProvider([rule]), methods=('losses',))
 

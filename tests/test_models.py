@@ -92,18 +92,6 @@ def forward_inputs(config):
   return make_tokens(config), mask, *make_texts(config), np.arange(BATCH) == 1
 
 
-def attention_reference(params, num_heads):
-  """Our fused keys and values, [D, heads, 2, K], as two layers."""
-  width = params['out']['kernel'].shape[0]
-  kernel = params['key_value']['kernel'].reshape(width, num_heads, 2, -1)
-  bias = params['key_value']['bias'].reshape(num_heads, 2, -1)
-  key, value = (
-    {'kernel': kernel[:, :, i].reshape(width, width), 'bias': bias[:, i].reshape(width)}
-    for i in (0, 1)
-  )
-  return {'query': params['query'], 'key': key, 'value': value, 'out': params['out']}
-
-
 def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
   """z_BxLxD of the whole model."""
   num_heads = config.model.num_heads
@@ -118,7 +106,7 @@ def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
   for i in range(config.model.aligner_depth):
     block = jax.tree.map(lambda a, i=i: a[i], params['aligner'])
     h = reference.layer_norm(text, block['norm_self'])
-    attention = attention_reference(block['self_attention'], num_heads)
+    attention = block['self_attention']
     text = text + reference.attention(h, h, allowed, attention, num_heads)
     h = reference.dense(reference.layer_norm(text, block['norm_mlp']), block['mlp']['wi'])
     text = text + reference.dense(reference.gelu(h, 'tanh'), block['mlp']['wo'])
@@ -141,8 +129,8 @@ def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
       'self_attention_norm': block['norm_self'],
       'cross_attention_norm': block['norm_cross'],
       'mlp_norm': block['norm_mlp'],
-      'self_attention': attention_reference(block['self_attention'], num_heads),
-      'cross_attention': attention_reference(block['cross_attention'], num_heads),
+      'self_attention': block['self_attention'],
+      'cross_attention': block['cross_attention'],
       'mlp': block['mlp'],
     }
     x = reference.transformer_block(
@@ -224,7 +212,7 @@ def test_decoding_with_kept_keys_and_values_equals_the_forward_pass(variant):
     def all_steps(module):
       text, seen = module.align(ids, text_mask, drop)
       text_kv = module.text_keys_values(text)
-      shape = (BATCH, config.image.num_tokens, *text_kv[1][0].shape[2:])
+      shape = (*text_kv[1][0].shape[:3], config.image.num_tokens)
       zeros = jnp.zeros(shape)
       caches = (jnp.zeros((config.model.depth - 1, *shape)),) * 2, (zeros, zeros)
       before = jnp.roll(tokens, 1, axis=1)  # what the first position gets must not matter
@@ -427,7 +415,7 @@ def test_parameters_by_component_equal_the_formula(size, tokens):
   def dense(fan_in, fan_out):
     return (fan_in + 1) * fan_out
 
-  norm, attention = 2 * d, 4 * dense(d, d)
+  norm, attention = 2 * d, 3 * dense(d, d) + d * d  # keys have no bias
   mlp = dense(d, 4 * d) + dense(4 * d, d)
   expected = {
     'decoder': depth * (2 * attention + mlp + 3 * norm) + norm,

@@ -202,7 +202,7 @@ def test_norms_in_the_metrics_are_global_norms(five_steps):
   _, states, metrics = five_steps
   np.testing.assert_allclose(metrics[0]['param_norm'], global_norm(states[1].params), rtol=1e-5)
   # The first moment after one step is 0.1 of the gradient, clipped to a norm of 0.5.
-  adam = states[1].opt_state[1][0]
+  adam = states[1].opt_state[1]
   norm = 10 * global_norm(adam.mu)
   np.testing.assert_allclose(norm, min(0.5, metrics[0]['grad_norm']), rtol=1e-5)
 
@@ -213,7 +213,7 @@ def test_accumulated_gradients_equal_the_large_batch(
   _, (_, state, *_), (metrics, *_) = five_steps
   # Adam's first moment is then 0.1 of the clipped gradient; plain momentum is the gradient.
   scale = 10 * max(1, metrics['grad_norm'] / config.optimizer.clip_norm)
-  gradient = jax.tree.map(lambda a: scale * a, state.opt_state[1][0].mu)
+  gradient = jax.tree.map(lambda a: scale * a, state.opt_state[1].mu)
   monkeypatch.setattr(optim, 'make_optimizer', lambda config: optax.sgd(1.0, momentum=0.9))
   for parts in (2, 4):
     optimizer = dataclasses.replace(config.optimizer, accumulation_steps=parts)

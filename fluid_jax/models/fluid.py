@@ -11,7 +11,7 @@ from fluid_jax.models.heads import DiffusionHead, SoftmaxHead
 from fluid_jax.models.orders import Order
 
 _policies = jax.checkpoint_policies
-_ATTENTION = ('query', 'key_value', 'attention', 'residual')
+_ATTENTION = ('query', 'key', 'value', 'attention', 'residual')
 # What the backward pass keeps of each block, by the names that layers.py gives; all else is
 # computed again. Kept with their biases: products alone would leave a pass over memory for each.
 REMAT_POLICIES = {

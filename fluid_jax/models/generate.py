@@ -127,7 +127,7 @@ def generate(
       return (put(drawn, positions_Bx1, token, step['step']), token, caches), None
 
     caches = jax.tree.map(
-      lambda kv: jnp.zeros((*kv.shape[:-3], num_tokens, *kv.shape[-2:]), kv.dtype), text_kv
+      lambda kv: jnp.zeros((*kv.shape[:-1], num_tokens), kv.dtype), text_kv
     )
     (drawn, _, _), _ = jax.lax.scan(
       raster_step, ((tokens, drawn_at_BxL), tokens[:, :1], caches), steps

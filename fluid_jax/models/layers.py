@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-KeysValues = tuple[jax.Array, jax.Array]  # k_BxMxHxK, v_BxMxHxK
+KeysValues = tuple[jax.Array, jax.Array]  # k_BxHxKxM, v_BxHxKxM
 
 embedding_init = nn.initializers.normal(0.02)
 kernel_init = nn.initializers.xavier_uniform()
@@ -43,11 +43,13 @@ def dense(
   dtype: Any,
   name: str | None = None,
   kernel_init: nn.initializers.Initializer = kernel_init,
+  use_bias: bool = True,
 ) -> nn.Dense:
   """A Dense layer whose kernel and bias carry logical axis names."""
   return nn.Dense(
     features,
     dtype=dtype,
+    use_bias=use_bias,
     kernel_init=nn.with_logical_partitioning(kernel_init, tuple(axes)),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes[-1],)),
     name=name,
@@ -82,22 +84,30 @@ def gather_positions(x_BxLxD: jax.Array, positions_BxN: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Multi-head attention; making keys and values is a call of its own, so that they can be kept."""
+  """Multi-head attention; making keys and values is a call of its own, so that they can be kept.
+
+  Heads lie as (B, H, K, length): with a head dimension of 64 or 96 a TPU computes with positions
+  along its 128 lanes, and arrays kept in another order are copied into this one in every layer.
+  """
 
   width: int
   num_heads: int
   dtype: Any = jnp.float32
 
   def setup(self):
-    self.query = dense(self.width, ('embed', 'joined_kv'), dtype=self.dtype)
-    self.key_value = dense(2 * self.width, ('embed', 'joined_kv'), dtype=self.dtype)
+    # Softmax would cancel a bias of the keys.
+    self.query, self.key, self.value = (
+      dense(self.width, ('embed', 'joined_kv'), dtype=self.dtype, use_bias=use_bias)
+      for use_bias in (True, False, True)
+    )
     self.out = dense(self.width, ('joined_kv', 'embed'), dtype=self.dtype)
 
   def keys_values(self, x_BxMxD: jax.Array) -> KeysValues:
-    # Heads lie outside the key/value pair: a split over heads then keeps each pair together.
-    kv = checkpoint_name(self.key_value(x_BxMxD), 'key_value')
-    kv = kv.reshape(*x_BxMxD.shape[:2], self.num_heads, 2, -1)
-    return kv[..., 0, :], kv[..., 1, :]
+    return self._heads(self.key(x_BxMxD), 'key'), self._heads(self.value(x_BxMxD), 'value')
+
+  def _heads(self, x_BxNxD: jax.Array, name: str) -> jax.Array:
+    x_BxDxN = checkpoint_name(jnp.swapaxes(x_BxNxD, 1, 2), name)
+    return x_BxDxN.reshape(x_BxDxN.shape[0], self.num_heads, -1, x_BxDxN.shape[2])
 
   def __call__(
     self,
@@ -106,13 +116,21 @@ class Attention(nn.Module):
     mask_Bx1xNxM: jax.Array | None = None,
     is_causal: bool = False,
   ) -> jax.Array:
-    q_BxNxD = checkpoint_name(self.query(x_BxNxD), 'query')
-    q_BxNxHxK = q_BxNxD.reshape(*x_BxNxD.shape[:2], self.num_heads, -1)
-    # Batch-length-head-dimension order, logits and softmax in float32.
-    y_BxNxHxK = jax.nn.dot_product_attention(
-      q_BxNxHxK, *keys_values, mask=mask_Bx1xNxM, is_causal=is_causal
-    )
-    return self.out(checkpoint_name(y_BxNxHxK.reshape(x_BxNxD.shape), 'attention'))
+    q_BxHxKxN = self._heads(self.query(x_BxNxD), 'query')
+    k_BxHxKxM, v_BxHxKxM = keys_values
+    # Logits and softmax are float32 under bfloat16.
+    kind = jnp.promote_types(q_BxHxKxN.dtype, jnp.float32)
+    logits_BxHxNxM = jnp.einsum(
+      'bhkn,bhkm->bhnm', q_BxHxKxN, k_BxHxKxM, preferred_element_type=kind
+    ) / math.sqrt(q_BxHxKxN.shape[2])
+    if is_causal:
+      mask_Bx1xNxM = jnp.tril(jnp.ones(logits_BxHxNxM.shape[2:], bool))
+    if mask_Bx1xNxM is not None:
+      logits_BxHxNxM = jnp.where(mask_Bx1xNxM, logits_BxHxNxM, -jnp.inf)
+    p_BxHxNxM = jax.nn.softmax(logits_BxHxNxM).astype(v_BxHxKxM.dtype)
+    y_BxHxKxN = jnp.einsum('bhnm,bhkm->bhkn', p_BxHxNxM, v_BxHxKxM)
+    y_BxDxN = checkpoint_name(y_BxHxKxN.reshape(x_BxNxD.shape[0], self.width, -1), 'attention')
+    return self.out(jnp.swapaxes(y_BxDxN, 1, 2))
 
 
 class MLP(nn.Module):
@@ -204,11 +222,11 @@ class DecoderBlock(nn.Module):
     """The output at position `index` () int32, and the cache with its keys and values added."""
     h = self.norm_self(x_Bx1xD)
     cache = jax.tree.map(
-      lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1),
+      lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=3),
       cache,
       self.self_attention.keys_values(h),
     )
-    seen_M = jnp.arange(cache[0].shape[1]) <= index
+    seen_M = jnp.arange(cache[0].shape[3]) <= index
     x_Bx1xD += self.self_attention(h, cache, seen_M[None, None, None, :])
     return self._cross_and_mlp(x_Bx1xD, text_kv, text_mask_BxT), cache
 
