@@ -220,7 +220,7 @@ def test_accumulated_gradients_equal_the_large_batch(
     accumulating = dataclasses.replace(config, optimizer=optimizer)
     _, (_, other), (other_metrics,) = run(accumulating, random_params(config))
     for name in ('loss', 'mse', 'vlb', 'grad_norm'):
-      np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-6, err_msg=name)
+      np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=3e-6, err_msg=name)
     error = global_norm(jax.tree.map(np.subtract, other.opt_state[0].trace, gradient))
     assert error < 1e-6 * global_norm(gradient)
 
