@@ -179,6 +179,14 @@ class Checkpointer:
       self._pending = None
       _agree(lambda: pending.result() or 0, everywhere=True)
 
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    # After an error in one of several processes the others may never come to `wait`.
+    if kind is None or jax.process_count() == 1:
+      self.close()
+
   def close(self) -> None:
     """Waits as `wait` does, and ends the background thread."""
     try:

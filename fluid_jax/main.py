@@ -7,12 +7,11 @@ import dataclasses
 import json
 import sys
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors
+from fluid_jax import errors, processes
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file in configs/; `file.py:order=raster,tokens=discrete` chooses a variant.'
@@ -21,6 +20,12 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and figures g
 _PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the config as JSON and exit.')
 _VALIDATE_ONLY = flags.DEFINE_bool(
   'validate_only', False, 'Print parameters, FLOPs and bytes and exit, touching no device.'
+)
+_PEER_TIMEOUT_S = flags.DEFINE_integer(
+  # Far more than a busy host or network ever takes, far less than a pod's time is worth.
+  'peer_timeout_s',
+  60,
+  'Seconds after which a process without a sign of life counts as gone.',
 )
 
 
@@ -58,16 +63,10 @@ def main() -> int:
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  try:
-    jax.distributed.initialize()  # finds the others on TPU pods and known clusters
-  except ValueError as error:
-    if 'coordinator_address' not in str(error):  # else there is no cluster: one process
-      raise errors.UserError(
-        f'the processes cannot find each other ({error}): set what JAX asks for.', errors.DEVICES
-      ) from error
-  from fluid_jax import train
+  with processes.joined(_PEER_TIMEOUT_S.value):
+    from fluid_jax import train
 
-  return train.train(config, _WORKDIR.value)
+    return train.train(config, _WORKDIR.value)
 
 
 if __name__ == '__main__':

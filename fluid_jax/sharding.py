@@ -2,11 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -219,17 +220,52 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-  """Global arrays of which this process holds `batch`, its consecutive share of the examples."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Sorted numbers of the rows of a global batch that this process's devices hold.
+
+  Not one consecutive share each: `tensor` may join processes, which then hold the same rows, and
+  the mesh of a torus takes the chips of several hosts in turn.
+  """
+  indices = batch_sharding(mesh).devices_indices_map((batch_size,))
+  process = jax.process_index()
+  rows = [range(batch_size)[i[0]] for d, i in indices.items() if d.process_index == process]
+  return np.unique(np.concatenate(rows))
 
 
-def bytes_per_device(tree: Any) -> int:
-  """Bytes that one device holds of a tree of arrays or shapes with shardings."""
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Global arrays (B, ...) of `batch`, whose arrays hold the rows `local_rows(mesh, B)`."""
+  num_shares = mesh.shape['replica'] * mesh.shape['fsdp']
+  num_local = len(local_rows(mesh, num_shares))
+
+  def put(array: np.ndarray) -> jax.Array:
+    size = len(array) // num_local
+    rows = local_rows(mesh, size * num_shares)
+
+    def shard(index: slice) -> np.ndarray:
+      start = np.searchsorted(rows, index.start or 0)
+      return array[start : start + size]
+
+    shape = (size * num_shares, *array.shape[1:])
+    return _put(shape, batch_sharding(mesh), lambda index: shard(index[0]))
+
+  return {name: put(array) for name, array in batch.items()}
+
+
+def put_replicated(value: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A global array of which every device holds the whole, the same in all processes."""
+  return _put(np.shape(value), NamedSharding(mesh, PartitionSpec()), lambda index: value)
+
+
+def _put(shape: tuple[int, ...], sharding: NamedSharding, shard: Callable[..., Any]) -> jax.Array:
+  """As `jax.make_array_from_callback`, but by transfers that a transfer guard takes for meant."""
+  indices = sharding.addressable_devices_indices_map(shape)
+  shards = jax.device_put([shard(index) for index in indices.values()], list(indices))
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def bytes_per_device(state: Any) -> int:
+  """Bytes that each device holds of a (shape-only) state with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
+    for leaf in jax.tree.leaves(state)
   )

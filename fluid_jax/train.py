@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, errors, flops, metrics, sample, sharding, step
+from fluid_jax import checkpoint, errors, flops, metrics, processes, sample, sharding, step
 from fluid_jax import config as config_lib
-from fluid_jax.data import pipeline
+from fluid_jax.data import pipeline, tasks
 from fluid_jax.encoders import text
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
@@ -34,20 +34,29 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
     UserError: for what the user can mend; what was saved before stays as it is.
   """
   # ---- Programs: what the user can mend is found before the workdir is touched ----
-  is_lead = jax.process_index() == 0
   is_preempted = preemption_signal()
+  workdir = pathlib.Path(workdir)
+  saved_config = json.loads(json.dumps(dataclasses.asdict(config)))
+  if processes.count() > 1:
+    processes.agree(
+      {
+        'config': saved_config,
+        'workdir': str(workdir.absolute()),
+        'code': processes.code_facts(),
+        'data': data_facts(config),
+      }
+    )
+  is_lead = jax.process_index() == 0
   mesh = sharding.make_mesh(config)
   sharding.check_batch(config, mesh)
   program = step.build(config, mesh)
-  open_stream(config, 'validation', shuffle=False).close()
+  open_stream(config, mesh, 'validation', shuffle=False).close()
   sampler = None
   if config.train.sample_prompts:
     text.encode_prompts(config.train.sample_prompts, config.text)
     sampler = sample.Sampler(config)
 
   # ---- Workdir and state ----
-  workdir = pathlib.Path(workdir)
-  saved_config = json.loads(json.dumps(dataclasses.asdict(config)))
   claim_workdir(workdir, saved_config, is_lead)
   checkpointer = checkpoint.Checkpointer(
     workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
@@ -57,14 +66,16 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   start = 0 if restored is None else restored[2]
   num_params = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
   metrics.say(
-    f'{config.name}: {num_params / 1e6:.1f}M parameters on {len(mesh.devices.flat)} '
-    f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}, '
-    f'{jax.process_count()} process(es); {"resuming" if start else "starting"} at step {start}',
+    f'{config.name}: {num_params / 1e6:.1f}M parameters, state of '
+    f'{sharding.bytes_per_device(program.state) / 1e6:,.1f} MB a device; {jax.process_count()} '
+    f'process(es), {mesh.size} {jax.devices()[0].device_kind} device(s), mesh '
+    f'{" x ".join(f"{name} {size}" for name, size in mesh.shape.items())}; '
+    f'{"resuming" if start else "starting"} at step {start}',
     is_lead,
   )
 
   # ---- Data and reporting ----
-  batches = open_stream(config, 'train', start_step=start)
+  batches = open_stream(config, mesh, 'train', start_step=start)
   writer = metrics.Writer(workdir, start, is_lead)
   writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
   flops_per_image = flops.step_flops(config) / config.train.batch_size
@@ -73,7 +84,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
     """Writes a step's figures; reading them waits for the step, so the next is running already."""
     nonlocal last_report
-    values = {f'train/{name}': float(value) for name, value in values.items()}
+    values = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
     line = f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}'
     if step_number > last_report:  # else it is the first step, which compiled
       seconds, data_share = timer.read()
@@ -100,8 +111,10 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   pending = None
   step_number = last_report = start
   exit_code = 0
-  # Whatever happens, what was being saved is finished.
-  with contextlib.closing(writer), contextlib.closing(checkpointer), contextlib.closing(batches):
+  # Whatever happens, what was being saved is finished. Nothing moves between host and device but
+  # where it is said.
+  guard = jax.transfer_guard('disallow')
+  with contextlib.closing(writer), checkpointer, contextlib.closing(batches), guard:
     for step_number in range(start + 1, config.train.num_steps + 1):
       waiting = time.perf_counter()
       batch = next(batches)
@@ -129,11 +142,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
       if is_due(config.train.eval_every):
         writer.scalars(step_number, evaluate(config, program, state, mesh))
       if sampler and is_due(config.train.sample_every):
-        grid = sampler.grid(state.ema_params, config.train.sample_prompts)
+        with jax.transfer_guard('allow'):
+          grid = sampler.grid(state.ema_params, config.train.sample_prompts)
         writer.images(step_number, 'samples', grid)
       if is_saving:
         writer.flush()
-        checkpointer.save(step_number, state, {'step': step_number})
+        with jax.transfer_guard('allow'):
+          checkpointer.save(step_number, state, {'step': step_number})
       timer.pause(time.perf_counter() - pausing)
       if stop:
         exit_code = errors.PREEMPTED
@@ -191,8 +206,22 @@ def preemption_signal() -> Callable[[int], bool]:
   return lambda step_number: bool(received)
 
 
-def open_stream(config: config_lib.Config, split: str, **kwargs: Any) -> pipeline.Stream:
-  """This process's share of the batches of a split of the config's task."""
+def data_facts(config: config_lib.Config) -> dict[str, str]:
+  """For each split its size and a digest of its index; or why it cannot be read here."""
+  facts = {}
+  for split in ('train', 'validation'):
+    try:
+      records = tasks.open_records(tasks.get(config.data.task, config.data.module), split)
+      facts[split] = f'{len(records)} examples with digest {records.digest[:12]}'
+    except errors.UserError as error:  # raised again, where all processes have it
+      facts[split] = str(error)
+  return facts
+
+
+def open_stream(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
+) -> pipeline.Stream:
+  """This process's rows of the batches of a split of the config's task."""
   return pipeline.Stream(
     config.data.task,
     split,
@@ -202,14 +231,13 @@ def open_stream(config: config_lib.Config, split: str, **kwargs: Any) -> pipelin
     text_length=config.text.length,
     languages=config.data.languages,
     module=config.data.module,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
   )
 
 
 def evaluate(
-  config: config_lib.Config, program: step.Program, state: step.TrainState, mesh: Any
+  config: config_lib.Config, program: step.Program, state: step.TrainState, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
   """Loss over the whole validation split, of raw and averaged weights, with standard errors.
 
@@ -219,20 +247,17 @@ def evaluate(
   """
   figures = {}
   sums = {'raw': [], 'ema': []}
-  valid = []
-  batches = open_stream(config, 'validation', shuffle=False)
+  batches = open_stream(config, mesh, 'validation', shuffle=False)
   for index, batch in enumerate(batches):
+    del batch['valid']  # the first num_examples rows of all are
     batch = sharding.put_batch(batch, mesh)
-    first = np.int32(index * config.train.batch_size)
-    is_valid = multihost_utils.process_allgather(batch.pop('valid'), tiled=True)
-    valid.append(np.asarray(is_valid))
+    first = sharding.put_replicated(np.int32(index * config.train.batch_size), mesh)
     for weights, params in (('raw', state.params), ('ema', state.ema_params)):
       sums[weights].append(program.eval_step(params, batch, first))
   batches.close()
-  keep = np.concatenate(valid)
-  for weights, parts in sums.items():
+  for weights, parts in jax.device_get(sums).items():
     parts = {
-      name: np.concatenate([np.asarray(p[name], np.float64) for p in parts])[keep]
+      name: np.concatenate([p[name] for p in parts])[: batches.num_examples].astype(np.float64)
       for name in parts[0]
     }
     count = parts.pop('count_B')

@@ -67,9 +67,9 @@ def permute(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarr
 
 
 class Stream:
-  """Iterator over this process's share of the global batches of a task.
+  """Iterator over this process's rows of the global batches of a task.
 
-  With pictures and text, a batch has (b = batch_size // process_count)
+  With pictures and text, a batch has (b = len(rows))
 
     images: uint8 [b, image_size, image_size, 3], centre-cropped and resized
     text_ids: int32 [b, text_length], ended by EOS, padded with 0
@@ -99,8 +99,7 @@ class Stream:
     languages: tuple[str, ...] = (),
     module: str = '',
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
     """Opens the split; the first batch is that of `start_step`.
@@ -115,26 +114,20 @@ class Stream:
       languages: the languages to draw texts from; all if empty.
       module: the module that registers the task, see `tasks.get`.
       start_step: step of the first batch.
-      process_index: which share of each global batch is ours.
-      process_count: number of shares; must divide batch_size.
+      rows: numbers of the rows of each global batch that are ours; all of them by default.
       shuffle: True for endless epochs, each in its own order and with its own languages; False for
         one epoch in the stored order, with one language per example whatever the seed.
 
     Raises:
       UserError: unknown task, split or language, or languages that leave an example without text.
     """
-    if batch_size % process_count:
-      raise errors.UserError(
-        f'batch size {batch_size} is not divisible by {process_count} processes: change either.'
-      )
     self._task = tasks.get(task_name, module)
     self._records = tasks.open_records(self._task, split)
     self._check_languages(languages)
     self._languages = languages
     self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
     self._image_size, self._text_length = image_size, text_length
-    share = batch_size // process_count
-    self._rows = slice(process_index * share, (process_index + 1) * share)
+    self._rows = np.arange(batch_size) if rows is None else rows
     self.num_examples = len(self._records)
     self.step = start_step
     self._error = None
@@ -194,7 +187,7 @@ class Stream:
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')  # JAX's
-    share = self._rows.stop - self._rows.start
+    share = len(self._rows)
     dataset = tf.data.Dataset.from_generator(
       self._read,
       output_signature={

@@ -64,6 +64,7 @@ class Records:
 
   Attributes:
     keys: the key of each record.
+    digest: SHA-256 of what the index says of these records: files, their SHA-256, keys, languages.
     languages: share of the split's records that have a text in each language.
   """
 
@@ -96,6 +97,8 @@ class Records:
     kept = [i for i, key in enumerate(keys) if select is None or select(key)]
     self.keys = [keys[i] for i in kept]
     self.languages = {name: n / len(keys) for name, n in index['languages'][split].items()}
+    described = json.dumps([shards, self.languages, self.keys])
+    self.digest = hashlib.sha256(described.encode()).hexdigest()
     self._files = [shard['file'] for shard in shards]
     self._shards = np.repeat(np.arange(len(shards)), [len(n) for n in lengths])[kept]
     self._lengths = np.concatenate(lengths)[kept]
