@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def joined(timeout_s: int) -> Iterator[None]:
     timeout_s: seconds without a heartbeat after which a process counts as gone.
 
   Raises:
-    UserError: the processes cannot find each other (exit code 3), or one was lost (134).
+    UserError: the processes cannot find each other (exit code 3).
   """
   _find(timeout_s)
   try:
@@ -53,19 +54,21 @@ def joined(timeout_s: int) -> Iterator[None]:
   except BaseException as error:
     if count() == 1:
       raise
-    if not isinstance(error, errors.UserError) and _IS_LOST.search(str(error)):
-      reason = str(error).splitlines()[0].rstrip('.')
-      error = errors.UserError(
-        f'another process of this run ended or cannot be reached ({reason}): start all of them '
-        'again, and training goes on from the newest checkpoint.',
-        errors.CRASH,
-      )
     # Threads that wait for the others, and JAX's own farewell, would hold this process for minutes.
     code = getattr(error, 'exit_code', errors.CRASH)
+    if not isinstance(error, errors.UserError) and _IS_LOST.search(str(error)):
+      reason = str(error).splitlines()[0].rstrip('.')
+      print(
+        f'error: another process of this run ended or cannot be reached ({reason}): start all of '
+        'them again, and training goes on from the newest checkpoint.',
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(code)
     timer = threading.Timer(_END_TIMEOUT_S, os._exit, [code])
     timer.daemon = True
     timer.start()
-    raise error
+    raise
 
 
 def _find(timeout_s: int) -> None:
