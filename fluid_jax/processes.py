@@ -28,6 +28,7 @@ from fluid_jax import errors
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
 _AGREE_TIMEOUT_S = 300  # as long as JAX waits for the last process to start
+_MEET_TIMEOUT_S = 3600  # for the slowest to compile
 _END_TIMEOUT_S = 10  # for what is the same error in all processes to end them all alike
 # What collectives and the store say of a process that does not answer.
 _IS_LOST = re.compile(r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED')
@@ -121,6 +122,12 @@ def agree(facts: Mapping[str, Any]) -> None:
       'them with the same config, code, packages, data and workdir.',
       errors.MISMATCH,
     )
+
+
+def meet(name: str) -> None:
+  """Returns when all processes have come here; each name serves once in a run."""
+  if count() > 1:
+    distributed.global_state.client.wait_at_barrier(f'fluid_jax/{name}', _MEET_TIMEOUT_S * 1000)
 
 
 def code_facts() -> dict[str, str]:

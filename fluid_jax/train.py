@@ -120,7 +120,11 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
       batch = next(batches)
       timer.add_data(time.perf_counter() - waiting)
       del batch['valid']  # all are, in training
-      state, values = program.train_step(state, sharding.put_batch(batch, mesh))
+      batch = sharding.put_batch(batch, mesh)
+      if step_number == start + 1:
+        program.train_step.lower(state, batch).compile()
+        processes.meet('compiled')  # the first collective of CPUs waits 30 s and no longer
+      state, values = program.train_step(state, batch)
       if pending is not None:
         report(*pending)
         pending = None

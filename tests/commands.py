@@ -4,6 +4,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What XLA compiles for a test runs once or twice: little optimisation, and a cache for all of them.
@@ -15,23 +17,25 @@ _ENVIRONMENT = {
 }
 
 
-def start(*args: object, num_devices: int = 1) -> subprocess.Popen[str]:
-  """Starts `python *args` at the root of the repository, output to pipes."""
-  env = {**os.environ, **_ENVIRONMENT}
+def start(
+  *args: object, num_devices: int = 1, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+  """Starts `python *args` at the root of the repository, output to pipes.
+
+  `env` is added to the environment; `options`, to `subprocess.Popen`, replace what is said here.
+  """
+  env = {**os.environ, **_ENVIRONMENT, **(env or {})}
   env['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={num_devices}'
-  return subprocess.Popen(
-    [sys.executable, *map(str, args)],
-    cwd=ROOT,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+  options = {'cwd': ROOT, 'text': True, **pipes, **options}
+  return subprocess.Popen([sys.executable, *map(str, args)], env=env, **options)
 
 
-def run(*args: object, num_devices: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+  *args: object, num_devices: int = 1, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
   """Runs `python *args` to its end."""
-  process = start(*args, num_devices=num_devices)
+  process = start(*args, num_devices=num_devices, env=env)
   out, err = process.communicate()
   return subprocess.CompletedProcess(args, process.returncode, out, err)
 

@@ -8,6 +8,7 @@ import signal
 import time
 
 import commands
+import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -61,9 +62,7 @@ def events(workdir):
 
 def assert_same(workdir, other, num_steps=NUM_STEPS):
   """Last checkpoint, figures and TensorBoard's steps of two runs are equal, bit for bit."""
-  states = []
-  for path in (workdir, other):
-    states.append(ocp.load_checkpointables(path / f'checkpoints/{num_steps:08d}'))
+  states = [load(path / f'checkpoints/{num_steps:08d}') for path in (workdir, other)]
   assert states[0].keys() == states[1].keys() >= {'params', 'ema_params', 'opt_state', 'step'}
   leaves = [dict(_leaves(state)) for state in states]
   assert leaves[0].keys() == leaves[1].keys()
@@ -73,6 +72,16 @@ def assert_same(workdir, other, num_steps=NUM_STEPS):
   for tag in ('train/loss', 'validation/loss_ema'):
     shown = [[event.step for event in events(path).Tensors(tag)] for path in (workdir, other)]
     assert shown[0] == shown[1] == sorted(set(shown[1]))
+
+
+def load(path):
+  """A checkpoint as Orbax reads it, whatever devices it was saved from."""
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+    ocp.checkpointables_metadata(path).metadata,
+  )
+  return ocp.load_checkpointables(path, abstract)
 
 
 def _leaves(tree, path=''):
@@ -165,6 +174,22 @@ def test_another_config_is_refused_with_the_differences(whole):
   assert done.returncode == errors.MISMATCH
   assert 'was trained with another config (model.depth: 3 -> 4)' in done.stderr
   assert results(whole) == before
+
+
+_TRANSFERS_UNSAID = """
+import sys
+from configs import tiny
+from fluid_jax import config, errors, sharding, train
+
+sharding.put_batch = lambda batch, mesh: batch
+errors.run(lambda: train.train(config.resolve(tiny.get_config().to_dict()), sys.argv[1]))
+"""
+
+
+def test_a_transfer_that_is_not_meant_ends_training(tmp_path):
+  done = commands.run('-c', _TRANSFERS_UNSAID, tmp_path)
+  assert done.returncode == errors.CRASH
+  assert 'Disallowed host-to-device transfer' in done.stderr
 
 
 @pytest.mark.slow
