@@ -9,8 +9,8 @@ from typing import NoReturn
 # Exit codes: 0 done, 42 preempted and saved, 128 and above crash; 1 to 41 are permanent, so that
 # a scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on them.
 CONFIG = 2  # a wrong config, flag or prompt
-DEVICES = 3  # a mesh that does not fit the devices
-MISMATCH = 4  # a checkpoint or workdir of another config
+DEVICES = 3  # a mesh that does not fit the devices, or processes that cannot find each other
+MISMATCH = 4  # a checkpoint, workdir or process of another config
 CORRUPT = 5  # broken or missing data or checkpoint files
 STORAGE = 6  # an unwritable or full disk
 PREEMPTED = 42

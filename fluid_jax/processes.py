@@ -25,7 +25,7 @@ from fluid_jax import config as config_lib
 from fluid_jax import errors
 
 # Of these JAX itself reads only the first.
-VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
 _AGREE_TIMEOUT_S = 300  # as long as JAX waits for the last process to start
 _MEET_TIMEOUT_S = 3600  # for the slowest to compile
@@ -49,8 +49,8 @@ def joined(timeout_s: int) -> Iterator[None]:
   Raises:
     UserError: the processes cannot find each other (exit code 3).
   """
-  _find(timeout_s)
   try:
+    _find(timeout_s)
     yield
   except BaseException as error:
     if count() == 1:
@@ -74,13 +74,13 @@ def joined(timeout_s: int) -> Iterator[None]:
 
 def _find(timeout_s: int) -> None:
   """Finds the other processes by the variables, or by what a TPU pod or Slurm tells JAX."""
-  given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+  given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   try:
-    number, index = (int(given[name]) if name in given else None for name in VARIABLES[1:])
+    number, index = (int(given[name]) if name in given else None for name in _VARIABLES[1:])
     jax.distributed.initialize(
       num_processes=number, process_id=index, heartbeat_timeout_seconds=timeout_s
     )
-  except (IndexError, RuntimeError, ValueError) as error:
+  except (IndexError, ValueError) as error:
     if not given and 'coordinator_address' in str(error):
       return  # there is no cluster: one process
     raise errors.UserError(
