@@ -1,8 +1,8 @@
 """The processes of one run: they find each other, agree, and none waits for one that is gone.
 
 Process 0 serves the others its key-value store and watches their heartbeats. A process that is
-killed or stopped is noticed by the next collective that fails, or for want of heartbeats: JAX then
-aborts the others (exit code 134).
+killed or stopped is noticed by a collective that fails, or for want of heartbeats: JAX then aborts
+the others. Either way they end with exit code 134, and say what to do.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ _MEET_TIMEOUT_S = 3600  # for the slowest to compile
 _END_TIMEOUT_S = 10  # for what is the same error in all processes to end them all alike
 # What collectives and the store say of a process that does not answer.
 _IS_LOST = re.compile(r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED')
+_REMEDY = 'start all of them again, and training goes on from the newest checkpoint.'
 
 
 def count() -> int:
@@ -51,7 +53,8 @@ def joined(timeout_s: int) -> Iterator[None]:
   """
   try:
     _find(timeout_s)
-    yield
+    with _last_words():
+      yield
   except BaseException as error:
     if count() == 1:
       raise
@@ -60,8 +63,7 @@ def joined(timeout_s: int) -> Iterator[None]:
     if not isinstance(error, errors.UserError) and _IS_LOST.search(str(error)):
       reason = str(error).splitlines()[0].rstrip('.')
       print(
-        f'error: another process of this run ended or cannot be reached ({reason}): start all of '
-        'them again, and training goes on from the newest checkpoint.',
+        f'error: another process of this run ended or cannot be reached ({reason}): {_REMEDY}',
         file=sys.stderr,
         flush=True,
       )
@@ -70,6 +72,28 @@ def joined(timeout_s: int) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     raise
+
+
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+  """Has a shell say it if this process is aborted in here, for it cannot do so itself."""
+  if count() == 1:
+    yield
+    return
+  words = (
+    'error: this process was aborted or killed, as when another process of the run ended or '
+    f'cannot be reached: {_REMEDY}'
+  )
+  # It reads a line if all is well; the end of its input comes with the end of this process.
+  shell = subprocess.Popen(
+    ['sh', '-c', 'trap "" TERM; read -r line || echo "$0" >&2', words],
+    stdin=subprocess.PIPE,
+    start_new_session=True,
+  )
+  try:
+    yield
+  finally:
+    shell.communicate(b'\n')
 
 
 def _find(timeout_s: int) -> None:
