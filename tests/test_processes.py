@@ -278,8 +278,8 @@ def _digest(array):
 # ---- A process that ends or hangs ----
 
 SENTENCE = re.compile(
-  r'^error: .*another process .*ended or cannot be reached.*: start all of them again, and training '
-  'goes on from the newest checkpoint.$',
+  r'^error: .*another process .*ended or cannot be reached.*: start all of them again, '
+  'and training goes on from the newest checkpoint.$',
   re.MULTILINE,
 )
 
