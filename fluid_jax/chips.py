@@ -20,7 +20,6 @@ class Chip:
     link_bytes_per_s: one direction of one link to a neighbour, as achieved (Scaling Book, part 2;
       the documentation's figures are a tenth above).
     dcn_bytes_per_s: this chip's share of its host's data-centre network.
-    has_sparse_cores: units that can move data between chips while the matrix units work.
   """
 
   device_kind: str
@@ -29,14 +28,13 @@ class Chip:
   clock_hz: float = 0.0
   link_bytes_per_s: float = 0.0
   dcn_bytes_per_s: float = 0.0
-  has_sparse_cores: bool = False
 
 
 TPUS = {
   'v4': Chip('TPU v4', 275e12, 32 * GIB, 1.05e9, 45e9, 6.25e9),
   'v5e': Chip('TPU v5 lite', 197e12, 16 * GIB, 1.5e9, 45e9, 3.125e9),
-  'v5p': Chip('TPU v5', 459e12, 95 * GIB, 1.75e9, 90e9, 6.25e9, has_sparse_cores=True),
-  'v6e': Chip('TPU v6 lite', 918e12, 32 * GIB, 1.75e9, 90e9, 12.5e9, has_sparse_cores=True),
+  'v5p': Chip('TPU v5', 459e12, 95 * GIB, 1.75e9, 90e9, 6.25e9),
+  'v6e': Chip('TPU v6 lite', 918e12, 32 * GIB, 1.75e9, 90e9, 12.5e9),
 }
 GPUS = (
   Chip('NVIDIA H100', 989e12),
@@ -105,21 +103,26 @@ def closes_into_rings(shape: tuple[int, ...]) -> tuple[bool, ...]:
   return tuple(d == 16 for d in shape)
 
 
-# Sparse cores gather weights and reduce gradients while the matrix units work; without them a step
-# of 10.5B parameters on v5p stands still for the collectives (benchmarks/aot_log.md).
-_SPARSE_CORE_OPTIONS = {
-  'xla_sc_disable_megacore_partitioning': True,
-  'xla_tpu_use_tc_device_shape_on_sc': True,
-  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': False,
-  'xla_tpu_enable_sparse_core_collective_offload_all_gather': True,
-  'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather': True,
-  'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': True,
-  'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter': True,
-  'xla_tpu_enable_sparse_core_collective_offload_all_reduce': True,
+# Of v5p and v6e: sparse cores gather weights and add up gradients while the matrix units work.
+_SPARSE_CORES = {
+  'xla_sc_disable_megacore_partitioning': 'true',
+  'xla_tpu_use_tc_device_shape_on_sc': 'true',
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'false',
+  'xla_tpu_enable_sparse_core_collective_offload_all_gather': 'true',
+  'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather': 'true',
+  'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': 'true',
+  'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter': 'true',
+  'xla_tpu_enable_sparse_core_collective_offload_all_reduce': 'true',
+}
+# The fast memory that one operation may use; the rest holds what comes next. Each option's worth is
+# in benchmarks/aot_log.md.
+_OPTIONS = {
+  'v5p': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
+  'v6e': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '65536'},
 }
 
 
-def compiler_options(device: Any) -> dict[str, bool]:
-  """Options under which the compiler moves data between the chips of a slice while it computes."""
+def compiler_options(device: Any) -> dict[str, str]:
+  """The TPU compiler's options for the jitted programs on such a device; none elsewhere."""
   chip = find(device.device_kind)
-  return dict(_SPARSE_CORE_OPTIONS) if chip and chip.has_sparse_cores else {}
+  return _OPTIONS.get(next((name for name, tpu in TPUS.items() if tpu is chip), ''), {})

@@ -63,7 +63,8 @@ class Model:
   head_width: int = 0  # 0: the decoder's width (facts 1.2)
   num_noise_draws: int = 4  # noise draws per token in the loss (facts 7.4)
   mask_group_size: int = 8  # examples over which mask ratios are stratified
-  remat: str = 'full'  # what the backward pass computes again
+  # what the backward pass computes again of each block: models.fluid.REMAT_POLICIES, or 'none'
+  remat: str = 'minimal'
   dtype: str = 'bfloat16'  # of the computation; parameters are float32
   # 'int8': in training, the projections and MLPs of decoder and aligner multiply 8-bit integers,
   # forwards and backwards (qwix; extra [int8])

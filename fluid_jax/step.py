@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import chips, errors, optim, sharding
 from fluid_jax import config as config_lib
@@ -103,6 +103,29 @@ def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -
   return model.init(key, tokens, text_in, mask_BxT, method=losses)['params']
 
 
+def state_shapes(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state; moments and averages lie as their parameters do."""
+  model = make_model(config)
+  boxed = jax.eval_shape(lambda: init_params(config, model, jax.random.key(0)))
+  by_param = sharding.param_shardings(config, mesh, boxed)
+  shapes = jax.eval_shape(lambda: _init(config, model))
+  shardings = sharding.like_params(shapes.params, by_param, shapes)
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+  )
+
+
+def _init(config: config_lib.Config, model: fluid.Fluid) -> TrainState:
+  params = nn.unbox(init_params(config, model, jax.random.key(config.train.seed)))
+  return TrainState(
+    step=jnp.int32(0),
+    num_skipped=jnp.int32(0),
+    params=params,
+    ema_params=jax.tree.map(jnp.copy, params),
+    opt_state=optim.make_optimizer(config).init(params),
+  )
+
+
 def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of a global batch (see `data.pipeline.Stream`)."""
   image, text, by_example = config.image, config.text, sharding.batch_sharding(mesh)
@@ -144,7 +167,7 @@ def sampler_shapes(config: config_lib.Config, mesh: Mesh) -> tuple[Any, ...]:
   mask = jax.ShapeDtypeStruct(text_in.shape[:2], bool, sharding=text_in.sharding)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.train.batch_size))
   keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=text_in.sharding)
-  return build(config, mesh).state.params, text_in, mask, keys
+  return state_shapes(config, mesh).params, text_in, mask, keys
 
 
 def text_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -174,16 +197,6 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')
     by_part = trained.apply({'params': params}, tokens, *text_inputs(batch), draws, method='losses')
     return by_part, draws['mask_BxL']
-
-  def init() -> TrainState:
-    params = nn.unbox(init_params(config, model, jax.random.key(config.train.seed)))
-    return TrainState(
-      step=jnp.int32(0),
-      num_skipped=jnp.int32(0),
-      params=params,
-      ema_params=jax.tree.map(jnp.copy, params),
-      opt_state=optimizer.init(params),
-    )
 
   def loss_sum(params, batch, key, example_B):
     by_part, mask_BxL = losses(params, batch, key, example_B, config.text.drop_rate)
@@ -248,15 +261,13 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     sums = {f'{name}_B': loss_BxL.sum(1) for name, loss_BxL in by_part.items()}
     return {**sums, 'count_B': mask_BxL.sum(1)}
 
-  boxed_params = jax.eval_shape(lambda: init_params(config, model, jax.random.key(0)))
-  by_param = sharding.param_shardings(config, mesh, boxed_params)
-  shapes = jax.eval_shape(init)
-  shardings = sharding.like_params(shapes.params, by_param, shapes)
+  state = state_shapes(config, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   replicated = NamedSharding(mesh, PartitionSpec())
   by_example = sharding.batch_sharding(mesh)
   compiler_options = chips.compiler_options(mesh.devices.flat[0])
   return Program(
-    init=jax.jit(init, out_shardings=shardings),
+    init=jax.jit(lambda: _init(config, model), out_shardings=shardings),
     train_step=jax.jit(
       train_step,
       in_shardings=(shardings, by_example),
@@ -270,8 +281,6 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
       out_shardings=replicated,
       compiler_options=compiler_options,
     ),
-    state=jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-    ),
+    state=state,
     model=model,
   )

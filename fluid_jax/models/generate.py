@@ -126,9 +126,7 @@ def generate(
       token = draw_at(z_Bx1xD, positions_Bx1, step['guidance_scale'])
       return (put(drawn, positions_Bx1, token, step['step']), token, caches), None
 
-    caches = jax.tree.map(
-      lambda kv: jnp.zeros((*kv.shape[:-1], num_tokens), kv.dtype), text_kv
-    )
+    caches = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:-1], num_tokens), kv.dtype), text_kv)
     (drawn, _, _), _ = jax.lax.scan(
       raster_step, ((tokens, drawn_at_BxL), tokens[:, :1], caches), steps
     )

@@ -1,0 +1,114 @@
+"""What is read out of compiled programs: products, trip counts, groups, and the timeline."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluid_jax import hlo
+
+# A schedule by hand. Each trip of the loop gathers 4 MB while 1,000 of its 1,500 cycles compute.
+PROGRAM = """
+HloModule step, is_scheduled=true
+
+%gather (p.1: bf16[1024,256]) -> bf16[1024,2048] {
+  %p.1 = bf16[1024,256]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[1024,2048]{1,0} all-gather(%p.1), replica_groups=[2,8]<=[16], dimensions={1}
+}, execution_thread="sparsecore"
+
+%product (a: bf16[64,1024], b: bf16[1024,2048]) -> bf16[64,2048] {
+  %a = bf16[64,1024]{1,0} parameter(0)
+  %b = bf16[1024,2048]{1,0} parameter(1)
+  ROOT %convolution.1 = bf16[64,2048]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%condition (state.1: (s32[], bf16[64,1024])) -> pred[] {
+  %limit = s32[] constant(12)
+  %state.1 = (s32[], bf16[64,1024]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state.2: (s32[], bf16[64,1024])) -> (s32[], bf16[64,1024]) {
+  %state.2 = (s32[], bf16[64,1024]{1,0}) parameter(0)
+  %shard = bf16[1024,256]{1,0} fusion(%state.2), kind=kLoop, calls=%product, backend_config={"estimated_cycles":"500"}
+  %start.1 = ((bf16[1024,256]{1,0}), bf16[1024,2048]{1,0}) call-start(%shard), to_apply=%gather
+  %other = bf16[64,2048]{1,0} fusion(%shard), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"1000"}
+  %done.1 = bf16[1024,2048]{1,0} call-done(%start.1)
+  ROOT %next = (s32[], bf16[64,1024]{1,0}) tuple(%state.2, %other)
+}
+
+ENTRY %main (x: bf16[64,1024]) -> bf16[64,1024] {
+  %x = bf16[64,1024]{1,0} parameter(0)
+  %loop = (s32[], bf16[64,1024]{1,0}) while(%x), condition=%condition, body=%body
+  %sum = f32[1000]{0} all-reduce(%loop), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%condition
+  ROOT %last = bf16[64,1024]{1,0} copy(%loop), backend_config={"estimated_cycles":"2000"}
+}
+"""  # noqa: E501
+
+
+def test_a_timeline_multiplies_loops_out_and_hides_what_computes_beside():
+  program = hlo.parse(PROGRAM)
+  # 12 trips of two products of 2 x 64 x 1024 x 2048.
+  assert hlo.flops(program) == 12 * 2 * (2 * 64 * 1024 * 2048)
+  seen = []
+
+  def seconds(kind, size, groups):
+    seen.append((kind, size, groups.shape))
+    return {'all-gather': 1.25e-6, 'all-reduce': 3e-6}[kind]
+
+  line = hlo.timeline(program, 1e9, seconds)
+  assert seen == [('all-gather', 1024 * 2048 * 2, (2, 8)), ('all-reduce', 4000, (2, 4))]
+  assert line.compute_seconds == pytest.approx(12 * 1.5e-6 + 2e-6)
+  gather, reduce = line.collectives['all-gather'], line.collectives['all-reduce']
+  assert (gather.count, gather.asynchronous) == (12, 12)
+  assert gather.bytes == 12 * 1024 * 2048 * 2
+  assert gather.exposed_seconds == pytest.approx(12 * 0.25e-6)  # 1.25 less the 1.0 beside it
+  assert (reduce.count, reduce.asynchronous) == (1, 0)
+  assert reduce.exposed_seconds == pytest.approx(3e-6)
+  assert line.seconds == pytest.approx(12 * 1.75e-6 + 2e-6 + 3e-6)
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('replica_groups={{0,2},{1,3}}, x=1', [[0, 2], [1, 3]]),
+    ('replica_groups=[2,2]<=[4], x=1', [[0, 1], [2, 3]]),
+    ('replica_groups=[2,2]<=[2,2]T(1,0), x=1', [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x=1", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x=1", [[0, 2], [1, 3]]),
+    (
+      "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}, x=1",
+      [[0, 1], [2, 3]],
+    ),
+    ('replica_groups={}, x=1', None),
+  ],
+)
+def test_groups_of_devices_are_read_in_every_way_that_they_are_written(text, expected):
+  found = hlo.device_groups(text)
+  assert (found is None) if expected is None else (np.sort(found).tolist() == expected)
+
+
+def test_products_and_loops_of_a_real_program_are_counted():
+  """XLA's own text for this CPU: a scan of 5 steps, each one product."""
+
+  def run(x, w_Kx8x8):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_Kx8x8)[0]
+
+  compiled = jax.jit(run).lower(jnp.ones((4, 8)), jnp.ones((5, 8, 8))).compile()
+  assert hlo.flops(hlo.parse(compiled.as_text())) == 5 * 2 * 4 * 8 * 8
+
+
+def test_windows_that_reach_beyond_their_input_count_what_meets():
+  """TPU programs write batched products as convolutions over a padded or spread axis."""
+  line = hlo.parse(
+    """
+ENTRY %main (a: f32[8,64,256], b: f32[8,64,128]) -> f32[8,256,128] {
+  %a = f32[8,64,256]{2,1,0} parameter(0)
+  %b = f32[8,64,128]{2,1,0} parameter(1)
+  ROOT %c = f32[8,256,128]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0fb_0io->0bf
+}
+"""  # noqa: E501
+  )
+  # Eight pictures, each 256 x 128 dot products of 64: a window of 8 spread by 8 meets one each.
+  assert hlo.flops(line) == 2 * 8 * 256 * 128 * 64

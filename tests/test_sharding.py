@@ -1,0 +1,147 @@
+"""Where arrays lie: golden tables of every size, the guard, meshes, and optimizer states.
+
+`UPDATE_GOLDEN=1 python -m pytest tests/test_sharding.py` rewrites tests/golden/sharding_*.txt.
+"""
+
+import dataclasses
+import importlib
+import math
+import os
+import pathlib
+import types
+
+import jax
+import optax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors, sharding, step
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+SIZES = ('150m', '369m', '665m', '1b', '3b', '10b')
+MESHES = {'fsdp': (4, 64, 1), 'fsdp_tensor': (1, 64, 4), 'multislice': (2, 32, 4)}
+
+
+def state_of(config, shape):
+  """The state's shapes with shardings, over a mesh that needs no devices."""
+  return step.state_shapes(config, AbstractMesh(shape, sharding.AXES))
+
+
+def table(config, shape):
+  """One line a parameter: path, shape, spec, and bytes on one device."""
+  state = state_of(config, shape)
+  lines = [
+    f'{config.name}, preset {config.mesh.preset}, mesh {dict(zip(sharding.AXES, shape, strict=True))}'
+  ]
+  for path, leaf in jax.tree.leaves_with_path(state.params):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    spec = ', '.join(str(axis or '-') for axis in leaf.sharding.spec)
+    local = 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    lines.append(f'{name:<48}{leaf.shape!s:<20}{spec:<20}{local:>12,}')
+  lines.append(f'parameters {sharding.bytes_per_device(state.params):,} bytes a device')
+  lines.append(f'state {sharding.bytes_per_device(state):,} bytes a device')
+  return '\n'.join(lines) + '\n'
+
+
+def paper_config(size, preset='fsdp', **optimizer):
+  values = importlib.import_module(f'configs.fluid_{size}').get_config().to_dict()
+  values['mesh']['preset'] = preset
+  values['optimizer'] |= optimizer
+  return config_lib.resolve(values)
+
+
+@pytest.mark.parametrize('preset', MESHES)
+@pytest.mark.parametrize('size', SIZES)
+def test_every_parameter_lies_as_the_golden_table_says(size, preset):
+  path = GOLDEN / f'sharding_{size}_{preset}.txt'
+  found = table(paper_config(size, preset), MESHES[preset])
+  if 'UPDATE_GOLDEN' in os.environ:
+    path.write_text(found)
+  assert found == path.read_text()
+
+
+@pytest.mark.parametrize('preset', MESHES)
+def test_moments_and_averages_lie_as_their_parameters(preset):
+  state = state_of(paper_config('10b', preset), MESHES[preset])
+  adam = state.opt_state[1]
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+  for tree in (state.ema_params, adam.mu, adam.nu):
+    assert jax.tree.map(lambda leaf: leaf.sharding, tree) == shardings
+  # Four copies of float32, and two counts.
+  whole = 4 * sharding.bytes_per_device(state.params)
+  assert whole < sharding.bytes_per_device(state) < whole + 64
+
+
+def test_adafactor_keeps_means_that_lie_as_what_is_left_of_their_parameters():
+  state = state_of(paper_config('10b', 'fsdp_tensor', name='adafactor'), (1, 64, 4))
+  factored = state.opt_state[1]
+  assert isinstance(factored, optax.FactoredState)
+  # (33, 4096, 16384), embed x mlp: the row means lack the longest side, the column means the other.
+  wi = [tree['blocks']['mlp']['wi']['kernel'] for tree in (factored.v_row, factored.v_col)]
+  assert [leaf.shape for leaf in wi] == [(33, 4096), (33, 16384)]
+  assert [leaf.sharding.spec for leaf in wi] == [
+    PartitionSpec(None, 'fsdp'),
+    PartitionSpec(None, 'tensor'),
+  ]
+  # A square kernel: which mean is which shows in the name alone.
+  last = [tree['last_block']['self_attention'] for tree in (factored.v_row, factored.v_col)]
+  query = [attention['query']['kernel'] for attention in last]
+  assert [leaf.sharding.spec for leaf in query] == [PartitionSpec('fsdp'), PartitionSpec('tensor')]
+  # Parameters and average, and little for the rest, most of it the vectors' second moments.
+  whole = 2 * sharding.bytes_per_device(state.params)
+  assert whole < sharding.bytes_per_device(state) < 1.05 * whole
+
+
+def test_parameters_that_lie_whole_by_accident_are_named():
+  with pytest.raises(errors.UserError) as caught:
+    state_of(paper_config('150m'), (1, 100, 1))  # 768 / 100
+  message = str(caught.value)
+  assert '100% of the parameters' in message
+  assert 'fsdp=100' in message
+  assert 'blocks/mlp/wi/kernel' in message
+  state_of(paper_config('150m'), (1, 96, 1))  # 768 / 96
+
+
+def fake_devices(shape, num_slices=1):
+  """Chips of tori, as far as the choice of a mesh looks at them."""
+  return [
+    types.SimpleNamespace(coords=coords, slice_index=index)
+    for index in range(num_slices)
+    for coords in [
+      (x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])
+    ]
+  ]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'num_slices', 'asked', 'expected'),
+  [
+    ((4, 8, 8), 1, {}, (4, 64, 1)),  # the shortest side holds copies
+    ((8, 8, 8), 1, {}, (8, 64, 1)),
+    ((16, 16, 1), 1, {}, (1, 256, 1)),
+    ((4, 4, 8), 2, {}, (8, 32, 1)),  # two slices, four parts of each
+    ((4, 8, 8), 1, {'fsdp': 16}, (16, 16, 1)),
+    ((4, 8, 8), 1, {'replica': 2}, (2, 128, 1)),
+    ((4, 8, 8), 1, {'tensor': 4}, (1, 64, 4)),
+    ((4, 8, 8), 1, {'replica': 8, 'fsdp': 32}, (8, 32, 1)),
+  ],
+)
+def test_a_mesh_is_completed_to_suit_the_torus(shape, num_slices, asked, expected):
+  mesh = config_lib.Mesh(**asked)
+  assert sharding.mesh_shape(mesh, fake_devices(shape, num_slices), num_slices) == expected
+
+
+@pytest.mark.parametrize(
+  ('asked', 'complaint'),
+  [
+    ({'replica': 3}, 'asks for'),
+    ({'fsdp': 5, 'replica': 1}, 'asks for 5 devices but there are 1'),
+    ({'tensor': 1, 'replica': 2, 'fsdp': 2}, 'asks for 4 devices'),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(make_config, asked, complaint):
+  config = make_config()
+  config = dataclasses.replace(config, mesh=config_lib.Mesh(**asked))
+  with pytest.raises(errors.UserError, match=complaint):
+    sharding.make_mesh(config, jax.devices()[:1])
