@@ -31,9 +31,8 @@ def state_of(config, shape):
 def table(config, shape):
   """One line a parameter: path, shape, spec, and bytes on one device."""
   state = state_of(config, shape)
-  lines = [
-    f'{config.name}, preset {config.mesh.preset}, mesh {dict(zip(sharding.AXES, shape, strict=True))}'
-  ]
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  lines = [f'{config.name}, preset {config.mesh.preset}, mesh {sizes}']
   for path, leaf in jax.tree.leaves_with_path(state.params):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     spec = ', '.join(str(axis or '-') for axis in leaf.sharding.spec)
