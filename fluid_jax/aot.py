@@ -268,9 +268,14 @@ def describe(facts: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def save(compiled: jax.stages.Compiled, path: str) -> None:
+def save(compiled: jax.stages.Compiled, path: str | os.PathLike[str]) -> None:
   """Keeps an executable for `load`."""
   pathlib.Path(path).write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+
+
+def load(path: str | os.PathLike[str]) -> jax.stages.Compiled:
+  """What `save` kept, on devices like those that it was compiled for; never load a stranger's."""
+  return serialize_executable.deserialize_and_load(*pickle.loads(pathlib.Path(path).read_bytes()))
 
 
 def layouts(config: config_lib.Config) -> list[config_lib.Config]:

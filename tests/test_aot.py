@@ -1,0 +1,138 @@
+"""Compiling for TPUs on this machine: the command, its refusals, and the paper's sizes."""
+
+import importlib.util
+import json
+import math
+
+import commands
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from fluid_jax import chips
+
+pytestmark = pytest.mark.aot
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs the extra [tpu]'
+)
+
+
+def aot(*flags):
+  return commands.run('-m', 'fluid_jax.aot', *flags)
+
+
+def compile_one(*flags):
+  done = aot('--json', *flags)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('size', 'topology', 'mesh'),
+  [
+    ('150m', 'v5e-256', {'replica': 256, 'fsdp': 1, 'tensor': 1}),
+    ('10b', 'v5p-512', {'replica': 4, 'fsdp': 64, 'tensor': 1}),
+  ],
+)
+def test_a_paper_size_fits_and_computes_what_we_count(size, topology, mesh):
+  flags = ['--fast', f'--config=configs/fluid_{size}.py', f'--topology={topology}']
+  if size == '150m':
+    flags.append('--mesh=replica=256,fsdp=1')
+  report, text = compile_one(*flags)
+  assert report['mesh'] == mesh
+  assert report['chips'] == 256
+  assert report['fits']
+  held = sum(report[f'{kind}_bytes'] for kind in ('argument', 'temporary', 'output', 'code'))
+  assert report['peak_bytes_per_device'] == held < 0.95 * report['hbm_bytes']
+  # The state alone is 16 bytes a parameter, split over fsdp.
+  params = {'150m': 170.9e6, '10b': 10_676e6}[size]
+  assert report['argument_bytes'] == pytest.approx(16 * params / mesh['fsdp'], rel=0.05)
+  assert report['flops_difference'] == pytest.approx(0, abs=0.02)
+  assert report['compiler_tflops_per_step'] > report['model_tflops_per_step']
+  assert 'estimated_mfu' not in report  # cycles mean nothing with so little optimisation
+  kinds = report['collectives']
+  if size == '10b':
+    # Weights are gathered in 16 bits forwards and backwards, gradients reduced into their shards.
+    stack = 2 * params
+    assert 1.5 * stack < kinds['all-gather']['bytes'] < 2.2 * stack
+    assert 0.8 * stack < kinds['reduce-scatter']['bytes'] < 1.2 * stack
+    assert kinds['all-gather']['asynchronous'] > 0.9 * kinds['all-gather']['count']
+    # What all chips add up whole is vectors and the copies' shards, not gradients.
+    assert kinds['all-reduce']['bytes'] < 0.05 * stack
+  else:
+    assert set(kinds) == {'all-reduce'}
+  assert 'fits' in text
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_layouts_are_compared_and_an_executable_is_kept(tmp_path):
+  small = ['--config=configs/tiny.py', '--topology=v5e-4', '--fast', '--config.train.batch_size=32']
+  done = aot(*small, '--mesh=fsdp=4', '--mesh=replica=4,fsdp=1', '--mesh=fsdp=3', '--json')
+  assert done.returncode == 0, done.stderr[-3000:]
+  reports = json.loads(done.stdout.splitlines()[-1])
+  assert sorted(report['mesh']['fsdp'] for report in reports) == [1, 4]
+  assert 'left out: mesh replica=1 x fsdp=3' in done.stderr
+  path = tmp_path / 'step.bin'
+  report, _ = compile_one(*small, '--mesh=fsdp=4', f'--save={path}')
+  assert report['fits']
+  assert path.stat().st_size > 100_000  # to load it takes the chips
+
+
+def test_a_kept_executable_computes_the_same(tmp_path):
+  from fluid_jax import aot as module
+
+  state = optax.EmptyState(), {'w': jnp.arange(3.0)}
+  compiled = jax.jit(lambda s, x: (s[0], {'w': s[1]['w'] * x})).lower(state, 2.0).compile()
+  module.save(compiled, tmp_path / 'step.bin')
+  _, loaded = module.load(tmp_path / 'step.bin')(state, 2.0)
+  assert loaded['w'].tolist() == [0.0, 2.0, 4.0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ('flags', 'complaint', 'code'),
+  [
+    (['--config=configs/tiny.py'], '--topology is missing', 2),
+    (['--config=configs/tiny.py', '--topology=v9-4'], "'v9-4' is no TPU topology known here", 2),
+    (['--config=configs/tiny.py', '--topology=v5p-7'], 'is not a usual slice', 2),
+    (['--config=configs/tiny.py', '--topology=v5e:4x4x4'], 'v5e has 2 axes', 2),
+    (['--config=configs/tiny.py', '--topology=v5e-4', '--mesh=fsdp=3'], 'there are 4', 3),
+    (['--config=configs/tiny.py', '--topology=v5e-4', '--mesh=pipeline=3'], 'write sizes of', 2),
+    (
+      ['--config=configs/tiny.py', '--topology=v5e-4', '--mesh=fsdp=2,tensor=2'],
+      "preset 'fsdp' splits nothing",
+      3,
+    ),
+    (['--config=configs/tiny.py', '--topology=v5e-8'], 'cannot share evenly', 3),
+  ],
+)
+def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, complaint, code):
+  done = aot(*flags)
+  assert done.returncode == code, done.stderr[-2000:]
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith('error: ')
+  assert complaint in last
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('name', 'generation', 'shape'),
+  [
+    ('v5p-512', 'v5p', (4, 8, 8)),
+    ('v5p-128', 'v5p', (4, 4, 4)),
+    ('v4-128', 'v4', (4, 4, 4)),
+    ('v5e-256', 'v5e', (16, 16)),
+    ('v6e-256', 'v6e', (16, 16)),
+    ('v5p:16x20x28', 'v5p', (16, 20, 28)),
+    ('v6e:2x4', 'v6e', (2, 4)),
+  ],
+)
+def test_slices_have_the_shapes_of_the_documentation(name, generation, shape):
+  assert chips.slice_shape(name) == (generation, shape)
+  assert math.prod(shape) > 0
+  # Only whole cubes of a 3-D torus close into rings, and only full sides of a flat one.
+  assert all(chips.closes_into_rings(shape)) == (name not in ('v6e:2x4',))
