@@ -44,6 +44,6 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'int8': ['qwix>=0.1.8'],
     't5x': ['t5x @ git+https://github.com/google-research/t5x'],
-    'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'ruff>=0.17', 'scikit-image>=0.26'],
+    'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'qwix>=0.1.8', 'ruff>=0.17', 'scikit-image>=0.26'],
   },
 )

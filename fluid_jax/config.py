@@ -107,7 +107,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  preset: str = 'fsdp'  # which logical axes are split over which mesh axes: sharding.PRESETS
+  preset: str = 'fsdp_tensor'  # which logical axes are split over which mesh axes: sharding.PRESETS
   # data parallel, parameters whole; -1: the slices, and the shortest side of a 3-D torus
   replica: int = -1
   fsdp: int = -1  # data parallel, parameters split; -1: all devices left

@@ -151,7 +151,7 @@ def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) ->
       for axis, size in zip(wanted, leaf.shape, strict=True)
     ]
     lost = {axis for axis in wanted if axis and axis not in axes and mesh.shape[axis] > 1}
-    if lost:
+    if 'fsdp' in lost or (lost and not any(axes)):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       accidents[name] = leaf.size, f'{min(lost)}={mesh.shape[min(lost)]}'
     return NamedSharding(mesh, PartitionSpec(*axes))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,31 @@ def test_adamw_and_clipping_equal_the_reference(make_config):
     for name in shapes:
       np.testing.assert_allclose(ours['layer'][name], params[name], rtol=1e-9)
   assert min(norms) < 2 < max(norms)
+
+
+@pytest.mark.usefixtures('x64')
+def test_adafactor_equals_shazeer_and_stern(make_config):
+  settings = {'optimizer.name': 'adafactor', 'optimizer.clip_norm': 1e9, 'optimizer.b1': 0.0}
+  config = make_config({**settings, 'optimizer.warmup_steps': 2, 'optimizer.weight_decay': 0.1})
+  rate = optim.make_schedule(config)
+  optimizer = optim.make_optimizer(config)
+  rng = np.random.default_rng(0)
+  ours = {'layer': {'kernel': rng.normal(size=(130, 128))}}  # factored from sides of 128 on
+  expected = ours['layer']['kernel']
+  state = optimizer.init(ours)
+  row, column = np.zeros(128), np.zeros(130)
+  for t in range(1, 5):
+    gradient = rng.normal(size=expected.shape) * 10.0**t
+    updates, state = optimizer.update({'layer': {'kernel': gradient}}, state, ours)
+    ours = optax.apply_updates(ours, updates)
+    decay = 1 - t**-0.8
+    square = gradient**2 + 1e-30
+    row = decay * row + (1 - decay) * square.mean(0)
+    column = decay * column + (1 - decay) * square.mean(1)
+    update = gradient / np.sqrt(np.outer(column, row) / row.mean())
+    update /= max(1, np.sqrt((update**2).mean()))
+    expected = expected - float(rate(t - 1)) * (update + 0.1 * expected)
+    np.testing.assert_allclose(ours['layer']['kernel'], expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.usefixtures('x64')
@@ -239,3 +265,22 @@ def test_validation_loss_depends_on_the_example_and_its_index_alone(config, five
   # At another index an example has another mask and other noise.
   others = jax.device_get(program.eval_step(params, batch, 8))
   assert (others['loss_B'] != sums['loss_B']).all()
+
+
+def test_eight_bit_products_of_the_trunk_train_the_same_parameters(config, random_params):
+  params = random_params(config)
+  model = dataclasses.replace(config.model, quantization='int8')
+  quantized = dataclasses.replace(config, model=model)
+  program = step.build(quantized, sharding.make_mesh(quantized, jax.devices()[:1]))
+  text = str(program.train_step.trace(program.state, make_batch(config)).jaxpr)
+  # Each kernel of the trunk multiplies integers forwards, and twice backwards: 4 projections of an
+  # attention and 2 layers of an MLP; an aligner block has 6 kernels, a decoder block 10.
+  integers = re.findall(r'i32\[[^\]]*\] = dot_general', text)
+  assert len(integers) == 3 * (6 + 10 + 10)
+  _, (_, exact), (metrics,) = run(config, params)
+  _, (_, coarse), (coarse_metrics,) = run(quantized, params)
+  assert coarse_metrics['loss'] != metrics['loss']
+  np.testing.assert_allclose(coarse_metrics['loss'], metrics['loss'], rtol=0.05)
+  ours, theirs = coarse.opt_state[1].mu, exact.opt_state[1].mu
+  error = global_norm(jax.tree.map(np.subtract, ours, theirs))
+  assert 0 < error < 0.1 * global_norm(theirs)

@@ -154,6 +154,7 @@ def test_processes_that_differ_are_refused_with_the_differences(launch, tmp_path
 # ---- Rows ----
 
 
+@pytest.mark.aot
 def test_rows_are_those_of_the_devices_of_a_host_on_a_torus(monkeypatch):
   pytest.importorskip('libtpu')
   from jax.experimental import mesh_utils, topologies

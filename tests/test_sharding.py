@@ -43,7 +43,7 @@ def table(config, shape):
   return '\n'.join(lines) + '\n'
 
 
-def paper_config(size, preset='fsdp', **optimizer):
+def paper_config(size, preset='fsdp_tensor', **optimizer):
   values = importlib.import_module(f'configs.fluid_{size}').get_config().to_dict()
   values['mesh']['preset'] = preset
   values['optimizer'] |= optimizer
