@@ -49,6 +49,7 @@ _REMAT = flags.DEFINE_list('remat', None, 'Values of model.remat to compare.')
 _WHAT = flags.DEFINE_enum('what', 'train', ['train', 'sample'], 'The program to compile.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object (a list of several) at the end.')
 _SAVE = flags.DEFINE_string('save', None, 'Where to keep the executable (of a single layout).')
+_HLO = flags.DEFINE_string('hlo', None, "Where to keep the schedule's text (of a single layout).")
 _FAST = flags.DEFINE_bool(
   'fast', False, 'Optimise little: fit and FLOPs in a third of the time, but no time estimate.'
 )
@@ -313,8 +314,8 @@ def run() -> int:
   if _FAST.value:
     jax.config.update('jax_optimization_level', 'O1')
   every = [(c, topology) for topology in _TOPOLOGY.value for c in layouts(config)]
-  if _SAVE.value and len(every) > 1:
-    raise errors.UserError('--save keeps one executable: ask for a single layout.')
+  if (_SAVE.value or _HLO.value) and len(every) > 1:
+    raise errors.UserError('--save and --hlo keep one program: ask for a single layout.')
   reports = []
   for number, (layout, topology) in enumerate(every, 1):
     print(f'compiling {number} of {len(every)} ...', file=sys.stderr, flush=True)
@@ -329,6 +330,8 @@ def run() -> int:
     print(describe(facts), flush=True)
     if _SAVE.value and compiled is not None:
       save(compiled, _SAVE.value)
+    if _HLO.value and compiled is not None:
+      pathlib.Path(_HLO.value).write_text(compiled.as_text())
   if len(every) > 1:
     reports.sort(key=lambda r: (not r['fits'], r.get('estimated_step_seconds', 0.0)))
     print('\nbest first, those that do not fit last:')

@@ -285,19 +285,19 @@ def _collective(
   # Without sparse cores a gather is a fusion that starts it, products whose fusions carry it on
   # (compute like any other), and a fusion that ends it. A reduce-scatter is a fusion around an
   # all-reduce.
-  if '"emitter":"AsyncCollectiveDone"' in instruction.rest:
+  inner = [i for called in instruction.called for i in program.computations.get(called, ())]
+  if any('custom_call_target="AsyncCollectiveDone"' in i.rest for i in inner):
     return 'done', None
   if opcode == 'fusion' and instruction.cycles:
     return '', None
-  for called in instruction.called:
-    for inner in program.computations.get(called, ()):
-      kind = inner.opcode.removesuffix('-start')
-      if kind in KINDS:
-        size = _whole_bytes(kind, inner)
-        starts = opcode == 'call-start' or '"emitter":"AsyncCollectiveStart"' in instruction.rest
-        if opcode == 'fusion' and kind == 'all-reduce':
-          kind = 'reduce-scatter'
-        return ('start' if starts else 'whole'), (kind, size, device_groups(inner.rest))
+  starts = any('custom_call_target="AsyncCollectiveStart"' in i.rest for i in inner)
+  for part in inner:
+    kind = part.opcode.removesuffix('-start')
+    if kind in KINDS:
+      whole = _whole_bytes(kind, part), device_groups(part.rest)
+      if opcode == 'fusion' and kind == 'all-reduce':
+        kind = 'reduce-scatter'
+      return ('start' if starts or opcode == 'call-start' else 'whole'), (kind, *whole)
   return '', None
 
 

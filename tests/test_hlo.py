@@ -69,6 +69,53 @@ def test_a_timeline_multiplies_loops_out_and_hides_what_computes_beside():
   assert line.seconds == pytest.approx(12 * 1.75e-6 + 2e-6 + 3e-6)
 
 
+# Without sparse cores: fusions start a gather, carry it on beside a product, and end it.
+FUSED = """
+%start (p.1: f32[4]) -> (f32[4], f32[32]) {
+  %p.1 = f32[4]{0} parameter(0)
+  %all-gather.1 = f32[32]{0} all-gather(%p.1), replica_groups=[2,8]<=[16], dimensions={0}
+  ROOT %custom.1 = (f32[4]{0}, f32[32]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry (p.2: f32[32]) -> f32[32] {
+  %p.2 = f32[32]{0} parameter(0)
+  ROOT %all-gather.2 = f32[32]{0} all-gather(%p.2), replica_groups=[2,8]<=[16], dimensions={0}
+}
+
+%end (p.3: f32[32]) -> f32[32] {
+  %p.3 = f32[32]{0} parameter(0)
+  %all-gather.3 = f32[32]{0} all-gather(%p.3), replica_groups=[2,8]<=[16], dimensions={0}
+  ROOT %custom.3 = f32[32]{0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%scatter (p.4: f32[32]) -> f32[4] {
+  %p.4 = f32[32]{0} parameter(0)
+  %all-reduce.1 = f32[32]{0} all-reduce(%p.4), replica_groups=[2,8]<=[16], to_apply=%carry
+  ROOT %slice.1 = f32[4]{0} slice(%all-reduce.1), slice={[0:4]}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %begun = (f32[4]{0}, f32[32]{0}) fusion(%x), kind=kCustom, calls=%start
+  %piece = f32[32]{0} get-tuple-element(%begun), index=1
+  %beside = f32[32]{0} fusion(%piece), kind=kOutput, calls=%carry, backend_config={"estimated_cycles":"700"}
+  %ended = f32[32]{0} fusion(%beside), kind=kCustom, calls=%end
+  ROOT %reduced = f32[4]{0} fusion(%ended), kind=kCustom, calls=%scatter
+}
+"""  # noqa: E501
+
+
+def test_gathers_that_products_carry_on_are_hidden_by_them():
+  line = hlo.timeline(hlo.parse(FUSED), 1e9, lambda kind, size, groups: 1e-6)
+  assert line.compute_seconds == pytest.approx(0.7e-6)
+  gather, scatter = line.collectives['all-gather'], line.collectives['reduce-scatter']
+  assert (gather.count, gather.asynchronous, gather.bytes) == (1, 1, 128)
+  assert gather.exposed_seconds == pytest.approx(0.3e-6)
+  # A fusion around an all-reduce keeps a part of the sum: it moves what a reduce-scatter does.
+  assert (scatter.count, scatter.asynchronous, scatter.bytes) == (1, 0, 128)
+  assert scatter.exposed_seconds == pytest.approx(1e-6)
+
+
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [
