@@ -103,4 +103,4 @@ def test_eight_devices_compute_what_one_does(
   if optimizer == 'adamw':
     assert eight['moments'] == pytest.approx(eight['params'])
   else:
-    assert eight['moments'] < 2 / (fsdp * tensor)
+    assert eight['moments'] < 0.6  # of a small model it keeps mostly vectors' moments, whole
