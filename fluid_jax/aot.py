@@ -10,6 +10,7 @@ run on hardware has confirmed.
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -62,23 +63,22 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
     generation, shape = chips.slice_shape(topology)
   except ValueError as error:
     raise errors.UserError(f'--topology={error}') from error
+  if importlib.util.find_spec('libtpu') is None:
+    raise errors.UserError(
+      "the TPU compiler is missing: install it with pip install -c constraints.txt -e '.[tpu]'."
+    )
   three = (*shape, 1)[:3]
-  rings = (*chips.closes_into_rings(shape), False)[:3]
   try:
     description = topologies.get_topology_desc(
       platform='tpu',
       topology_name=f'{generation}:{chips.dims_of(shape)}',
       # One device a chip; a host has 2 x 2 of them, or what a smaller slice has.
-      chip_config_name='megacore' if len(shape) == 3 and generation != 'v7x' else 'default',
+      chip_config_name='megacore' if len(shape) == 3 else 'default',
       chips_per_host_bounds=[min(2, side) for side in three[:2]] + [1],
-      wrap=rings,
+      wrap=(*chips.closes_into_rings(shape), False)[:3],
       num_slices=num_slices,
     )
   except (RuntimeError, ValueError) as error:
-    if 'libtpu' in str(error) or 'tpu' not in str(error).lower():
-      raise errors.UserError(
-        f"the TPU compiler is missing ({error}): install it with pip install -e '.[tpu]'."
-      ) from error
     raise errors.UserError(
       f'--topology={topology}: the TPU compiler knows no such slice ({error}).', errors.DEVICES
     ) from error
@@ -88,7 +88,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
 def compile_program(
   config: config_lib.Config, mesh: Mesh, what: str = 'train', options: dict[str, str] | None = None
 ) -> jax.stages.Compiled:
-  """The executable of the very program that training or sampling runs on such a mesh."""
+  """The executable of the program that `step.build` or `step.build_sampler` makes."""
   if what == 'train':
     sharding.check_batch(config, mesh)
     program = step.build(config, mesh)
@@ -194,13 +194,16 @@ def _seconds(
     return (
       passes * size / len(members) * len({d.slice_index for d in members}) / chip.dcn_bytes_per_s
     )
-  sides = [sorted(set(side)) for side in zip(*(d.coords for d in members), strict=True)]
-  whole = [set(side) for side in zip(*(d.coords for d in devices), strict=True)]
-  rings = (*chips.closes_into_rings(tuple(len(w) for w in whole if len(w) > 1)), False)
+  sides, whole = (
+    [len(set(side)) for side in zip(*(d.coords for d in some), strict=True)]
+    for some in (members, devices)
+  )
+  # Flat slices have a third coordinate, of one value.
+  rings = chips.closes_into_rings(tuple(whole if whole[2] > 1 else whole[:2]))
   links = sum(
-    2 if len(side) == len(everything) and rings[0] else 1
-    for side, everything in zip(sides, whole, strict=True)
-    if len(side) > 1
+    2 if ring and part == side else 1
+    for part, side, ring in zip(sides, whole, (*rings, False), strict=False)
+    if part > 1
   )
   return passes * size / (max(links, 1) * chip.link_bytes_per_s)
 

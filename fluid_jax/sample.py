@@ -5,7 +5,6 @@ python -m fluid_jax.sample --workdir=DIR --prompt "red heart" --seed 0 --out gri
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
@@ -21,7 +20,6 @@ import fluid_jax
 from fluid_jax import checkpoint, errors, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import text, tokenizers
-from fluid_jax.models import generate
 
 # Images are always drawn in batches of this size, the last one filled up: one program serves every
 # number of prompts, and an image comes out the same whatever it is drawn beside.
@@ -34,14 +32,8 @@ class Sampler:
   def __init__(self, config: config_lib.Config, show_progress: bool = False):
     self.config = config
     self._tokenizer = tokenizers.load(config)
-    sampling = generate.Sampling(**dataclasses.asdict(config.sampling))
-    progress = self._progress if show_progress else None
     self._label = ''
-    self._draw = jax.jit(
-      functools.partial(
-        generate.generate, step.make_model(config), sampling=sampling, progress=progress
-      )
-    )
+    self._draw = step.build_sampler(config, progress=self._progress if show_progress else None)
 
   def draw(
     self, params: Any, prompts: Sequence[str], seeds: Sequence[int]

@@ -1,6 +1,7 @@
 """The jitted programs: init, train step, eval step. The same function builds them everywhere."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -145,18 +146,32 @@ def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDt
   }
 
 
-def build_sampler(config: config_lib.Config, mesh: Mesh) -> Callable[..., Any]:
-  """`generate` over a mesh, jitted: (params, text, text_mask_BxT, keys_B) -> tokens, drawn_at."""
-  sampling = generate.Sampling(**dataclasses.asdict(config.sampling))
-  model = make_model(config)
+def build_sampler(
+  config: config_lib.Config,
+  mesh: Mesh | None = None,
+  progress: Callable[[int], None] | None = None,
+) -> Callable[..., Any]:
+  """`generate`, jitted: (params, text, text_mask_BxT, keys_B) -> tokens, drawn_at.
 
-  def draw(params, text_in, text_mask_BxT, keys_B):
+  Over a mesh the images are split by example; without one they lie as the compiler finds best.
+  """
+  draw = functools.partial(
+    generate.generate,
+    make_model(config),
+    sampling=generate.Sampling(**dataclasses.asdict(config.sampling)),
+    progress=progress,
+  )
+  if mesh is None:
+    return jax.jit(draw)
+
+  def draw_split(*arrays):
     with sharding.axis_rules(config, mesh):
-      return generate.generate(model, params, text_in, text_mask_BxT, keys_B, sampling)
+      return draw(*arrays)
 
-  by_example = sharding.batch_sharding(mesh)
   return jax.jit(
-    draw, out_shardings=by_example, compiler_options=chips.compiler_options(mesh.devices.flat[0])
+    draw_split,
+    out_shardings=sharding.batch_sharding(mesh),
+    compiler_options=chips.compiler_options(mesh.devices.flat[0]),
   )
 
 

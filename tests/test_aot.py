@@ -1,16 +1,19 @@
 """Compiling for TPUs on this machine: the command, its refusals, and the paper's sizes."""
 
 import importlib.util
+import itertools
 import json
 import math
+import types
 
 import commands
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from fluid_jax import chips
+from fluid_jax import chips, errors
 
 pytestmark = pytest.mark.aot
 needs_compiler = pytest.mark.skipif(
@@ -80,6 +83,36 @@ def test_layouts_are_compared_and_an_executable_is_kept(tmp_path):
   report, _ = compile_one(*small, '--mesh=fsdp=4', f'--save={path}')
   assert report['fits']
   assert path.stat().st_size > 100_000  # to load it takes the chips
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+  from fluid_jax import aot as module
+
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(errors.UserError, match=r"the TPU compiler is missing: .* '\.\[tpu\]'"):
+    module.topology_devices('v5e-4')
+
+
+@pytest.mark.parametrize(
+  ('topology', 'groups', 'links'),
+  [
+    ('v5e-256', [range(256)], 4),  # both axes of 16 close into rings
+    ('v5e-256', [range(64)], 3),  # one of them whole, four rows of the other
+    ('v5e:8x16', [range(128)], 3),  # an axis of 8 does not
+    ('v5p-512', [range(256)], 6),
+    ('v5p:2x4x4', [range(32)], 3),  # no whole cubes: no rings
+  ],
+)
+def test_a_collective_uses_the_links_of_the_axes_that_it_spans(topology, groups, links):
+  from fluid_jax import aot as module
+
+  generation, shape = chips.slice_shape(topology)
+  chip = chips.TPUS[generation]
+  coords = itertools.product(*map(range, (*shape, 1)[:3]))
+  devices = [types.SimpleNamespace(coords=at) for at in coords]
+  mesh = types.SimpleNamespace(devices=np.array(devices))
+  found = module._seconds(chip, mesh, 'all-gather', 1e9, np.array(groups))
+  assert found == pytest.approx(1e9 / (links * chip.link_bytes_per_s))
 
 
 def test_a_kept_executable_computes_the_same(tmp_path):
