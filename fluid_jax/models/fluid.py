@@ -11,7 +11,7 @@ from fluid_jax.models.heads import DiffusionHead, SoftmaxHead
 from fluid_jax.models.orders import Order
 
 _policies = jax.checkpoint_policies
-_ATTENTION = ('query', 'key', 'value', 'attention', 'residual')
+_ATTENTION = ('query', 'key', 'value', 'attention', 'residual', 'statistics')
 # What the backward pass keeps of each block, by the names that layers.py gives; all else is
 # computed again. Kept with their biases: products alone would leave a pass over memory for each.
 REMAT_POLICIES = {
@@ -84,7 +84,7 @@ class Fluid(nn.Module):
       aligner_block, block = nn.remat(aligner_block, **wrap), nn.remat(block, **wrap)
     # Stacked layers; `__call__` trains, the other methods sample with what is kept per layer.
     self.aligner = _scan(aligner_block, self.aligner_depth, {'__call__': (nn.broadcast,)})(**shape)
-    self.aligner_norm = layers.layer_norm(self.dtype)
+    self.aligner_norm = layers.LayerNorm(self.dtype)
     self.blocks = _scan(
       block,
       self.depth - 1,
@@ -97,7 +97,7 @@ class Fluid(nn.Module):
     )(**shape, is_causal=self.order.is_causal)
     # Apart from the stack, so that sampling can compute it only at the positions being drawn.
     self.last_block = block(**shape, is_causal=self.order.is_causal)
-    self.final_norm = layers.layer_norm(self.dtype)
+    self.final_norm = layers.LayerNorm(self.dtype)
 
   # ---- text ----
 

@@ -51,10 +51,10 @@ class DiffusionHead(nn.Module):
     self.time_out = layer(self.width, ('embed', 'mlp'), small)
     # Every block's shift, scale and gate, and the last layer's shift and scale: one product.
     self.modulation = layer((3 * self.depth + 2) * self.width, ('embed', 'mlp'), zeros)
-    self.norms = [layers.layer_norm(self.dtype) for _ in range(self.depth)]
+    self.norms = [layers.LayerNorm(self.dtype) for _ in range(self.depth)]
     self.fc1 = [layer(self.width, ('embed', 'mlp')) for _ in range(self.depth)]
     self.fc2 = [layer(self.width, ('mlp', 'embed')) for _ in range(self.depth)]
-    self.final_norm = layers.layer_norm(self.dtype, affine=False)
+    self.final_norm = layers.LayerNorm(self.dtype, affine=False)
     self.final = layer(2 * self.channels, ('embed', 'channels'), zeros)
 
   def embed(self, tokens_BxLxC: jax.Array) -> jax.Array:

@@ -56,17 +56,30 @@ def dense(
   )
 
 
-def layer_norm(dtype: Any, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
-  """LayerNorm with epsilon 1e-6; its statistics are float32 whatever `dtype` is."""
-  return nn.LayerNorm(
-    epsilon=1e-6,
-    dtype=dtype,
-    use_bias=affine,
-    use_scale=affine,
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
-    name=name,
-  )
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis, with epsilon 1e-6.
+
+  Its statistics are float32 whatever `dtype` is. They carry a name, unlike those of Flax's: kept
+  for the backward pass, two numbers a row spare it two readings of the input.
+  """
+
+  dtype: Any = jnp.float32
+  affine: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = y.mean(-1, keepdims=True)
+    variance = jnp.maximum(0.0, jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean))
+    mean = checkpoint_name(mean, 'statistics')
+    y = (y - mean) * checkpoint_name(jax.lax.rsqrt(variance + 1e-6), 'statistics')
+    if self.affine:
+      ones, zeros = (
+        nn.with_logical_partitioning(init, ('norm',))
+        for init in (nn.initializers.ones, nn.initializers.zeros)
+      )
+      y = y * self.param('scale', ones, x.shape[-1:]) + self.param('bias', zeros, x.shape[-1:])
+    return y.astype(self.dtype)
 
 
 def split_by_example(x: jax.Array) -> jax.Array:
@@ -87,7 +100,8 @@ class Attention(nn.Module):
   """Multi-head attention; making keys and values is a call of its own, so that they can be kept.
 
   Heads lie as (B, H, K, length): with a head dimension of 64 or 96 a TPU computes with positions
-  along its 128 lanes, and arrays kept in another order are copied into this one in every layer.
+  along its 128 lanes. Products that write this order spare a copy of each in every layer, which a
+  Dense layer and a transposition do not.
   """
 
   width: int
@@ -95,18 +109,27 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
+    def product(einsum: str, axes: tuple[str, str], use_bias: bool = True) -> nn.Einsum:
+      return nn.Einsum(
+        (self.width, self.width),
+        einsum,
+        dtype=self.dtype,
+        use_bias=use_bias,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+      )
+
     # Softmax would cancel a bias of the keys.
     self.query, self.key, self.value = (
-      dense(self.width, ('embed', 'joined_kv'), dtype=self.dtype, use_bias=use_bias)
-      for use_bias in (True, False, True)
+      product('bnd,de->ben', ('embed', 'joined_kv'), use_bias) for use_bias in (True, False, True)
     )
-    self.out = dense(self.width, ('joined_kv', 'embed'), dtype=self.dtype)
+    self.out = product('ben,ed->bnd', ('joined_kv', 'embed'))
 
   def keys_values(self, x_BxMxD: jax.Array) -> KeysValues:
     return self._heads(self.key(x_BxMxD), 'key'), self._heads(self.value(x_BxMxD), 'value')
 
-  def _heads(self, x_BxNxD: jax.Array, name: str) -> jax.Array:
-    x_BxDxN = checkpoint_name(jnp.swapaxes(x_BxNxD, 1, 2), name)
+  def _heads(self, x_BxDxN: jax.Array, name: str) -> jax.Array:
+    x_BxDxN = checkpoint_name(x_BxDxN, name)
     return x_BxDxN.reshape(x_BxDxN.shape[0], self.num_heads, -1, x_BxDxN.shape[2])
 
   def __call__(
@@ -130,7 +153,7 @@ class Attention(nn.Module):
     p_BxHxNxM = jax.nn.softmax(logits_BxHxNxM).astype(v_BxHxKxM.dtype)
     y_BxHxKxN = jnp.einsum('bhnm,bhkm->bhkn', p_BxHxNxM, v_BxHxKxM)
     y_BxDxN = checkpoint_name(y_BxHxKxN.reshape(x_BxNxD.shape[0], self.width, -1), 'attention')
-    return self.out(jnp.swapaxes(y_BxDxN, 1, 2))
+    return self.out(y_BxDxN)
 
 
 class MLP(nn.Module):
@@ -157,10 +180,10 @@ class AlignerBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, None]:
     attention = Attention(self.width, self.num_heads, self.dtype, name='self_attention')
-    h = layer_norm(self.dtype, 'norm_self')(x_BxTxD)
+    h = LayerNorm(self.dtype, name='norm_self')(x_BxTxD)
     x_BxTxD += attention(h, attention.keys_values(h), mask_BxT[:, None, None, :])
     x_BxTxD = checkpoint_name(x_BxTxD, 'residual')
-    h = layer_norm(self.dtype, 'norm_mlp')(x_BxTxD)
+    h = LayerNorm(self.dtype, name='norm_mlp')(x_BxTxD)
     return split_by_example(x_BxTxD + MLP(self.width, dtype=self.dtype, name='mlp')(h)), None
 
 
@@ -178,11 +201,11 @@ class DecoderBlock(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
-    self.norm_self = layer_norm(self.dtype)
+    self.norm_self = LayerNorm(self.dtype)
     self.self_attention = Attention(self.width, self.num_heads, self.dtype)
-    self.norm_cross = layer_norm(self.dtype)
+    self.norm_cross = LayerNorm(self.dtype)
     self.cross_attention = Attention(self.width, self.num_heads, self.dtype)
-    self.norm_mlp = layer_norm(self.dtype)
+    self.norm_mlp = LayerNorm(self.dtype)
     self.mlp = MLP(self.width, dtype=self.dtype)
 
   def __call__(
