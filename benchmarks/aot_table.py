@@ -20,8 +20,8 @@ README = ROOT / 'README.md'
 BEGIN, END = '<!-- aot table -->', '<!-- end of aot table -->'
 SIZES = ('10b', '3b', '1b', '665m', '369m', '150m')
 TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
-# Flags by (size, topology) where the default is not the layout to try, or not the only one: the best
-# that fits is in the table. Shards of 16 rows and more are whole tiles, so that nothing is copied.
+# Flags by (size, topology) where the default is not the layout to try, or not the only one: the
+# best that fits is in the table. Shards of 16 rows are whole tiles, so that nothing is copied.
 WHOLE = ('--mesh=replica={chips},fsdp=1',)  # parameters whole on every chip: no gathers
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)

@@ -117,6 +117,7 @@ _SPARSE_CORES = {
 # The fast memory that one operation may use; the rest holds what comes next. Each option's worth is
 # in benchmarks/aot_log.md.
 _OPTIONS = {
+  'v5e': {'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v5p': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v6e': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '65536'},
 }
