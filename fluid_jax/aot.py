@@ -237,6 +237,9 @@ def describe(facts: dict[str, Any]) -> str:
   def giga(key: str) -> str:
     return f'{facts[key] / 1e9:10.2f} GB'
 
+  def tera(key: str) -> str:
+    return f'{facts[f"{key}_tflops_per_step"]:10.3f} T'
+
   lines.append('memory of one chip')
   for key in ('argument', 'temporary', 'output', 'code'):
     row(key, giga(f'{key}_bytes'))
@@ -245,13 +248,13 @@ def describe(facts: dict[str, Any]) -> str:
   row('together', f'{giga("peak_bytes_per_device")} of {facts["hbm_bytes"] / 1e9:.2f} GB, '
       f'{share:.0%}: {verdict}')  # fmt: skip
   lines.append('FLOPs of a step, all chips')
-  row('model, by our formula', f'{facts["model_tflops_per_step"]:10.1f} T')
+  row('model, by our formula', tera('model'))
   if 'expected_tflops_per_step' in facts:
-    row('with recomputation, padding', f'{facts["expected_tflops_per_step"]:10.1f} T')
+    row('with recomputation, padding', tera('expected'))
   difference = (
     f' ({facts["flops_difference"]:+.3%} against our count)' if 'flops_difference' in facts else ''
   )
-  row('in the compiled program', f'{facts["compiler_tflops_per_step"]:10.1f} T{difference}')
+  row('in the compiled program', tera('compiler') + difference)
   lines.append('collectives of a step, one chip')
   for kind, c in facts['collectives'].items():
     row(
