@@ -114,10 +114,17 @@ _SPARSE_CORES = {
   'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter': 'true',
   'xla_tpu_enable_sparse_core_collective_offload_all_reduce': 'true',
 }
+# Of v5e, which has none: products carry gathers by default, and with these the sums of gradients
+# too, but only those that are not put together first.
+_CARRIED_SUMS = {
+  'xla_enable_async_reduce_scatter_fusion': 'true',
+  'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': 'true',
+  'xla_tpu_ars_combiner_threshold_in_bytes': '1',
+}
 # The fast memory that one operation may use; the rest holds what comes next. Each option's worth is
 # in benchmarks/aot_log.md.
 _OPTIONS = {
-  'v5e': {'xla_tpu_scoped_vmem_limit_kib': '32768'},
+  'v5e': {**_CARRIED_SUMS, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v5p': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v6e': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '65536'},
 }

@@ -18,22 +18,28 @@ AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
 MAX_REPLICATED = 0.02  # share of the parameters' bytes that may lie whole on every device
 
-# Logical axes in T5X's words to mesh axes. `embed` is every parameter's side of the model's width:
-# split, it is gathered just before use (fully sharded data parallel). The other side of a
-# projection may be split too, over devices that share an example's heads and hidden units.
+# Logical axes of parameters, in T5X's words, to mesh axes. What lies over `fsdp` is gathered just
+# before use (fully sharded data parallel): an MLP's hidden side, four times as long as the others,
+# whose shards are whole tiles of memory the longest; of all else the side of the model's width.
+# Over `tensor` lie the heads and hidden units of an example that its devices share.
 _DATA = {
-  'batch': BATCH_AXES,
-  'embed': 'fsdp',
-  'joined_kv': None,
-  'mlp': None,
-  'vocab': None,
-  'layers': None,
-  'length': None,
-  'norm': None,
-  'channels': None,
-  'text': None,
+  'embed': ('fsdp',),
+  'joined_kv': (),
+  'mlp': ('fsdp',),
+  'head': (),
+  'vocab': (),
+  'layers': (),
+  'length': (),
+  'norm': (),
+  'channels': (),
+  'text': (),
 }
-_TENSOR = {'joined_kv': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
+_TENSOR = {
+  'joined_kv': ('tensor',),
+  'mlp': ('tensor', 'fsdp'),
+  'head': ('tensor',),
+  'vocab': ('tensor',),
+}
 PRESETS = {
   'fsdp': _DATA,
   'fsdp_tensor': {**_DATA, **_TENSOR},
@@ -144,17 +150,19 @@ def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) ->
     nonlocal total
     total += leaf.size
     wanted = [rules[name] for name in spec]
+    if 'mlp' in spec:
+      wanted = [() if name == 'embed' else axes for name, axes in zip(spec, wanted, strict=True)]
     if len([name for name in spec if name != 'layers']) == 1:
-      wanted = [None if axis == 'fsdp' else axis for axis in wanted]
-    axes = [
-      axis if axis and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(wanted, leaf.shape, strict=True)
+      wanted = [tuple(axis for axis in axes if axis != 'fsdp') for axes in wanted]
+    found = [
+      axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+      for axes, size in zip(wanted, leaf.shape, strict=True)
     ]
-    lost = {axis for axis in wanted if axis and axis not in axes and mesh.shape[axis] > 1}
-    if 'fsdp' in lost or (lost and not any(axes)):
+    lost = {axis for axis in sum(wanted, ()) if mesh.shape[axis] > 1} - set(sum(found, ()))
+    if 'fsdp' in lost or (lost and not any(found)):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       accidents[name] = leaf.size, f'{min(lost)}={mesh.shape[min(lost)]}'
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in found)))
 
   specs, shapes = nn.get_partition_spec(boxed_params), nn.unbox(boxed_params)
   shardings = jax.tree_util.tree_map_with_path(fit, specs, shapes)
@@ -210,7 +218,8 @@ def _name(key: Any) -> str:
 @contextlib.contextmanager
 def axis_rules(config: config_lib.Config, mesh: Mesh) -> Iterator[None]:
   """While a program is traced: what the logical axes of its activations mean."""
-  rules = tuple(PRESETS[config.mesh.preset].items())
+  hidden = tuple(axis for axis in PRESETS[config.mesh.preset]['mlp'] if axis not in BATCH_AXES)
+  rules = (('batch', BATCH_AXES), ('mlp', hidden or None))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
     yield
 

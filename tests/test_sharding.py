@@ -35,7 +35,8 @@ def table(config, shape):
   lines = [f'{config.name}, preset {config.mesh.preset}, mesh {sizes}']
   for path, leaf in jax.tree.leaves_with_path(state.params):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    spec = ', '.join(str(axis or '-') for axis in leaf.sharding.spec)
+    sides = ((side,) if isinstance(side, str) else side for side in leaf.sharding.spec)
+    spec = ', '.join('+'.join(axes or '-') for axes in sides)
     local = 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
     lines.append(f'{name:<48}{leaf.shape!s:<20}{spec:<20}{local:>12,}')
   lines.append(f'parameters {sharding.bytes_per_device(state.params):,} bytes a device')
@@ -80,8 +81,8 @@ def test_adafactor_keeps_means_that_lie_as_what_is_left_of_their_parameters():
   wi = [tree['blocks']['mlp']['wi']['kernel'] for tree in (factored.v_row, factored.v_col)]
   assert [leaf.shape for leaf in wi] == [(33, 4096), (33, 16384)]
   assert [leaf.sharding.spec for leaf in wi] == [
-    PartitionSpec(None, 'fsdp'),
-    PartitionSpec(None, 'tensor'),
+    PartitionSpec(None, None),
+    PartitionSpec(None, ('tensor', 'fsdp')),
   ]
   # A square kernel: which mean is which shows in the name alone.
   last = [tree['last_block']['self_attention'] for tree in (factored.v_row, factored.v_col)]

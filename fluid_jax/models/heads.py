@@ -46,14 +46,14 @@ class DiffusionHead(nn.Module):
     zeros, small = nn.initializers.zeros, layers.embedding_init
     self.token_embedding = layer(self.decoder_width, ('channels', 'embed'))
     self.x_embed = layer(self.width, ('channels', 'embed'))
-    self.cond_embed = layer(self.width, ('embed', 'mlp'))
+    self.cond_embed = layer(self.width, ('embed', 'head'))
     self.time_in = layer(self.width, ('channels', 'embed'), small)
-    self.time_out = layer(self.width, ('embed', 'mlp'), small)
+    self.time_out = layer(self.width, ('embed', 'head'), small)
     # Every block's shift, scale and gate, and the last layer's shift and scale: one product.
-    self.modulation = layer((3 * self.depth + 2) * self.width, ('embed', 'mlp'), zeros)
+    self.modulation = layer((3 * self.depth + 2) * self.width, ('embed', 'head'), zeros)
     self.norms = [layers.LayerNorm(self.dtype) for _ in range(self.depth)]
-    self.fc1 = [layer(self.width, ('embed', 'mlp')) for _ in range(self.depth)]
-    self.fc2 = [layer(self.width, ('mlp', 'embed')) for _ in range(self.depth)]
+    self.fc1 = [layer(self.width, ('embed', 'head')) for _ in range(self.depth)]
+    self.fc2 = [layer(self.width, ('head', 'embed')) for _ in range(self.depth)]
     self.final_norm = layers.LayerNorm(self.dtype, affine=False)
     self.final = layer(2 * self.channels, ('embed', 'channels'), zeros)
 

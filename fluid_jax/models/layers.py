@@ -166,7 +166,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     h = dense(self.ratio * self.width, ('embed', 'mlp'), dtype=self.dtype, name='wi')(x_BxNxD)
-    h = nn.gelu(checkpoint_name(h, 'hidden'))
+    h = nn.gelu(checkpoint_name(nn.with_logical_constraint(h, ('batch', None, 'mlp')), 'hidden'))
     return dense(self.width, ('mlp', 'embed'), dtype=self.dtype, name='wo')(h)
 
 
