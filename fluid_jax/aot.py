@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -41,7 +42,9 @@ MAX_FILL = 0.95  # of a chip's memory; the rest is for the runtime and for fragm
 _TOPOLOGY = flags.DEFINE_list(
   'topology', None, 'Slices such as v5p:4x8x8 or v5p-512; several, with commas, are compared.'
 )
-_SLICES = flags.DEFINE_integer('slices', 1, 'Slices, joined by the data-centre network.')
+_SLICES = flags.DEFINE_integer(
+  'slices', 1, 'Slices, joined by the data-centre network.', lower_bound=1
+)
 _MESH = flags.DEFINE_multi_string(
   'mesh', None, 'Sizes such as replica=4,fsdp=64; given again, layouts are compared.'
 )
@@ -94,6 +97,13 @@ def compile_program(
     program = step.build(config, mesh)
     traced = program.train_step.trace(program.state, step.batch_shapes(config, mesh))
   else:
+    shares = mesh.shape['replica'] * mesh.shape['fsdp']
+    if config.train.batch_size % shares:
+      raise errors.UserError(
+        f'{shares} data-parallel devices cannot share {config.train.batch_size} images evenly: '
+        'change --config.train.batch_size or --mesh.',
+        errors.DEVICES,
+      )
     traced = step.build_sampler(config, mesh).trace(*step.sampler_shapes(config, mesh))
   lowered = traced.lower(lowering_platforms=('tpu',))
   return lowered.compile(compiler_options=options or None)
@@ -139,10 +149,10 @@ def report(
   try:
     compiled = compile_program(config, mesh, what, options)
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    needed = str(error).split('\n')[0]
-    return {**facts, 'fits': False, 'why': needed}, None
+    why = str(error).split('\n')[0]
+    if 'RESOURCE_EXHAUSTED' not in why:
+      raise errors.UserError(f'the TPU compiler refuses this program: {why}') from error
+    return {**facts, 'fits': False, 'why': why}, None
   facts |= {
     'compile_seconds': time.perf_counter() - start,
     'compile_cpu_seconds': time.process_time() - start_cpu,
@@ -189,11 +199,11 @@ def _seconds(
   """Time of one collective by its bytes: a ring over each axis of the torus that it spans."""
   devices = mesh.devices.reshape(-1)
   members = devices if groups is None else devices[groups[0]]
-  passes = 2 if kind == 'all-reduce' else 0.5 if kind == 'all-to-all' else 1
-  if len({getattr(device, 'slice_index', 0) for device in members}) > 1:
-    return (
-      passes * size / len(members) * len({d.slice_index for d in members}) / chip.dcn_bytes_per_s
-    )
+  passes = 2 if kind.startswith('all-reduce') else 0.5 if kind.startswith('all-to-all') else 1
+  if kind.endswith(hlo.BETWEEN_SLICES):
+    # Each chip with its peers in the other slices, of which each sends parts to all: both ways.
+    num_slices = len({device.slice_index for device in devices})
+    return passes * size * (num_slices - 1) / num_slices / chip.dcn_bytes_per_s
   sides, whole = (
     [len(set(side)) for side in zip(*(d.coords for d in some), strict=True)]
     for some in (members, devices)
@@ -270,7 +280,8 @@ def describe(facts: dict[str, Any]) -> str:
     lines += [f'  {share:>7.1%}  {where}' for where, share in facts['slowest']]
   row(
     'compiled in',
-    f'{facts["compile_seconds"]:10.0f} s, {facts["compile_host_bytes"] / 1e9:.1f} GB of this host',
+    f'{facts["compile_seconds"]:10.0f} s; this process has held '
+    f'{facts["compile_host_bytes"] / 1e9:.1f} GB at most',
   )
   return '\n'.join(lines)
 
@@ -299,6 +310,12 @@ def layouts(config: config_lib.Config) -> list[config_lib.Config]:
   return found
 
 
+def rank(facts: dict[str, Any]) -> tuple[bool, float, float]:
+  """Sorts reports: what fits, then the shortest step, then, without estimates, least memory."""
+  seconds = facts.get('estimated_step_seconds', 0.0)
+  return not facts['fits'], seconds, facts.get('peak_bytes_per_device', math.inf)
+
+
 def _mesh_sizes(text: str) -> dict[str, int]:
   sizes = {}
   for part in filter(None, text.split(',')):
@@ -322,6 +339,9 @@ def run() -> int:
   every = [(c, topology) for topology in _TOPOLOGY.value for c in layouts(config)]
   if (_SAVE.value or _HLO.value) and len(every) > 1:
     raise errors.UserError('--save and --hlo keep one program: ask for a single layout.')
+  for path in filter(None, (_SAVE.value, _HLO.value)):
+    if not pathlib.Path(path).absolute().parent.is_dir():
+      raise errors.UserError(f'{path}: there is no such folder to write to: make it first.')
   reports = []
   for number, (layout, topology) in enumerate(every, 1):
     print(f'compiling {number} of {len(every)} ...', file=sys.stderr, flush=True)
@@ -334,13 +354,16 @@ def run() -> int:
       continue
     reports.append(facts)
     print(describe(facts), flush=True)
-    if _SAVE.value and compiled is not None:
+    if compiled is None:
+      continue  # no program was made, and the report says why
+    if _SAVE.value:
       save(compiled, _SAVE.value)
-    if _HLO.value and compiled is not None:
+    if _HLO.value:
       pathlib.Path(_HLO.value).write_text(compiled.as_text())
   if len(every) > 1:
-    reports.sort(key=lambda r: (not r['fits'], r.get('estimated_step_seconds', 0.0)))
-    print('\nbest first, those that do not fit last:')
+    reports.sort(key=rank)
+    first = 'least memory' if _FAST.value else 'shortest step'
+    print(f'\n{first} first, those that do not fit last:')
     for facts in reports:
       mesh = ','.join(f'{name}={size}' for name, size in facts['mesh'].items())
       time_and_mfu = (

@@ -71,12 +71,16 @@ def slice_shape(topology: str) -> tuple[str, tuple[int, ...]]:
       f'v5p:4x8x8, or a name such as v5p-512, of {", ".join(TPUS)}.'
     )
   shapes = [tuple(map(int, shape.split('x'))) for shape in _SHAPES[generation].split()]
-  rank = len(shapes[0])
+  rank, largest = len(shapes[0]), shapes[-1]
   if colon:
     shape = tuple(int(d) if d.isdigit() else 0 for d in dims.split('x'))
     if len(shape) != rank or 0 in shape:
       raise ValueError(
         f'{topology!r}: {generation} has {rank} axes, as in {generation}:{dims_of(shapes[-1])}.'
+      )
+    if rank == 2 and max(shape) > max(largest):
+      raise ValueError(
+        f'{topology!r}: the largest slice of {generation} is {generation}:{dims_of(largest)}.'
       )
     return generation, shape
   count = int(size) if size.isdigit() else 0

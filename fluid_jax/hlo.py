@@ -10,7 +10,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,8 @@ _CALLS = re.compile(r'(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _GROUPS = re.compile(r'replica_groups=(\{\{[\d,{} ]*\}\}|\[[^ ]*|mesh\[[^\]]*\].*?\{[^}]*\})')
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BETWEEN_SLICES = ' between slices'  # ends the kind of a collective over the data-centre network
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,8 @@ def timeline(
 ) -> Timeline:
   """Plays the schedule: one thing computes at a time, one collective at a time beside it.
 
+  Collectives between slices have a network, and so a queue, of their own.
+
   Args:
     program: from `parse`.
     clock_hz: cycles a second.
@@ -213,7 +216,8 @@ def timeline(
 
   def play(name: str, runs: int) -> float:
     """Seconds of one run of a computation; adds `runs` of it to the result."""
-    now = free_at = 0.0  # free_at: when the links are free again
+    now = 0.0
+    free = {False: (0.0, ''), True: (0.0, '')}  # between slices?: when free again, after what kind
     pending: dict[str, tuple[float, str]] = {}
     for instruction in program.computations[name]:
       if instruction.opcode == 'while':
@@ -226,10 +230,12 @@ def timeline(
         continue
       role, found = _collective(program, instruction)
       if role == 'done':
-        end, kind = pending.pop(_started(instruction, pending))
-        exposed = max(0.0, end - now)
-        result.collectives[kind].exposed_seconds += runs * exposed
-        now += exposed
+        started = _started(instruction, pending)
+        if started:
+          end, kind = pending.pop(started)
+          exposed = max(0.0, end - now)
+          result.collectives[kind].exposed_seconds += runs * exposed
+          now += exposed
         continue
       if found is not None:
         kind, size, groups = found
@@ -238,13 +244,18 @@ def timeline(
         entry.count += runs
         entry.bytes += runs * size
         entry.seconds += runs * seconds
-        free_at = max(now, free_at) + seconds
+        network = kind.endswith(BETWEEN_SLICES)
+        free_at, before = free[network]
+        end = max(now, free_at) + seconds
+        free[network] = end, kind
         if role == 'start':
           entry.asynchronous += runs
-          pending[instruction.name] = free_at, kind
+          pending[instruction.name] = end, kind
         else:
-          entry.exposed_seconds += runs * (free_at - now)
-          now = free_at
+          if free_at > now:  # it waits for the links, which is the fault of what holds them
+            result.collectives[before].exposed_seconds += runs * (free_at - now)
+          entry.exposed_seconds += runs * seconds
+          now = end
         continue
       seconds = instruction.cycles / clock_hz
       now += seconds
@@ -257,9 +268,20 @@ def timeline(
   return result
 
 
-def _started(done: Instruction, pending: Mapping[str, Any]) -> str:
-  """Which start a `done` waits for: the one it names, or the oldest where compute lies between."""
-  return next((name for name in done.operands if name in pending), next(iter(pending)))
+def _started(done: Instruction, pending: Mapping[str, tuple[float, str]]) -> str | None:
+  """Which start a `done` waits for; None if what was started is no collective.
+
+  It is the one that `done` names as operand, or, of a transfer between slices, as predecessor. A
+  fusion names none where compute lies between: it ends the oldest within the slice.
+  """
+  named = re.search(r'control-predecessors=\{([^}]*)\}', done.rest)
+  predecessors = re.findall(r'[\w.\-]+', named[1]) if named else []
+  for name in (*done.operands, *predecessors):
+    if name in pending:
+      return name
+  if done.opcode != 'fusion':
+    return None
+  return next((n for n, (_, kind) in pending.items() if not kind.endswith(BETWEEN_SLICES)), None)
 
 
 def _collective(
@@ -278,8 +300,12 @@ def _collective(
       return 'done', None
     whole = kind, _whole_bytes(kind, instruction), device_groups(instruction.rest)
     return ('start' if opcode.endswith('-start') else 'whole'), whole
-  if opcode == 'call-done':  # of what was handed to the sparse cores
+  if opcode in ('call-done', 'recv-done'):  # of what sparse cores do; of what hosts send
     return 'done', None
+  if opcode == 'send' and (transfer := _TRANSFER.search(instruction.rest)):
+    array = _SHAPE.search(instruction.shape)[0]
+    kind = transfer[1].lower().replace('_', '-') + BETWEEN_SLICES
+    return 'start', (kind, num_bytes(array), None)
   if opcode not in ('fusion', 'call-start'):
     return '', None
   # Without sparse cores a gather is a fusion that starts it, products whose fusions carry it on
@@ -312,9 +338,7 @@ def _whole_bytes(kind: str, instruction: Instruction) -> float:
 
 def device_groups(attributes: str) -> np.ndarray | None:
   """(groups, size) numbers of the devices that take part together; None if not understood."""
-  found = re.search(
-    r'replica_groups=(\{\{[\d,{} ]*\}\}|\[[^ ]*|mesh\[[^\]]*\].*?\{[^}]*\})', attributes
-  )
+  found = _GROUPS.search(attributes)
   if not found:
     return None
   text = found[1]

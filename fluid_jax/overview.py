@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from fluid_jax import config as config_lib
-from fluid_jax import flops, step
+from fluid_jax import flops, optim, step
 
 # Parameters in millions by (width, depth): the paper's table of sizes (facts 1.1).
 PAPER_PARAMS = {
@@ -29,14 +29,17 @@ _COMPONENTS = (
 
 def count_params(config: config_lib.Config) -> dict[str, int]:
   """Parameters by component, from shapes alone."""
-  model = step.make_model(config)
-  shapes = nn.unbox(jax.eval_shape(lambda: step.init_params(config, model, jax.random.key(0))))
   counts = dict.fromkeys(('decoder', 'aligner', 'head', 'embeddings'), 0)
-  for path, leaf in jax.tree.leaves_with_path(shapes):
+  for path, leaf in jax.tree.leaves_with_path(_param_shapes(config)):
     counts[_component(jax.tree_util.keystr(path, simple=True, separator='/'))] += math.prod(
       leaf.shape
     )
   return counts
+
+
+def _param_shapes(config: config_lib.Config) -> Any:
+  model = step.make_model(config)
+  return nn.unbox(jax.eval_shape(lambda: step.init_params(config, model, jax.random.key(0))))
 
 
 def _component(path: str) -> str:
@@ -52,6 +55,8 @@ def describe(config: config_lib.Config) -> str:
   image = flops.forward_flops(config)
   batch = config.train.batch_size
   total = sum(params.values())
+  opt_state = jax.eval_shape(optim.make_optimizer(config).init, _param_shapes(config))
+  opt_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
   lines = [
     f'{config.name}: {config.model.order} order, {config.model.tokens} tokens, '
     f'{config.image.num_tokens} tokens an image, batch {batch}',
@@ -78,8 +83,8 @@ def describe(config: config_lib.Config) -> str:
     'FLOP/image is one forward pass; a step counts three (forward and backward) for each image.',
     '',
     'bytes (float32, all devices together):',
-    f'  parameters {_size(4 * total)}, optimizer {_size(8 * total)}, EMA {_size(4 * total)}, '
-    f'together {_size(16 * total)}',
+    f'  parameters {_size(4 * total)}, optimizer ({config.optimizer.name}) {_size(opt_bytes)}, '
+    f'EMA {_size(4 * total)}, together {_size(8 * total + opt_bytes)}',
   ]
   return '\n'.join(lines)
 

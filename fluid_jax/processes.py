@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -49,11 +50,17 @@ def joined(timeout_s: int) -> Iterator[None]:
     timeout_s: seconds without a heartbeat after which a process counts as gone.
 
   Raises:
-    UserError: the processes cannot find each other (exit code 3).
+    UserError: they cannot find each other by what they were told (exit code 3). JAX itself aborts
+      a process (134) that waited 5 minutes for one that did not come.
   """
+  given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   try:
-    _find(timeout_s)
-    with _last_words():
+    with contextlib.ExitStack() as stack:
+      if given:
+        stack.enter_context(_last_words())
+      _find(given, timeout_s)
+      if count() > 1 and not given:
+        stack.enter_context(_last_words())
       yield
   except BaseException as error:
     if count() == 1:
@@ -77,12 +84,9 @@ def joined(timeout_s: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _last_words() -> Iterator[None]:
   """Has a shell say it if this process is aborted in here, for it cannot do so itself."""
-  if count() == 1:
-    yield
-    return
   words = (
-    'error: this process was aborted or killed, as when another process of the run ended or '
-    f'cannot be reached: {_REMEDY}'
+    'error: this process was aborted or killed, as when another process of the run did not start, '
+    f'ended, or cannot be reached: {_REMEDY}'
   )
   # It reads a line if all is well; the end of its input comes with the end of this process.
   shell = subprocess.Popen(
@@ -96,15 +100,20 @@ def _last_words() -> Iterator[None]:
     shell.communicate(b'\n')
 
 
-def _find(timeout_s: int) -> None:
+def _find(given: Mapping[str, str], timeout_s: int) -> None:
   """Finds the other processes by the variables, or by what a TPU pod or Slurm tells JAX."""
-  given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   try:
     number, index = (int(given[name]) if name in given else None for name in _VARIABLES[1:])
+    # Of a port that is none, or is taken, JAX dies without a word.
+    port = given.get(_VARIABLES[0], ':1').rpartition(':')[2]
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+      raise ValueError(f'{port!r} is no port')
+    if index == 0 and _VARIABLES[0] in given:
+      socket.create_server(('', int(port))).close()
     jax.distributed.initialize(
       num_processes=number, process_id=index, heartbeat_timeout_seconds=timeout_s
     )
-  except (IndexError, ValueError) as error:
+  except (IndexError, OSError, ValueError) as error:
     if not given and 'coordinator_address' in str(error):
       return  # there is no cluster: one process
     raise errors.UserError(

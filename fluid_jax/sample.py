@@ -6,6 +6,7 @@ python -m fluid_jax.sample --workdir=DIR --prompt "red heart" --seed 0 --out gri
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import fluid_jax
@@ -50,8 +52,10 @@ class Sampler:
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
       tokens, at = self._draw(params, ids[rows], ids[rows] > 0, keys)
-      images.append(np.asarray(self._tokenizer.decode(tokens)))  # waits: one label a batch
-      drawn_at.append(np.asarray(at))
+      # Whole on every process; this waits, so that there is one label a batch.
+      tokens, at = multihost_utils.process_allgather((tokens, at), tiled=True)
+      images.append(np.asarray(self._tokenizer.decode(tokens)))
+      drawn_at.append(at)
     count = len(ids)
     return np.concatenate(images)[:count], np.concatenate(drawn_at)[:count]
 
@@ -106,8 +110,9 @@ def load_workdir(
   """Config, parameters ('ema' or 'raw') and step of a trained workdir."""
   directory = pathlib.Path(workdir) / 'checkpoints'
   saved = checkpoint.read_config(directory, checkpoint_step)
-  # The mesh is this machine's: one that trained elsewhere does not bind it.
-  saved['mesh'] = {}
+  # The mesh is this machine's, and one that splits the model whatever number of devices there is:
+  # the one that trained elsewhere does not bind it.
+  saved['mesh'] = {'replica': -1, 'fsdp': math.gcd(jax.device_count(), saved['model']['width'])}
   config = config_lib.resolve(saved)
   program = step.build(config, sharding.make_mesh(config))
   field = {'ema': 'ema_params', 'raw': 'params'}[weights]

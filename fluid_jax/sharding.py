@@ -71,6 +71,12 @@ def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = 
       '--config.mesh.preset=fsdp_tensor.',
       errors.DEVICES,
     )
+  if config.model.num_heads % shape[2]:
+    raise errors.UserError(
+      f'mesh.tensor={shape[2]} does not divide the {config.model.num_heads} heads of this model: '
+      'choose one that does.',
+      errors.DEVICES,
+    )
   if shape[0] % num_slices:
     raise errors.UserError(
       f'{num_slices} slices cannot share mesh.replica={shape[0]} evenly: set it to a multiple.',

@@ -34,10 +34,13 @@ train() {
   local stopping='' crashes=0 code started pause
   trap 'stopping=1' TERM INT
   while true; do
-    mount_bucket
-    say 'starting; the first worker prints more once all have started'
     started=$SECONDS code=0
-    .venv/bin/python -m fluid_jax.main --workdir="$workdir" "$@" || code=$?
+    mount_bucket || code=128 # a crash, as of what follows: tried again after a pause
+    if [[ -n $stopping ]]; then exit "$code"; fi
+    if ((code == 0)); then
+      say 'starting; the first worker prints more once all have started'
+      .venv/bin/python -m fluid_jax.main --workdir="$workdir" "$@" || code=$?
+    fi
     say "ended with exit code $code"
     # Kept where it outlives this machine; a file in a bucket is there only once it is closed.
     { mkdir -p "$workdir/logs" && cp "$log" "$workdir/logs/$(hostname).log"; } || true

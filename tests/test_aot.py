@@ -85,6 +85,78 @@ def test_layouts_are_compared_and_an_executable_is_kept(tmp_path):
   assert path.stat().st_size > 100_000  # to load it takes the chips
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_gradients_cross_between_slices_once():
+  report, text = compile_one(
+    '--config=configs/tiny.py', '--topology=v5e-4', '--slices=2', '--fast',
+    '--config.train.batch_size=32',
+  )  # fmt: skip
+  assert report['chips'] == 8
+  assert report['mesh'] == {'replica': 2, 'fsdp': 4, 'tensor': 1}
+  between = report['collectives']['all-reduce between slices']
+  # tiny's 98,496 parameters in float32, kernels split over the 4 chips of a slice.
+  assert 98_496 < between['bytes'] < 2 * 98_496
+  assert between['seconds'] == pytest.approx(between['bytes'] / 3.125e9)
+  assert 'all-reduce between slices' in text
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_sampler_compiles_and_computes_what_we_count():
+  report, _ = compile_one(
+    '--config=configs/tiny.py', '--topology=v5e-4', '--what=sample', '--fast',
+    '--config.train.batch_size=32',
+  )  # fmt: skip
+  assert (report['what'], report['fits']) == ('sample', True)
+  assert report['compiler_tflops_per_step'] == pytest.approx(
+    report['model_tflops_per_step'], rel=0.05
+  )
+
+
+def fake_report(monkeypatch, error):
+  """`aot.report` of tiny on one chip whose compiler says `error`."""
+  from fluid_jax import aot as module
+  from fluid_jax import main
+
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError(error)
+
+  chip = types.SimpleNamespace(device_kind='TPU v5 lite')
+  monkeypatch.setattr(module, 'topology_devices', lambda *_: [chip])
+  mesh = types.SimpleNamespace(shape={'replica': 1, 'fsdp': 1, 'tensor': 1})
+  monkeypatch.setattr(module.sharding, 'make_mesh', lambda *_: mesh)
+  monkeypatch.setattr(module, 'compile_program', refuse)
+  monkeypatch.setattr(module.importlib.metadata, 'version', lambda _: '1')
+  config = main.read_config(['', f'--config={commands.ROOT}/configs/tiny.py'])
+  return module, module.report(config, 'v5e-1')
+
+
+def test_what_does_not_fit_is_a_verdict_and_what_is_refused_a_sentence(monkeypatch):
+  module, (report, compiled) = fake_report(monkeypatch, 'RESOURCE_EXHAUSTED: 99G of 15.75G\nmore')
+  assert compiled is None
+  assert (report['fits'], report['why']) == (False, 'RESOURCE_EXHAUSTED: 99G of 15.75G')
+  assert 'does NOT fit: RESOURCE_EXHAUSTED: 99G' in module.describe(report)
+  with pytest.raises(errors.UserError, match='refuses this program: INVALID_ARGUMENT: no such opt'):
+    fake_report(monkeypatch, 'INVALID_ARGUMENT: no such option\nmore')
+
+
+def test_reports_are_ranked_by_fit_then_time_then_memory():
+  from fluid_jax import aot as module
+
+  timed = [
+    {'fits': True, 'estimated_step_seconds': 0.2, 'peak_bytes_per_device': 1},
+    {'fits': True, 'estimated_step_seconds': 0.3, 'peak_bytes_per_device': 0},
+    {'fits': False, 'estimated_step_seconds': 0.1, 'peak_bytes_per_device': 9},
+    {'fits': False},
+  ]
+  untimed = [{'fits': True, 'peak_bytes_per_device': size} for size in (1, 2)]
+  for expected in (timed[:3], untimed + timed[3:]):
+    found = expected[::-1]
+    found.sort(key=module.rank)
+    assert found == expected
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
   from fluid_jax import aot as module
 
@@ -141,6 +213,22 @@ def test_a_kept_executable_computes_the_same(tmp_path):
       3,
     ),
     (['--config=configs/tiny.py', '--topology=v5e-8'], 'cannot share evenly', 3),
+    (
+      ['--config=configs/tiny.py', '--topology=v5e-64', '--what=sample'],
+      '64 data-parallel devices cannot share 16 images evenly',
+      3,
+    ),
+    (['--config=configs/tiny.py', '--topology=v5e:32x32'], 'the largest slice of v5e is', 2),
+    (
+      ['--config=configs/tiny.py', '--topology=v5e-4', '--slices=0'],
+      '0 is not a positive integer',
+      2,
+    ),
+    (
+      ['--config=configs/tiny.py', '--topology=v5e-4', '--hlo=/no/such/folder/a.hlo'],
+      'there is no such folder to write to',
+      2,
+    ),
   ],
 )
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, complaint, code):

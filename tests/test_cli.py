@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -84,6 +85,16 @@ assert not xla_bridge.backends_are_initialized()
   assert 'paper: 10500M parameters' in out
   for component in ('decoder', 'aligner', 'head', 'embeddings', 'optimizer', 'EMA'):
     assert component in out
+
+
+def test_validate_only_counts_the_bytes_of_the_optimizer():
+  out = commands.run_ok(
+    '-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only',
+    '--config.optimizer.name=adafactor',
+  )  # fmt: skip
+  # 170.8M parameters: 4 bytes each, 4 of the average, and means of rows and columns.
+  assert re.search(r'parameters 683\.\d MB, optimizer \(adafactor\) \d\.\d MB, EMA 683\.', out)
+  assert 'together 1.4 GB' in out
 
 
 # ---- Configs that cannot be ----

@@ -116,6 +116,58 @@ def test_gathers_that_products_carry_on_are_hidden_by_them():
   assert scatter.exposed_seconds == pytest.approx(1e-6)
 
 
+# Two gathers over the links of a slice, the second of which waits for the first; beside them a sum
+# between slices, which the hosts send; and a call that is no collective.
+SLICES = """
+%gather (p.1: f32[4]) -> f32[32] {
+  %p.1 = f32[4]{0} parameter(0)
+  ROOT %all-gather.1 = f32[32]{0} all-gather(%p.1), replica_groups=[2,8]<=[16], dimensions={0}
+}
+
+%other (p.2: f32[4]) -> f32[4] {
+  %p.2 = f32[4]{0} parameter(0)
+  ROOT %copy.1 = f32[4]{0} copy(%p.2)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %token = token[] after-all()
+  %send.1 = (f32[1,8,128]{2,1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2
+  %start.1 = ((f32[4]{0}), f32[32]{0}) call-start(%x), to_apply=%gather
+  %call.1 = ((f32[4]{0}), f32[4]{0}) call-start(%x), to_apply=%other
+  %call.2 = f32[4]{0} call-done(%call.1)
+  %whole = f32[32]{0} reduce-scatter(%x), replica_groups=[2,8]<=[16], to_apply=%other
+  %done.1 = f32[32]{0} call-done(%start.1)
+  %recv.1 = (f32[1,8,128]{2,1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done.1 = (f32[1,8,128]{2,1,0}, token[]) recv-done(%recv.1), channel_id=1, control-predecessors={%send-done.1, %send.1}
+  ROOT %last = f32[4]{0} copy(%x), backend_config={"estimated_cycles":"2000"}
+}
+"""  # noqa: E501
+
+
+def test_collectives_between_slices_have_a_network_of_their_own():
+  seconds = {'all-gather': 2e-6, 'reduce-scatter': 1e-6, 'all-reduce between slices': 7e-6}
+  seen = []
+
+  def collective_seconds(kind, size, groups):
+    seen.append((kind, size))
+    return seconds[kind]
+
+  line = hlo.timeline(hlo.parse(SLICES), 1e9, collective_seconds)
+  assert seen == [
+    ('all-reduce between slices', 4096), ('all-gather', 128), ('reduce-scatter', 8 * 128)
+  ]  # fmt: skip
+  # The links are busy for 3 microseconds, of which the wait for them is the gather's.
+  exposed = {kind: c.exposed_seconds for kind, c in line.collectives.items()}
+  assert exposed == pytest.approx(
+    {'all-gather': 2e-6, 'reduce-scatter': 1e-6, 'all-reduce between slices': 4e-6}
+  )
+  assert line.seconds == pytest.approx(7e-6 + 2e-6)
+  between = line.collectives['all-reduce between slices']
+  assert (between.count, between.asynchronous) == (1, 1)
+
+
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [

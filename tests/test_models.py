@@ -14,7 +14,7 @@ import pytest
 import reference
 
 from fluid_jax import config as config_lib
-from fluid_jax import flops, overview, step
+from fluid_jax import flops, hlo, overview, step
 from fluid_jax.models import layers
 
 BATCH = 4
@@ -344,6 +344,35 @@ def test_packed_loss_and_gradients_equal_the_dense_ones(make_config, random_para
   jax.tree.map(close, gradients, expected_gradients)
   sizes = [float(np.abs(g).max()) for g in jax.tree.leaves(gradients)]
   assert min(sizes) > 1e-8, 'a parameter does not learn'
+
+
+def test_remat_changes_what_is_computed_again_and_not_the_gradients(make_config, random_params):
+  config = make_config()
+  batch = 2 * config.model.mask_group_size
+  params = random_params(config)
+  image, texts = make_tokens(config, batch), make_texts(config, batch)
+
+  def traced(remat):
+    model = step.make_model(with_model(config, remat=remat))
+    draws = draw_all(model, params, jax.random.key(0), jnp.arange(batch))
+
+    def loss(params):
+      return model.apply({'params': params}, image, *texts, draws, method='losses')['loss'].sum()
+
+    return jax.jit(jax.grad(loss)).trace(params)
+
+  gradients, work = {}, {}
+  for remat in ('none', 'minimal', 'save_attention', 'full'):
+    compiled = traced(remat).lower().compile()
+    gradients[remat] = compiled(params)
+    work[remat] = hlo.flops(hlo.parse(compiled.as_text()))
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+      gradients[remat], gradients['none'],
+    )  # fmt: skip
+  # The fewer products are kept, the more are computed again; `minimal` lacks only logits.
+  assert work['none'] < work['minimal'] < work['save_attention'] < work['full']
+  assert 'pinned_host' in traced('offload').lower(lowering_platforms=('tpu',)).as_text()
 
 
 def test_random_draws_are_a_function_of_key_and_global_example_index(make_config, random_params):

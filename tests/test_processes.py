@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from test_train import assert_same, load
+from test_train import PROMPTS, assert_same, events, load
 
 from fluid_jax import errors, sharding
 
@@ -110,6 +110,14 @@ def mesh_flags(replica, fsdp, tensor):
       {'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'JAX_NUM_PROCESSES': 'two'},
       "invalid literal for int() with base 10: 'two'",
     ),
+    (
+      {
+        'JAX_COORDINATOR_ADDRESS': 'localhost:http',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': '0',
+      },
+      "'http' is no port",
+    ),
   ],
 )
 def test_a_half_described_cluster_exits_with_3(tmp_path, env, words):
@@ -118,6 +126,16 @@ def test_a_half_described_cluster_exits_with_3(tmp_path, env, words):
   assert f'error: the processes cannot find each other ({words})' in done.stderr
   assert 'set JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0' in done.stderr
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_port_that_is_taken_exits_with_3(tmp_path):
+  with socket.create_server(('', 0)) as taken:
+    port = taken.getsockname()[1]
+    env = {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}
+    env['JAX_COORDINATOR_ADDRESS'] = f'127.0.0.1:{port}'
+    done = commands.run(*MAIN, f'--workdir={tmp_path / "run"}', env=env)
+  assert done.returncode == errors.DEVICES, done.stderr
+  assert 'Address already in use' in done.stderr.splitlines()[-1]
 
 
 # ---- Agreement ----
@@ -225,11 +243,12 @@ def whole(tmp_path_factory):
   """The workdir of an uninterrupted run of two processes with two devices each."""
   folder = tmp_path_factory.mktemp('whole')
   with contextlib.ExitStack() as stack:
-    flags = (f'--workdir={folder / "run"}', *mesh_flags(1, 2, 2))
+    flags = (f'--workdir={folder / "run"}', PROMPTS, *mesh_flags(1, 2, 2))
     run = Run(stack, folder, 2, *MAIN, *flags, num_devices=2)
     assert run.wait() == [0, 0], run.log(0)[-3000:] + run.log(1)[-3000:]
     assert '2 process(es), 4 cpu device(s), mesh replica 1 x fsdp 2 x tensor 2; st' in run.log(0)
     assert 'step ' not in run.log(1)
+    assert [event.step for event in events(folder / 'run').Tensors('samples')] == [NUM_STEPS]
   return folder / 'run'
 
 
@@ -279,7 +298,7 @@ def _digest(array):
 # ---- A process that ends or hangs ----
 
 SENTENCE = re.compile(
-  r'^error: .*another process .*ended or cannot be reached.*: start all of them again, '
+  r'^error: .*another process .*ended,? or cannot be reached.*: start all of them again, '
   'and training goes on from the newest checkpoint.$',
   re.MULTILINE,
 )
@@ -304,7 +323,7 @@ def strike(run, index, number):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_as_if_uninterrupted(
   whole, launch, tmp_path
 ):
-  args = (*MAIN, f'--workdir={tmp_path / "run"}', *mesh_flags(1, 2, 2))
+  args = (*MAIN, f'--workdir={tmp_path / "run"}', PROMPTS, *mesh_flags(1, 2, 2))
   run = launch(2, *args, num_devices=2)
   run.await_line('step 8/')
   assert strike(run, 1, signal.SIGKILL) < 60
