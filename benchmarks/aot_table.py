@@ -30,7 +30,7 @@ LAYOUTS = {
   **{(size, topology): [WHOLE] for size in ('150m', '369m', '665m') for topology in TOPOLOGIES},
   **{(size, topology): [SQUARE] for size in ('1b', '3b') for topology in ('v5e-256', 'v6e-256')},
   **{(size, 'v5p-512'): [SIDE] for size in ('1b', '3b')},
-  **{(size, 'v5p-512'): [WHOLE, SIDE] for size in ('150m', '369m', '665m')},
+  ('665m', 'v5e-256'): [WHOLE, SQUARE],
   ('10b', 'v5e-256'): [('--remat=full',)],
   ('10b', 'v4-128'): [PARTS],
   ('3b', 'v4-128'): [PARTS],
