@@ -25,15 +25,17 @@ TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
 WHOLE = ('--mesh=replica={chips},fsdp=1',)  # parameters whole on every chip: no gathers
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)
-PARTS = ('--mesh=fsdp=64', '--config.optimizer.accumulation_steps=4')
+IN_2, IN_4 = (
+  ('--mesh=replica=4,fsdp=16', f'--config.optimizer.accumulation_steps={count}') for count in (2, 4)
+)
 LAYOUTS = {
   **{(size, topology): [WHOLE] for size in ('150m', '369m', '665m') for topology in TOPOLOGIES},
   **{(size, topology): [SQUARE] for size in ('1b', '3b') for topology in ('v5e-256', 'v6e-256')},
   **{(size, 'v5p-512'): [SIDE] for size in ('1b', '3b')},
   ('665m', 'v5e-256'): [WHOLE, SQUARE],
   ('10b', 'v5e-256'): [('--remat=full',)],
-  ('10b', 'v4-128'): [PARTS],
-  ('3b', 'v4-128'): [PARTS],
+  ('10b', 'v4-128'): [IN_4],
+  ('3b', 'v4-128'): [IN_2],
 }
 CHIPS = {'v5p-512': 256, 'v6e-256': 256, 'v5e-256': 256, 'v5p-128': 64, 'v4-128': 64}
 TWO_SLICES = ('10b', 'v5p-256', ('--slices=2', '--preset=multislice'))

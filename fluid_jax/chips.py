@@ -118,8 +118,15 @@ _SPARSE_CORES = {
   'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter': 'true',
   'xla_tpu_enable_sparse_core_collective_offload_all_reduce': 'true',
 }
-# Of v5e, which has none: products carry gathers by default, and with these the sums of gradients
-# too, but only those that are not put together first.
+# Of v4, which has none: products carry gathers. Sums besides do not fit its fast memory.
+_CARRIED_GATHERS = {
+  'xla_enable_async_all_gather': 'true',
+  'xla_tpu_enable_async_collective_fusion': 'true',
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'true',
+  'xla_tpu_enable_async_collective_fusion_multiple_steps': 'true',
+}
+# Of v5e, which has none either: products carry gathers by default, and with these the sums of
+# gradients too, but only those that are not put together first.
 _CARRIED_SUMS = {
   'xla_enable_async_reduce_scatter_fusion': 'true',
   'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': 'true',
@@ -128,6 +135,7 @@ _CARRIED_SUMS = {
 # The fast memory that one operation may use; the rest holds what comes next. Each option's worth is
 # in benchmarks/aot_log.md.
 _OPTIONS = {
+  'v4': _CARRIED_GATHERS,
   'v5e': {**_CARRIED_SUMS, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v5p': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '32768'},
   'v6e': {**_SPARSE_CORES, 'xla_tpu_scoped_vmem_limit_kib': '65536'},

@@ -104,6 +104,16 @@ def test_gradients_cross_between_slices_once():
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v4-8', 'v6e-4'])  # v5e and v5p are compiled for above
+def test_the_compiler_knows_every_option_of_a_generation(topology):
+  report, _ = compile_one(
+    '--config=configs/tiny.py', f'--topology={topology}', '--fast', '--config.train.batch_size=32'
+  )
+  assert (report['chips'], report['fits']) == (4, True)
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_the_sampler_compiles_and_computes_what_we_count():
   report, _ = compile_one(
     '--config=configs/tiny.py', '--topology=v5e-4', '--what=sample', '--fast',
