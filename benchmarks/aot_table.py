@@ -33,7 +33,7 @@ LAYOUTS = {
   **{(size, topology): [SQUARE] for size in ('1b', '3b') for topology in ('v5e-256', 'v6e-256')},
   **{(size, 'v5p-512'): [SIDE] for size in ('1b', '3b')},
   ('665m', 'v5e-256'): [WHOLE, SQUARE],
-  ('10b', 'v5e-256'): [('--remat=full',)],
+  ('10b', 'v5e-256'): [('--remat=full',), ('--remat=save_attention',)],
   ('10b', 'v4-128'): [IN_4],
   ('3b', 'v4-128'): [IN_2],
 }
