@@ -28,6 +28,7 @@ setuptools.setup(
     'google-crc32c>=1.9',
     'jax>=0.10.2',
     'ml-collections>=1.1',
+    'msgpack>=1.2.4',
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
@@ -38,6 +39,7 @@ setuptools.setup(
     'tensorflow>=2.21',
     'tensorflow-datasets>=4.9.10',
     'tensorflow-text>=2.21',
+    'tensorstore>=0.1.86',
   ],
   extras_require={
     # jax chooses the libtpu that it was built for; another one crashes.

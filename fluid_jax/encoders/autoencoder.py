@@ -1,0 +1,334 @@
+"""The convolutional encoder and decoder that Stable Diffusion's KL-VAE, MAR's and VQGANs share.
+
+VQGAN (arXiv 2012.09841) introduced it; latent diffusion (arXiv 2112.10752) took it over. Published
+files name its tensors in three ways, told apart by the names themselves: diffusers', CompVis' (also
+inside a whole Stable Diffusion checkpoint) and LlamaGen's.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fluid_jax import errors
+from fluid_jax.encoders import weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Shape of an autoencoder.
+
+  Attributes:
+    width: channels of the first level.
+    multipliers: channels of each level over `width`, from pixels inwards; between two levels the
+      side halves.
+    num_blocks: residual blocks of a level of the encoder; the decoder has one more.
+    latent_channels: between encoder and decoder.
+    code_channels: after the 1 x 1 convolution behind the encoder: of the latents, or of a code.
+    is_gaussian: the encoder gives mean and log variance, twice the channels.
+    encoder_attention, decoder_attention: levels whose blocks are followed by attention.
+    has_mid_attention: whether the innermost two blocks have attention between them.
+  """
+
+  width: int = 128
+  multipliers: tuple[int, ...] = (1, 2, 4, 4)
+  num_blocks: int = 2
+  latent_channels: int = 4
+  code_channels: int = 4
+  is_gaussian: bool = True
+  encoder_attention: tuple[int, ...] = ()
+  decoder_attention: tuple[int, ...] = ()
+  has_mid_attention: bool = True
+
+  @property
+  def stride(self) -> int:
+    """Pixels a side for one latent vector."""
+    return 2 ** (len(self.multipliers) - 1)
+
+
+def _conv(features: int, dtype: Any, name: str, size: int = 3, **options: Any) -> nn.Conv:
+  """A convolution whose kernel lies split along what it reads."""
+  return nn.Conv(
+    features,
+    (size, size),
+    dtype=dtype,
+    kernel_init=nn.with_logical_partitioning(
+      nn.initializers.lecun_normal(), (None, None, 'embed', None)
+    ),
+    name=name,
+    **{'padding': size // 2, **options},
+  )
+
+
+def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
+  """A convolution of one pixel, as the product that it is."""
+  init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', None))
+  return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def _norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
+  """Group normalization over 32 groups (fewer where channels are fewer), statistics in float32."""
+  groups = min(32, x.shape[-1])
+  return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)(x)
+
+
+class ResidualBlock(nn.Module):
+  """Two convolutions, each behind a norm and a swish."""
+
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+    h = _conv(self.features, self.dtype, 'conv1')(nn.swish(_norm(x_BxHxWxC, self.dtype, 'norm1')))
+    h = _conv(self.features, self.dtype, 'conv2')(nn.swish(_norm(h, self.dtype, 'norm2')))
+    if x_BxHxWxC.shape[-1] != self.features:
+      x_BxHxWxC = _dense(self.features, self.dtype, 'shortcut')(x_BxHxWxC)
+    return x_BxHxWxC + h
+
+
+class AttentionBlock(nn.Module):
+  """Self-attention over all positions with one head."""
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+    features = x_BxHxWxC.shape[-1]
+    h = _norm(x_BxHxWxC, self.dtype, 'norm').reshape(x_BxHxWxC.shape[0], -1, features)
+    q_BxNxC, k_BxNxC, v_BxNxC = (
+      _dense(features, self.dtype, name)(h) for name in ('query', 'key', 'value')
+    )
+    logits_BxNxN = jnp.einsum('bqc,bkc->bqk', q_BxNxC, k_BxNxC, preferred_element_type=jnp.float32)
+    p_BxNxN = jax.nn.softmax(logits_BxNxN * features**-0.5).astype(self.dtype)
+    y_BxNxC = _dense(features, self.dtype, 'out')(p_BxNxN @ v_BxNxC)
+    return x_BxHxWxC + y_BxNxC.reshape(x_BxHxWxC.shape)
+
+
+class Level(nn.Module):
+  """Residual blocks of one resolution, each with attention behind it or none."""
+
+  features: int
+  num_blocks: int
+  has_attention: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, h: jax.Array) -> jax.Array:
+    for block in range(self.num_blocks):
+      h = ResidualBlock(self.features, self.dtype, name=f'block_{block}')(h)
+      if self.has_attention:
+        h = AttentionBlock(self.dtype, name=f'attention_{block}')(h)
+    return h
+
+
+class Middle(nn.Module):
+  """Two residual blocks at the innermost resolution, with attention between them."""
+
+  has_attention: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, h: jax.Array) -> jax.Array:
+    h = ResidualBlock(h.shape[-1], self.dtype, name='block_0')(h)
+    if self.has_attention:
+      h = AttentionBlock(self.dtype, name='attention_0')(h)
+    return ResidualBlock(h.shape[-1], self.dtype, name='block_1')(h)
+
+
+class Encoder(nn.Module):
+  """Pictures in [-1, 1] to latents of `stride` times fewer pixels a side."""
+
+  shape: Shape
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
+    shape, last = self.shape, len(self.shape.multipliers) - 1
+    h = _conv(shape.width, self.dtype, 'conv_in')(x_BxHxWx3)
+    for level, multiplier in enumerate(shape.multipliers):
+      features, has_attention = shape.width * multiplier, level in shape.encoder_attention
+      name = f'level_{level}'
+      h = Level(features, shape.num_blocks, has_attention, self.dtype, name=name)(h)
+      if level < last:
+        # One row and column of zeros on the far side alone, as the published networks have it.
+        padding = ((0, 1), (0, 1))
+        resample = _conv(features, self.dtype, f'resample_{level}', strides=2, padding=padding)
+        h = resample(h)
+    h = Middle(shape.has_mid_attention, self.dtype, name='mid')(h)
+    channels = shape.latent_channels * (2 if shape.is_gaussian else 1)
+    return _conv(channels, self.dtype, 'conv_out')(nn.swish(_norm(h, self.dtype, 'norm_out')))
+
+
+class Decoder(nn.Module):
+  """Latents to pictures, about [-1, 1]; levels are numbered as they are computed."""
+
+  shape: Shape
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, z_BxhxwxC: jax.Array) -> jax.Array:
+    shape, last = self.shape, len(self.shape.multipliers) - 1
+    h = _conv(shape.width * shape.multipliers[-1], self.dtype, 'conv_in')(z_BxhxwxC)
+    h = Middle(shape.has_mid_attention, self.dtype, name='mid')(h)
+    for level, multiplier in enumerate(reversed(shape.multipliers)):
+      features, has_attention = shape.width * multiplier, last - level in shape.decoder_attention
+      name = f'level_{level}'
+      h = Level(features, shape.num_blocks + 1, has_attention, self.dtype, name=name)(h)
+      if level < last:
+        h = _conv(features, self.dtype, f'resample_{level}')(h.repeat(2, axis=1).repeat(2, axis=2))
+    return _conv(3, self.dtype, 'conv_out')(nn.swish(_norm(h, self.dtype, 'norm_out')))
+
+
+class Autoencoder(nn.Module):
+  """Encoder and decoder, and the 1 x 1 convolutions on the two sides of the latents.
+
+  Attributes:
+    shape: its shape.
+    dtype: of the computation; norms' statistics, softmax and parameters are float32.
+  """
+
+  shape: Shape
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    shape = self.shape
+    self.encoder, self.decoder = Encoder(shape, self.dtype), Decoder(shape, self.dtype)
+    twice = 2 if shape.is_gaussian else 1
+    self.to_code = _dense(shape.code_channels * twice, self.dtype, 'to_code')
+    self.from_code = _dense(shape.latent_channels, self.dtype, 'from_code')
+
+  def encode(self, x_BxHxWx3: jax.Array) -> jax.Array:
+    """(B, H / stride, W / stride, code_channels), or twice the channels: mean, log variance."""
+    return self.to_code(self.encoder(x_BxHxWx3.astype(self.dtype))).astype(jnp.float32)
+
+  def decode(self, z_BxhxwxC: jax.Array) -> jax.Array:
+    """Pictures about [-1, 1], float32."""
+    return self.decoder(self.from_code(z_BxhxwxC.astype(self.dtype))).astype(jnp.float32)
+
+  def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
+    """The reconstruction by the mean; creates all parameters."""
+    z, *_ = jnp.split(self.encode(x_BxHxWx3), 2 if self.shape.is_gaussian else 1, axis=-1)
+    return self.decode(z)
+
+
+# ---- where the parameters lie in published files ----
+
+# Patterns of our paths and what each layout has in their place; {0}, {1} are the patterns' groups.
+_COMMON = {
+  r'to_code': 'quant_conv',
+  r'from_code': 'post_quant_conv',
+  r'kernel|scale': 'weight',
+}
+_COMPVIS_NAMES = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'proj_out'}
+_DIFFUSERS_NAMES = {
+  'norm': 'group_norm', 'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0',
+}  # fmt: skip
+_OLD_NAMES = {**_DIFFUSERS_NAMES, 'query': 'query', 'key': 'key', 'value': 'value'}
+_OLD_NAMES['out'] = 'proj_attn'
+
+
+def _diffusers(path: str, shape: Shape, names: Mapping[str, str]) -> str:
+  side, *rest = path.split('/')
+  blocks = {'encoder': 'down_blocks', 'decoder': 'up_blocks'}.get(side, '')
+  resampler = {'encoder': 'downsamplers', 'decoder': 'upsamplers'}.get(side, '')
+  rules = {
+    r'level_(\d)': f'{blocks}.\\1',
+    r'mid': 'mid_block',
+    r'block_(\d)': r'resnets.\1',
+    r'attention_(\d)': r'attentions.\1',
+    r'resample_(\d)': f'{blocks}.\\1.{resampler}.0.conv',
+    r'norm_out': 'conv_norm_out',
+    r'shortcut': 'conv_shortcut',
+  }
+  return _renamed([side, *rest], rules, names)
+
+
+def _compvis(path: str, shape: Shape, names: Mapping[str, str]) -> str:
+  side, *rest = path.split('/')
+  last = len(shape.multipliers) - 1
+
+  def level(match: re.Match[str]) -> str:
+    number = int(match[1])
+    return f'down.{number}' if side == 'encoder' else f'up.{last - number}'
+
+  sampling = 'downsample' if side == 'encoder' else 'upsample'
+  rules = {
+    r'level_(\d)': level,
+    r'resample_(\d)': lambda match: f'{level(match)}.{sampling}.conv',
+    r'attention_(\d)': r'attn.\1',
+    r'block_(\d)': r'block.\1',
+    r'shortcut': 'nin_shortcut',
+  }
+  if 'mid' in rest:  # which counts from 1
+    rules[r'attention_(\d)'] = 'attn_1'
+    rules[r'block_(\d)'] = lambda match: f'block_{int(match[1]) + 1}'
+  return _renamed([side, *rest], rules, names)
+
+
+def _llamagen(path: str, shape: Shape, names: Mapping[str, str]) -> str:
+  side, *rest = path.split('/')
+  sampling = 'downsample' if side == 'encoder' else 'upsample'
+  rules = {
+    r'level_(\d)': r'conv_blocks.\1',
+    r'resample_(\d)': f'conv_blocks.\\1.{sampling}.conv',
+    r'attention_(\d)': r'attn.\1',
+    r'block_(\d)': r'res.\1',
+    r'shortcut': 'nin_shortcut',
+  }
+  if 'mid' in rest:
+    rules[r'attention_(\d)'] = '1'
+    rules[r'block_(\d)'] = lambda match: str(2 * int(match[1]))
+  return _renamed([side, *rest], rules, names)
+
+
+def _renamed(
+  parts: list[str], rules: Mapping[str, str | Callable], attention: Mapping[str, str]
+) -> str:
+  """The parts of a path, each by the first rule that fits it."""
+  inside = next((i for i, part in enumerate(parts) if part.startswith('attention')), len(parts))
+  renamed = []
+  for place, part in enumerate(parts):
+    fitting = {**rules, **_COMMON, **(attention if place > inside else {})}
+    for pattern, replacement in fitting.items():
+      if re.fullmatch(pattern, part):
+        part = re.sub(pattern, replacement, part)
+        break
+    renamed.append(part)
+  return '.'.join(renamed)
+
+
+def entries(
+  source: weights.Source, shape: Shape, shapes: Any
+) -> tuple[dict[str, weights.Entry], str]:
+  """Where each parameter of an `Autoencoder` lies in `source`, and the prefix of all names there.
+
+  Raises:
+    UserError: no layout known here.
+  """
+  known = source.shapes.keys()
+  prefix = 'first_stage_model.' if any(n.startswith('first_stage_model.') for n in known) else ''
+  layouts = (
+    ('encoder.mid_block.attentions.0.query.weight', _diffusers, _OLD_NAMES),
+    ('encoder.mid_block.resnets.0.conv1.weight', _diffusers, _DIFFUSERS_NAMES),
+    ('encoder.mid.block_1.conv1.weight', _compvis, _COMPVIS_NAMES),
+    ('encoder.conv_blocks.0.res.0.conv1.weight', _llamagen, _COMPVIS_NAMES),
+  )
+  layout = next(((f, names) for sign, f, names in layouts if prefix + sign in known), None)
+  if layout is None:
+    raise errors.UserError(
+      f"{source.path} has no tensors of an autoencoder by diffusers', CompVis' or LlamaGen's "
+      f'names (its first is {min(known, default="none")!r}): give the file of a VAE or VQGAN.',
+      errors.CORRUPT,
+    )
+  name_of, names = layout
+  found = {}
+  for where, leaf in jax.tree.flatten_with_path(shapes)[0]:
+    path = jax.tree_util.keystr(where, simple=True, separator='/')
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(len(leaf.shape))
+    found[path] = weights.Entry(prefix + name_of(path, shape, names), axes)
+  return found, prefix

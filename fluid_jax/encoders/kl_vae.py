@@ -1,0 +1,85 @@
+"""KL-regularised autoencoders: pictures to the moments of continuous tokens, and back.
+
+Stable Diffusion's (8 pixels a latent, 4 channels, of which 2 x 2 make a token of 16: facts 2) and
+MAR's KL-16 (16 pixels, 16 channels) by their shapes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fluid_jax.encoders import autoencoder, weights
+
+STABLE_DIFFUSION = autoencoder.Shape()
+MAR = autoencoder.Shape(
+  multipliers=(1, 1, 2, 2, 4), latent_channels=16, code_channels=16, encoder_attention=(4,)
+)
+# Of whole checkpoints: the discriminator, and the averages of training.
+_OTHERS = r'(?:.*\.)?loss\.|model_ema\.'
+
+
+@dataclasses.dataclass(frozen=True)
+class KLVAE:
+  """Functions of its parameters; `patch` x `patch` latents make a token.
+
+  Attributes:
+    shape: of the autoencoder, with `is_gaussian`.
+    patch: latents a side of a token.
+    dtype: of the computation.
+  """
+
+  shape: autoencoder.Shape
+  patch: int = 1
+  dtype: Any = jnp.float32
+
+  @property
+  def channels(self) -> int:
+    """Of a token."""
+    return self.shape.code_channels * self.patch**2
+
+  @property
+  def network(self) -> autoencoder.Autoencoder:
+    return autoencoder.Autoencoder(self.shape, self.dtype)
+
+  def moments(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+    """moments_BxLx2C float32 of uint8 pictures: means, then log variances in [-30, 20]."""
+    x_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
+    moments = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    parts = (mean, jnp.clip(log_variance, -30, 20))
+    return jnp.concatenate([to_tokens(part, self.patch) for part in parts], axis=-1)
+
+  def decode(self, params: Any, latents_BxLxC: jax.Array) -> jax.Array:
+    """images_BxHxWx3 uint8 of unscaled latents on a square grid."""
+    z_BxhxwxC = from_tokens(latents_BxLxC, self.patch)
+    x_BxHxWx3 = self.network.apply({'params': params}, z_BxhxwxC, method='decode')
+    return jnp.clip(jnp.round((x_BxHxWx3 + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+  def load(self, path: str, shapes: Any) -> Any:
+    """Parameters from safetensors by diffusers' or CompVis' names; see `weights.load`."""
+    source = weights.Safetensors(path)
+    found, prefix = autoencoder.entries(source, self.shape, shapes)
+    return weights.load(source, found, shapes, f'(?!{prefix})|{_OTHERS}' if prefix else _OTHERS)
+
+
+def sample(moments_BxLx2C: jax.Array, noise_BxLxC: jax.Array) -> jax.Array:
+  """latents_BxLxC drawn from moments by standard normal noise."""
+  mean_BxLxC, log_variance_BxLxC = jnp.split(moments_BxLx2C, 2, axis=-1)
+  return mean_BxLxC + jnp.exp(0.5 * log_variance_BxLxC) * noise_BxLxC
+
+
+def to_tokens(z_BxhxwxC: jax.Array, patch: int) -> jax.Array:
+  """tokens_BxLx(C P P): squares of latents, in MAR's order (channel, row, column)."""
+  batch, height, width, channels = z_BxhxwxC.shape
+  z = z_BxhxwxC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+  return z.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels * patch**2)
+
+
+def from_tokens(tokens_BxLxC: jax.Array, patch: int) -> jax.Array:
+  """z_BxhxwxC of tokens on a square grid; the inverse of `to_tokens`."""
+  batch, length, channels = tokens_BxLxC.shape
+  grid = round(length**0.5)
+  z = tokens_BxLxC.reshape(batch, grid, grid, channels // patch**2, patch, patch)
+  return z.transpose(0, 1, 4, 2, 5, 3).reshape(batch, grid * patch, grid * patch, -1)

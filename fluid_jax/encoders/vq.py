@@ -1,0 +1,109 @@
+"""VQGANs (arXiv 2012.09841): pictures to the indices of their nearest codes, and back."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fluid_jax.encoders import autoencoder, weights
+
+# 16 pixels a token. Of those that are public, aMUSEd's has the 8192 codes of the paper (facts 2).
+AMUSED = autoencoder.Shape(
+  multipliers=(1, 2, 2, 4, 6), latent_channels=64, code_channels=64, is_gaussian=False,
+  has_mid_attention=False,
+)  # fmt: skip
+TAMING = autoencoder.Shape(
+  multipliers=(1, 1, 2, 2, 4), latent_channels=256, code_channels=256, is_gaussian=False,
+  encoder_attention=(4,), decoder_attention=(4,),
+)  # fmt: skip
+LLAMAGEN = dataclasses.replace(TAMING, code_channels=8)
+# Of whole checkpoints: the discriminator, and counters of training.
+_OTHERS = r'loss\.|quantize\.codebook_used$|model_ema\.'
+
+
+class Network(autoencoder.Autoencoder):
+  """An autoencoder with a codebook."""
+
+  vocab_size: int = 8192
+
+  def setup(self):
+    super().setup()
+    self.codebook = self.param(
+      'codebook',
+      nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', None)),
+      (self.vocab_size, self.shape.code_channels),
+    )
+
+  def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
+    """The reconstruction by the nearest codes; creates all parameters."""
+    return self.decode(self.codebook[nearest(self.encode(x_BxHxWx3), self.codebook)])
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGAN:
+  """Functions of its parameters.
+
+  Attributes:
+    shape: of the autoencoder, without `is_gaussian`.
+    vocab_size: number of codes.
+    is_normalized: whether directions are compared, not points: LlamaGen's.
+    dtype: of the computation.
+  """
+
+  shape: autoencoder.Shape
+  vocab_size: int
+  is_normalized: bool = False
+  dtype: Any = jnp.float32
+
+  @property
+  def network(self) -> Network:
+    return Network(self.shape, self.dtype, vocab_size=self.vocab_size)
+
+  def encode(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+    """tokens_BxL int32 of uint8 pictures."""
+    x_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
+    z_BxhxwxC = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
+    if self.is_normalized:
+      z_BxhxwxC = _unit(z_BxhxwxC)
+    z_BxLxC = z_BxhxwxC.reshape(z_BxhxwxC.shape[0], -1, z_BxhxwxC.shape[-1])
+    return nearest(z_BxLxC, self._codes(params))
+
+  def decode(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
+    """images_BxHxWx3 uint8 of codes on a square grid."""
+    batch, length = tokens_BxL.shape
+    grid = round(length**0.5)
+    z_BxhxwxC = self._codes(params)[tokens_BxL].reshape(batch, grid, grid, -1)
+    x_BxHxWx3 = self.network.apply({'params': params}, z_BxhxwxC, method='decode')
+    return jnp.clip(jnp.round((x_BxHxWx3 + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+  def _codes(self, params: Any) -> jax.Array:
+    return _unit(params['codebook']) if self.is_normalized else params['codebook']
+
+  def load(self, path: str, shapes: Any) -> Any:
+    """Parameters from safetensors by any of the three ways of naming; see `weights.load`."""
+    source = weights.Safetensors(path)
+    inner = {name: part for name, part in shapes.items() if name != 'codebook'}
+    found, prefix = autoencoder.entries(source, self.shape, inner)
+    found['codebook'] = weights.Entry(f'{prefix}quantize.embedding.weight')
+    return weights.load(source, found, shapes, f'(?!{prefix})|{_OTHERS}' if prefix else _OTHERS)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 4096) -> jax.Array:
+  """Index (...,) int32 of the code nearest to `x` (..., C); of equally near ones the first.
+
+  In float32 whatever the hardware's products are by default, `block` vectors at a time, so that
+  their scores against all codes need not lie in memory together.
+  """
+  x_NxC, codes_VxC = x.reshape(-1, x.shape[-1]), jnp.asarray(codes_VxC, jnp.float32)
+  half_V = 0.5 * jnp.square(codes_VxC).sum(1)
+
+  def find(x_C: jax.Array) -> jax.Array:
+    return jnp.argmax(jnp.dot(codes_VxC, x_C, precision='highest') - half_V).astype(jnp.int32)
+
+  return jax.lax.map(find, x_NxC.astype(jnp.float32), batch_size=block).reshape(x.shape[:-1])

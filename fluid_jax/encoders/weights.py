@@ -1,0 +1,324 @@
+"""Reads public checkpoints of frozen networks: safetensors, and T5X's own.
+
+A network names its tensors by a table: for each of its parameters the tensor of the file (one a
+layer where layers are stacked) and how its axes lie there. Loading reads, slice by slice, only what
+this process's devices hold, so that host memory stays near one parameter.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.serialization
+import jax
+import msgpack
+import numpy as np
+import safetensors
+import tensorstore
+from etils import epath
+
+from fluid_jax import errors
+
+_PICKLES = (b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
+
+
+class Source(Protocol):
+  """Tensors by name, read in slices.
+
+  Attributes:
+    path: where they are, for messages.
+    shapes: of every tensor.
+  """
+
+  path: str
+  shapes: Mapping[str, tuple[int, ...]]
+
+  def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor, in the dtype of the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where a parameter lies in a file.
+
+  Attributes:
+    name: of its tensor, with {} for the layer's number if layers are stacked along axis 0.
+    axes: for each of its axes (those of one layer) the axis of the tensor; None: in order. Axes
+      of the tensor that are not named have length 1, as in the 1 x 1 convolutions of projections.
+    first_layer: the number of layer 0.
+  """
+
+  name: str
+  axes: tuple[int, ...] | None = None
+  first_layer: int = 0
+
+  @property
+  def is_stacked(self) -> bool:
+    return '{}' in self.name
+
+
+def transposed(name: str) -> Entry:
+  """A Dense kernel that PyTorch keeps as (out, in)."""
+  return Entry(name, (1, 0))
+
+
+def convolution(name: str) -> Entry:
+  """A convolution's kernel that PyTorch keeps as (out, in, height, width)."""
+  return Entry(name, (2, 3, 1, 0))
+
+
+# ---- sources ----
+
+
+class Safetensors:
+  """One safetensors file, or several with an index, as Hugging Face's libraries write them."""
+
+  def __init__(self, path: str):
+    """Opens a file, an index (`*.index.json`), or a directory with one of the two.
+
+    Raises:
+      UserError: there is none, a file is cut or no safetensors, or the index does not hold.
+    """
+    self.path = path
+    self._stack = contextlib.ExitStack()
+    where, index = self._find(epath.Path(path))
+    files = {where.name} if index is None else set(index.values())
+    self._files = {name: self._open(where.parent / name) for name in sorted(files)}
+    self._file_of = {
+      name: file
+      for file, opened in self._files.items()
+      for name in opened.keys()  # noqa: SIM118
+    }
+    for name in sorted((index or {}).keys() - self._file_of.keys()):
+      raise errors.UserError(
+        f'{where} lists {name!r}, which {index[name]} does not hold: download both again.',
+        errors.CORRUPT,
+      )
+    self.shapes = {
+      name: tuple(self._files[file].get_slice(name).get_shape())
+      for name, file in self._file_of.items()
+    }
+
+  def _find(self, path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
+    """The file, or the index and which file of it holds which tensor."""
+    if path.is_dir():
+      found = sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
+      if len(found) != 1:
+        listed = ', '.join(file.name for file in found) or 'none'
+        raise errors.UserError(
+          f'{path} should hold one safetensors file, or one index of several; it has {listed}: '
+          'give the path of the file.',
+          errors.CORRUPT,
+        )
+      path = found[0]
+    if not path.exists():
+      raise errors.UserError(f'there is no {path}: mend the path of the weights.', errors.CORRUPT)
+    if not path.name.endswith('.json'):
+      return path, None
+    try:
+      return path, dict(json.loads(path.read_text())['weight_map'])
+    except (ValueError, KeyError, TypeError) as error:
+      raise errors.UserError(
+        f'{path} is no index of safetensors files (it has no weight_map): download it again.',
+        errors.CORRUPT,
+      ) from error
+
+  def _open(self, path: epath.Path) -> Any:
+    if not path.exists():
+      raise errors.UserError(
+        f'{path}, which the index names, is missing: download it too.', errors.CORRUPT
+      )
+    with path.open('rb') as file:
+      start = file.read(4)
+    if start.startswith(_PICKLES):
+      raise errors.UserError(
+        f'{path} is a PyTorch pickle, which can run any code when it is read: take the same '
+        "model's safetensors, or convert it where you trust it.",
+        errors.CORRUPT,
+      )
+    try:
+      return self._stack.enter_context(safetensors.safe_open(str(path), 'numpy'))
+    except safetensors.SafetensorError as error:
+      raise errors.UserError(
+        f'{path} is cut off or no safetensors file ({error}): download it again.', errors.CORRUPT
+      ) from error
+
+  def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    return self._files[self._file_of[name]].get_slice(name)[index]
+
+
+class T5X:
+  """A directory that T5X's checkpointer wrote: a msgpack index, and a zarr array a tensor."""
+
+  def __init__(self, path: str):
+    """Reads the index of a local or `gs://` directory, such as `.../checkpoint_1100000`.
+
+    Raises:
+      UserError: there is none, or it is broken.
+    """
+    self.path = path
+    index_path = epath.Path(path) / 'checkpoint'
+    if not index_path.exists():
+      raise errors.UserError(
+        f'{path} holds no file named checkpoint, the index of a T5X checkpoint: give the '
+        'directory of one step, such as .../checkpoint_1100000.',
+        errors.CORRUPT,
+      )
+    try:
+      tree = flax.serialization.msgpack_restore(index_path.read_bytes())['optimizer']['target']
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+      raise errors.UserError(
+        f'{index_path} is not the index of a T5X checkpoint: copy it again.', errors.CORRUPT
+      ) from error
+    self._leaves = dict(_flatten(tree))
+    self.shapes = {
+      name: tuple(leaf['metadata']['shape'] if isinstance(leaf, dict) else leaf.shape)
+      for name, leaf in self._leaves.items()
+    }
+
+  def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    leaf = self._leaves[name]
+    if not isinstance(leaf, dict):  # small ones lie in the index itself
+      return leaf[index]
+    # Before tensorstore 0.1.14 the path stood beside the store's description, not in it.
+    inner = leaf['kvstore'].get('path') or leaf['path']
+    bucket = re.fullmatch('gs://([^/]+)/(.*)', self.path)
+    if bucket:
+      store = {'driver': 'gcs', 'bucket': bucket[1], 'path': f'{bucket[2].rstrip("/")}/{inner}'}
+    else:
+      store = {'driver': 'file', 'path': f'{epath.Path(self.path)}/{inner}'}
+    try:
+      array = tensorstore.open({'driver': 'zarr', 'kvstore': store}, open=True).result()
+      if tuple(array.shape) != self.shapes[name]:
+        raise ValueError(f'its shape is {tuple(array.shape)}, not {self.shapes[name]}')
+      return array[index].read().result()
+    except ValueError as error:
+      raise errors.UserError(
+        f'tensor {name!r} of {self.path} cannot be read ({str(error).splitlines()[0]}): copy the '
+        'directory again.',
+        errors.CORRUPT,
+      ) from error
+
+
+def is_t5x(path: str) -> bool:
+  """Whether a directory is a T5X checkpoint."""
+  return (epath.Path(path) / 'checkpoint').exists()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = ''):
+  """(name, leaf) of a T5X index; a leaf is an array or a tensorstore's description."""
+  for key, value in tree.items():
+    if isinstance(value, dict) and not {'driver', 'kvstore', 'metadata'} <= value.keys():
+      yield from _flatten(value, f'{prefix}{key}/')
+    elif value is not None:
+      yield f'{prefix}{key}', value
+
+
+# ---- loading ----
+
+
+def load(
+  source: Source,
+  entries: Mapping[str, Entry],
+  shapes: Any,
+  ignored: str = '',
+) -> Any:
+  """The parameters of a network, read from `source` where their devices are.
+
+  Args:
+    source: the file.
+    entries: for each leaf of `shapes` by its path ('blocks/mlp/wo/kernel'), where it lies.
+    shapes: tree of ShapeDtypeStructs with shardings.
+    ignored: regular expression of the names of tensors that belong to other networks.
+
+  Returns:
+    A tree of jax.Arrays like `shapes`, converted to its dtypes.
+
+  Raises:
+    UserError: tensors are missing, of another shape, or belong to nothing here.
+  """
+  leaves, tree = jax.tree.flatten_with_path(shapes)
+  leaves = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
+  _check(source, entries, leaves, ignored)
+  return jax.tree.unflatten(
+    tree, [_load_leaf(source, entries[path], leaf) for path, leaf in leaves.items()]
+  )
+
+
+def _names(entry: Entry, shape: Sequence[int]) -> list[str]:
+  """Of the tensors of a parameter."""
+  if not entry.is_stacked:
+    return [entry.name]
+  return [entry.name.format(entry.first_layer + layer) for layer in range(shape[0])]
+
+
+def _check(source: Source, entries: Mapping[str, Entry], leaves: Mapping[str, Any], ignored: str):
+  missing, other, used = [], [], set()
+  for path, leaf in leaves.items():
+    entry, shape = entries[path], leaf.shape
+    for name in _names(entry, shape):
+      used.add(name)
+      if name not in source.shapes:
+        missing.append(name)
+        continue
+      found = source.shapes[name]
+      wanted = shape[1:] if entry.is_stacked else shape
+      axes = entry.axes or range(len(wanted))
+      fits = max(axes, default=-1) < len(found) and math.prod(found) == math.prod(wanted)
+      if not fits or tuple(found[axis] for axis in axes) != wanted:
+        other.append(f'{name} is {_by(found)} where {path} of one layer is {_by(wanted)}')
+  extra = [
+    name for name in source.shapes if name not in used and not (ignored and re.match(ignored, name))
+  ]
+  for problem, found in (
+    ('lacks', missing),
+    ('has tensors of other shapes:', other),
+    ('has tensors that this network does not know:', extra),
+  ):
+    if found:
+      more = f' and {len(found) - 3} more' if len(found) > 3 else ''
+      raise errors.UserError(
+        f'{source.path} {problem} {", ".join(found[:3])}{more}; is it the network that the config '
+        'names, whole?',
+        errors.CORRUPT,
+      )
+
+
+def _by(shape: Sequence[int]) -> str:
+  return ' x '.join(map(str, shape)) or 'a scalar'
+
+
+def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  names = _names(entry, leaf.shape)
+
+  def read_one(name: str, index: Sequence[slice]) -> np.ndarray:
+    """A slice, in our order of axes, of one tensor."""
+    axes = entry.axes or tuple(range(len(index)))
+    there = [slice(0, 1)] * len(source.shapes[name])
+    for axis, part in zip(axes, index, strict=True):
+      there[axis] = part
+    array = source.read(name, tuple(there))
+    rest = tuple(axis for axis in range(array.ndim) if axis not in axes)
+    return array.transpose(*axes, *rest).reshape([array.shape[axis] for axis in axes])
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    index = [slice(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+    if not entry.is_stacked:
+      return np.ascontiguousarray(read_one(names[0], index), leaf.dtype)
+    layers = range(*index[0].indices(leaf.shape[0]))
+    shape = (len(layers), *(part.stop - part.start for part in index[1:]))
+    result = np.empty(shape, leaf.dtype)
+
+    def fill(row: int) -> None:
+      result[row] = read_one(names[layers[row]], index[1:])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      list(pool.map(fill, range(len(layers))))
+    return result
+
+  return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
