@@ -22,22 +22,19 @@ SIZES = ('10b', '3b', '1b', '665m', '369m', '150m')
 TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
 # Flags by (size, topology) where the default is not the layout to try, or not the only one: the
 # best that fits is in the table. Shards of 16 rows are whole tiles, so that nothing is copied.
-WHOLE = ('--mesh=replica={chips},fsdp=1',)  # parameters whole on every chip: no gathers
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)
 IN_2, IN_4 = (
   ('--mesh=replica=4,fsdp=16', f'--config.optimizer.accumulation_steps={count}') for count in (2, 4)
 )
+SMALLER = SIZES[1:]
 LAYOUTS = {
-  **{(size, topology): [WHOLE] for size in ('150m', '369m', '665m') for topology in TOPOLOGIES},
-  **{(size, topology): [SQUARE] for size in ('1b', '3b') for topology in ('v5e-256', 'v6e-256')},
-  **{(size, 'v5p-512'): [SIDE] for size in ('1b', '3b')},
-  ('665m', 'v5e-256'): [WHOLE, SQUARE],
+  **{(size, topology): [SQUARE] for size in SMALLER for topology in ('v5e-256', 'v6e-256')},
+  **{(size, 'v5p-512'): [SIDE] for size in SMALLER},
   ('10b', 'v5e-256'): [('--remat=full',), ('--remat=save_attention',)],
   ('10b', 'v4-128'): [IN_4],
   ('3b', 'v4-128'): [IN_2],
 }
-CHIPS = {'v5p-512': 256, 'v6e-256': 256, 'v5e-256': 256, 'v5p-128': 64, 'v4-128': 64}
 TWO_SLICES = ('10b', 'v5p-256', ('--slices=2', '--preset=multislice'))
 
 
@@ -46,7 +43,7 @@ def cells():
   for size in SIZES:
     for topology in TOPOLOGIES:
       for flags in LAYOUTS.get((size, topology), [()]):
-        yield size, topology, tuple(flag.format(chips=CHIPS[topology]) for flag in flags)
+        yield size, topology, flags
   yield TWO_SLICES
 
 
