@@ -24,16 +24,14 @@ TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
 # best that fits is in the table. Shards of 16 rows are whole tiles, so that nothing is copied.
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)
-IN_2, IN_4 = (
-  ('--mesh=replica=4,fsdp=16', f'--config.optimizer.accumulation_steps={count}') for count in (2, 4)
-)
+IN_2, IN_4 = (f'--config.optimizer.accumulation_steps={count}' for count in (2, 4))
 SMALLER = SIZES[1:]
 LAYOUTS = {
   **{(size, topology): [SQUARE] for size in SMALLER for topology in ('v5e-256', 'v6e-256')},
   **{(size, 'v5p-512'): [SIDE] for size in SMALLER},
   ('10b', 'v5e-256'): [('--remat=full',), ('--remat=save_attention',)],
-  ('10b', 'v4-128'): [IN_4],
-  ('3b', 'v4-128'): [IN_2],
+  ('10b', 'v4-128'): [('--mesh=fsdp=64', IN_4), ('--mesh=replica=2,fsdp=32', IN_4)],
+  ('3b', 'v4-128'): [('--mesh=replica=4,fsdp=16', IN_2)],
 }
 TWO_SLICES = ('10b', 'v5p-256', ('--slices=2', '--preset=multislice'))
 
