@@ -50,17 +50,17 @@ class Shape:
     return 2 ** (len(self.multipliers) - 1)
 
 
-def _conv(features: int, dtype: Any, name: str, size: int = 3, **options: Any) -> nn.Conv:
-  """A convolution whose kernel lies split along what it reads."""
+def _conv(features: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
+  """A convolution of 3 x 3 pixels whose kernel lies split along what it reads."""
   return nn.Conv(
     features,
-    (size, size),
+    (3, 3),
     dtype=dtype,
     kernel_init=nn.with_logical_partitioning(
       nn.initializers.lecun_normal(), (None, None, 'embed', None)
     ),
     name=name,
-    **{'padding': size // 2, **options},
+    **{'padding': 1, **options},
   )
 
 
@@ -218,7 +218,7 @@ class Autoencoder(nn.Module):
 
 # ---- where the parameters lie in published files ----
 
-# Patterns of our paths and what each layout has in their place; {0}, {1} are the patterns' groups.
+# What stands for a part of our paths in every layout; each layout adds its own.
 _COMMON = {
   r'to_code': 'quant_conv',
   r'from_code': 'post_quant_conv',
@@ -228,15 +228,16 @@ _COMPVIS_NAMES = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'proj_out'}
 _DIFFUSERS_NAMES = {
   'norm': 'group_norm', 'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0',
 }  # fmt: skip
-_OLD_NAMES = {**_DIFFUSERS_NAMES, 'query': 'query', 'key': 'key', 'value': 'value'}
-_OLD_NAMES['out'] = 'proj_attn'
+_OLD_NAMES = {'norm': 'group_norm', 'out': 'proj_attn'}  # of diffusers until 2023
 
 
-def _diffusers(path: str, shape: Shape, names: Mapping[str, str]) -> str:
-  side, *rest = path.split('/')
+Rules = dict[str, str | Callable[[re.Match[str]], str]]  # by the pattern of a part of a path
+
+
+def _diffusers(side: str, is_mid: bool, last: int) -> Rules:
   blocks = {'encoder': 'down_blocks', 'decoder': 'up_blocks'}.get(side, '')
   resampler = {'encoder': 'downsamplers', 'decoder': 'upsamplers'}.get(side, '')
-  rules = {
+  return {
     r'level_(\d)': f'{blocks}.\\1',
     r'mid': 'mid_block',
     r'block_(\d)': r'resnets.\1',
@@ -245,60 +246,45 @@ def _diffusers(path: str, shape: Shape, names: Mapping[str, str]) -> str:
     r'norm_out': 'conv_norm_out',
     r'shortcut': 'conv_shortcut',
   }
-  return _renamed([side, *rest], rules, names)
 
 
-def _compvis(path: str, shape: Shape, names: Mapping[str, str]) -> str:
-  side, *rest = path.split('/')
-  last = len(shape.multipliers) - 1
-
+def _compvis(side: str, is_mid: bool, last: int) -> Rules:
   def level(match: re.Match[str]) -> str:
     number = int(match[1])
     return f'down.{number}' if side == 'encoder' else f'up.{last - number}'
 
   sampling = 'downsample' if side == 'encoder' else 'upsample'
-  rules = {
+  return {
     r'level_(\d)': level,
     r'resample_(\d)': lambda match: f'{level(match)}.{sampling}.conv',
-    r'attention_(\d)': r'attn.\1',
-    r'block_(\d)': r'block.\1',
+    # The middle counts from 1.
+    r'attention_(\d)': 'attn_1' if is_mid else r'attn.\1',
+    r'block_(\d)': (lambda match: f'block_{int(match[1]) + 1}') if is_mid else r'block.\1',
     r'shortcut': 'nin_shortcut',
   }
-  if 'mid' in rest:  # which counts from 1
-    rules[r'attention_(\d)'] = 'attn_1'
-    rules[r'block_(\d)'] = lambda match: f'block_{int(match[1]) + 1}'
-  return _renamed([side, *rest], rules, names)
 
 
-def _llamagen(path: str, shape: Shape, names: Mapping[str, str]) -> str:
-  side, *rest = path.split('/')
+def _llamagen(side: str, is_mid: bool, last: int) -> Rules:
   sampling = 'downsample' if side == 'encoder' else 'upsample'
-  rules = {
+  return {
     r'level_(\d)': r'conv_blocks.\1',
     r'resample_(\d)': f'conv_blocks.\\1.{sampling}.conv',
-    r'attention_(\d)': r'attn.\1',
-    r'block_(\d)': r'res.\1',
+    # The middle is a list: block, attention, block.
+    r'attention_(\d)': '1' if is_mid else r'attn.\1',
+    r'block_(\d)': (lambda match: str(2 * int(match[1]))) if is_mid else r'res.\1',
     r'shortcut': 'nin_shortcut',
   }
-  if 'mid' in rest:
-    rules[r'attention_(\d)'] = '1'
-    rules[r'block_(\d)'] = lambda match: str(2 * int(match[1]))
-  return _renamed([side, *rest], rules, names)
 
 
-def _renamed(
-  parts: list[str], rules: Mapping[str, str | Callable], attention: Mapping[str, str]
-) -> str:
-  """The parts of a path, each by the first rule that fits it."""
+def _renamed(path: str, rules: Rules, attention: Mapping[str, str]) -> str:
+  """The parts of a path, each by the rule that fits it, with dots between them."""
+  parts = path.split('/')
   inside = next((i for i, part in enumerate(parts) if part.startswith('attention')), len(parts))
   renamed = []
   for place, part in enumerate(parts):
     fitting = {**rules, **_COMMON, **(attention if place > inside else {})}
-    for pattern, replacement in fitting.items():
-      if re.fullmatch(pattern, part):
-        part = re.sub(pattern, replacement, part)
-        break
-    renamed.append(part)
+    pattern = next((pattern for pattern in fitting if re.fullmatch(pattern, part)), None)
+    renamed.append(part if pattern is None else re.sub(pattern, fitting[pattern], part))
   return '.'.join(renamed)
 
 
@@ -318,17 +304,18 @@ def entries(
     ('encoder.mid.block_1.conv1.weight', _compvis, _COMPVIS_NAMES),
     ('encoder.conv_blocks.0.res.0.conv1.weight', _llamagen, _COMPVIS_NAMES),
   )
-  layout = next(((f, names) for sign, f, names in layouts if prefix + sign in known), None)
+  layout = next((rest for sign, *rest in layouts if prefix + sign in known), None)
   if layout is None:
     raise errors.UserError(
       f"{source.path} has no tensors of an autoencoder by diffusers', CompVis' or LlamaGen's "
       f'names (its first is {min(known, default="none")!r}): give the file of a VAE or VQGAN.',
       errors.CORRUPT,
     )
-  name_of, names = layout
+  rules_of, names = layout
   found = {}
   for where, leaf in jax.tree.flatten_with_path(shapes)[0]:
     path = jax.tree_util.keystr(where, simple=True, separator='/')
     axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(len(leaf.shape))
-    found[path] = weights.Entry(prefix + name_of(path, shape, names), axes)
+    rules = rules_of(path.split('/')[0], '/mid/' in path, len(shape.multipliers) - 1)
+    found[path] = weights.Entry(prefix + _renamed(path, rules, names), axes)
   return found, prefix

@@ -6,7 +6,6 @@ this process's devices hold, so that host memory stays near one parameter.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import math
@@ -50,12 +49,10 @@ class Entry:
     name: of its tensor, with {} for the layer's number if layers are stacked along axis 0.
     axes: for each of its axes (those of one layer) the axis of the tensor; None: in order. Axes
       of the tensor that are not named have length 1, as in the 1 x 1 convolutions of projections.
-    first_layer: the number of layer 0.
   """
 
   name: str
   axes: tuple[int, ...] | None = None
-  first_layer: int = 0
 
   @property
   def is_stacked(self) -> bool:
@@ -65,11 +62,6 @@ class Entry:
 def transposed(name: str) -> Entry:
   """A Dense kernel that PyTorch keeps as (out, in)."""
   return Entry(name, (1, 0))
-
-
-def convolution(name: str) -> Entry:
-  """A convolution's kernel that PyTorch keeps as (out, in, height, width)."""
-  return Entry(name, (2, 3, 1, 0))
 
 
 # ---- sources ----
@@ -85,7 +77,6 @@ class Safetensors:
       UserError: there is none, a file is cut or no safetensors, or the index does not hold.
     """
     self.path = path
-    self._stack = contextlib.ExitStack()
     where, index = self._find(epath.Path(path))
     files = {where.name} if index is None else set(index.values())
     self._files = {name: self._open(where.parent / name) for name in sorted(files)}
@@ -142,7 +133,7 @@ class Safetensors:
         errors.CORRUPT,
       )
     try:
-      return self._stack.enter_context(safetensors.safe_open(str(path), 'numpy'))
+      return safetensors.safe_open(str(path), 'numpy')
     except safetensors.SafetensorError as error:
       raise errors.UserError(
         f'{path} is cut off or no safetensors file ({error}): download it again.', errors.CORRUPT
@@ -254,7 +245,7 @@ def _names(entry: Entry, shape: Sequence[int]) -> list[str]:
   """Of the tensors of a parameter."""
   if not entry.is_stacked:
     return [entry.name]
-  return [entry.name.format(entry.first_layer + layer) for layer in range(shape[0])]
+  return [entry.name.format(layer) for layer in range(shape[0])]
 
 
 def _check(source: Source, entries: Mapping[str, Entry], leaves: Mapping[str, Any], ignored: str):
@@ -317,7 +308,7 @@ def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.
     def fill(row: int) -> None:
       result[row] = read_one(names[layers[row]], index[1:])
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds one layer's tensor
       list(pool.map(fill, range(len(layers))))
     return result
 
