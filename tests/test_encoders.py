@@ -15,7 +15,7 @@ import random_tensors
 import safetensors.numpy
 
 from fluid_jax import errors
-from fluid_jax.encoders import autoencoder, kl_vae, t5, vq, weights
+from fluid_jax.encoders import autoencoder, kl_vae, patches, t5, vq, weights
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/encoders'
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -197,8 +197,8 @@ def test_the_nearest_code_is_the_nearest_whatever_the_block():
   codes[40] = codes[12]  # of two equal codes the first
   x[0, :20] = codes[40] + 1e-3 * rng.normal(size=(20, 8))
   direct = np.square(x[..., None, :] - codes).sum(-1).argmin(-1)
-  for block in (1, 32, 4096):
-    found = jax.jit(vq.nearest, static_argnums=2)(x.astype(np.float32), codes, block)
+  for block in (1, 32, 70, 1024):
+    found = jax.jit(patches.nearest, static_argnums=2)(x.astype(np.float32), codes, block)
     np.testing.assert_array_equal(found, direct)
     assert (np.asarray(found)[0, :20] == 12).all()
 

@@ -131,10 +131,33 @@ class PatchKMeans:
     return cls(patch, codes_VxP)
 
 
-def nearest(x: jax.Array, codes_VxP: jax.Array) -> jax.Array:
-  """Index (...,) int32 of the code nearest to `x` (..., P)."""
-  scores = x @ codes_VxP.T - 0.5 * (codes_VxP**2).sum(1)
-  return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 1024) -> jax.Array:
+  """Index (...,) int32 of the code nearest to `x` (..., C); of equally near ones the first.
+
+  In float32 whatever the hardware's products are by default, and `block` codes at a time, so that
+  the scores of all need not lie in memory together. Blocks are of codes and not of `x`, whose
+  examples may lie on many devices.
+  """
+  size = codes_VxC.shape[0]
+  num_blocks = -(-size // block)
+  codes_VxC = jnp.asarray(codes_VxC, jnp.float32)
+  filled = (0, num_blocks * block - size)
+  half_V = jnp.pad(0.5 * jnp.square(codes_VxC).sum(1), filled, constant_values=jnp.inf)
+  blocks_NxKxC = jnp.pad(codes_VxC, (filled, (0, 0))).reshape(num_blocks, block, -1)
+
+  def better(best, part):
+    score, index = best
+    codes_KxC, half_K, start = part
+    scores = jnp.einsum('...c,kc->...k', x, codes_KxC, precision='highest') - half_K
+    is_better = scores.max(-1) > score
+    found = start + jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return (jnp.where(is_better, scores.max(-1), score), jnp.where(is_better, found, index)), None
+
+  x = x.astype(jnp.float32)
+  start = jnp.full(x.shape[:-1], -jnp.inf), jnp.zeros(x.shape[:-1], jnp.int32)
+  parts = blocks_NxKxC, half_V.reshape(num_blocks, block), block * jnp.arange(num_blocks)
+  (_, index), _ = jax.lax.scan(better, start, parts)
+  return index
 
 
 # ---- files ----

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fluid_jax.encoders import autoencoder, weights
+from fluid_jax.encoders import autoencoder, patches, weights
 
 # 16 pixels a token. Of those that are public, aMUSEd's has the 8192 codes of the paper (facts 2).
 AMUSED = autoencoder.Shape(
@@ -38,7 +38,7 @@ class Network(autoencoder.Autoencoder):
 
   def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
     """The reconstruction by the nearest codes; creates all parameters."""
-    return self.decode(self.codebook[nearest(self.encode(x_BxHxWx3), self.codebook)])
+    return self.decode(self.codebook[patches.nearest(self.encode(x_BxHxWx3), self.codebook)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class VQGAN:
     if self.is_normalized:
       z_BxhxwxC = _unit(z_BxhxwxC)
     z_BxLxC = z_BxhxwxC.reshape(z_BxhxwxC.shape[0], -1, z_BxhxwxC.shape[-1])
-    return nearest(z_BxLxC, self._codes(params))
+    return patches.nearest(z_BxLxC, self._codes(params))
 
   def decode(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
     """images_BxHxWx3 uint8 of codes on a square grid."""
@@ -92,18 +92,3 @@ class VQGAN:
 
 def _unit(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 4096) -> jax.Array:
-  """Index (...,) int32 of the code nearest to `x` (..., C); of equally near ones the first.
-
-  In float32 whatever the hardware's products are by default, `block` vectors at a time, so that
-  their scores against all codes need not lie in memory together.
-  """
-  x_NxC, codes_VxC = x.reshape(-1, x.shape[-1]), jnp.asarray(codes_VxC, jnp.float32)
-  half_V = 0.5 * jnp.square(codes_VxC).sum(1)
-
-  def find(x_C: jax.Array) -> jax.Array:
-    return jnp.argmax(jnp.dot(codes_VxC, x_C, precision='highest') - half_V).astype(jnp.int32)
-
-  return jax.lax.map(find, x_NxC.astype(jnp.float32), batch_size=block).reshape(x.shape[:-1])
