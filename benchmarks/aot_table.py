@@ -29,7 +29,7 @@ SMALLER = SIZES[1:]
 LAYOUTS = {
   **{(size, topology): [SQUARE] for size in SMALLER for topology in ('v5e-256', 'v6e-256')},
   **{(size, 'v5p-512'): [SIDE] for size in SMALLER},
-  ('10b', 'v5e-256'): [('--remat=full',), ('--remat=save_attention',)],
+  ('10b', 'v5e-256'): [('--remat=full',)],
   ('10b', 'v4-128'): [('--mesh=fsdp=64', IN_4), ('--mesh=replica=2,fsdp=32', IN_4)],
   ('3b', 'v4-128'): [('--mesh=replica=4,fsdp=16', IN_2)],
 }
