@@ -14,6 +14,7 @@ import numpy as np
 
 from fluid_jax import config as config_lib
 from fluid_jax import flops, sample, sharding, step
+from fluid_jax.encoders import frozen
 
 
 def best_seconds(run, repeats: int) -> float:
@@ -40,7 +41,7 @@ def main() -> None:
 
   mesh = sharding.make_mesh(config)
   program = step.build(config, mesh)
-  state = program.init()
+  state, encoders = program.init(), frozen.load(config, mesh)
   rng = np.random.default_rng(0)
   size, batch_size = config.image.size, config.train.batch_size
   batch = {
@@ -50,7 +51,7 @@ def main() -> None:
 
   def train() -> None:
     nonlocal state
-    state, metrics = program.train_step(state, sharding.put_batch(batch, mesh))
+    state, metrics = program.train_step(state, sharding.put_batch(batch, mesh), encoders)
     jax.block_until_ready(metrics)
 
   seconds = best_seconds(train, args.repeats)
@@ -59,7 +60,7 @@ def main() -> None:
     f'training: {batch_size / seconds:.1f} images/s, {share:.1%} of peak, {seconds:.3f} s a step'
   )
 
-  sampler = sample.Sampler(config)
+  sampler = sample.Sampler(config, encoders)
   prompts = ['red heart'] * sample.BATCH_SIZE
   seconds = best_seconds(
     lambda: sampler.draw(state.ema_params, prompts, range(sample.BATCH_SIZE)), args.repeats

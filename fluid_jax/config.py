@@ -21,7 +21,10 @@ CHOICES = {
   'model.remat': ('none', 'full', 'save_attention', 'minimal', 'offload'),
   'model.dtype': ('float32', 'bfloat16'),
   'mesh.preset': ('fsdp', 'fsdp_tensor', 'multislice'),
-  'text.source': ('bytes', 'features'),
+  'text.source': ('bytes', 'features', 't5'),
+  'text.t5_size': tuple(
+    m + n for m in ('', 'mt5_') for n in ('small', 'base', 'large', 'xl', 'xxl')
+  ),
   'model.quantization': ('none', 'int8'),
   'optimizer.name': ('adamw', 'adafactor'),
   'optimizer.schedule': ('constant', 'cosine'),
@@ -32,22 +35,32 @@ CHOICES = {
 @dataclasses.dataclass(frozen=True)
 class Image:
   size: int = 256  # pixels a side
-  # 'patch': the shipped patch tokenizer of this shape; a path: one that you fitted;
-  # 'prepared': examples hold `image_moments`, latents of a VAE that ran beforehand.
+  # 'patch': the shipped patch tokenizer of this shape; a path: one that you fitted; NAME:PATH: a
+  # public network of encoders.tokenizers.NETWORKS, such as sd_vae:vae.safetensors, in the step;
+  # 'prepared': examples hold `image_moments` or `image_codes` of a network that ran beforehand,
+  # which 'prepared:NAME:PATH' gives for pictures.
   tokenizer: str = 'prepared'
   num_tokens: int = 256  # a square grid (facts 2)
   channels: int = 16  # of a continuous token (facts 2)
   vocab_size: int = 8192  # codes of a discrete tokenizer (facts 2)
-  latent_scale: float = 0.18215  # prepared latents are multiplied by it (Stable Diffusion's VAE)
+  # Tokens are latent_scale x (latent - latent_mean), for all channels or one number a channel;
+  # Stable Diffusion's. `data.prepare --stage=measure` prints a set's own.
+  latent_mean: tuple[float, ...] = (0.0,)
+  latent_scale: tuple[float, ...] = (0.18215,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
   # 'bytes': UTF-8 bytes and a learned embedding; 'features': examples hold `text_features` of a
-  # frozen encoder, T5-XXL in the paper.
+  # frozen encoder, T5-XXL in the paper; 't5': T5 reads pieces of `vocabulary` in the step.
   source: str = 'features'
   length: int = 128  # ids or feature vectors; longer texts are cut (facts 3)
   feature_dim: int = 4096  # of the frozen encoder (facts 3)
+  # T5's SentencePiece file and weights (safetensors or a T5X checkpoint), local or gs://. Of
+  # 'features' for prompts alone, and for the proof that they made the features.
+  vocabulary: str = ''
+  t5_path: str = ''
+  t5_size: str = 'xxl'  # of T5 v1.1; or mT5's, 'mt5_xxl'
   drop_rate: float = 0.1  # share of examples trained without text, for guidance (facts 3)
 
 
@@ -102,7 +115,7 @@ class Train:
   sample_every: int = 10_000
   checkpoint_every: int = 5_000
   keep_checkpoints: int = 3
-  sample_prompts: tuple[str, ...] = ()  # grids at fixed prompts and seeds; bytes text only
+  sample_prompts: tuple[str, ...] = ()  # grids at fixed prompts and seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +151,16 @@ class Config:
   @property
   def is_continuous(self) -> bool:
     return self.model.tokens == 'continuous'
+
+  @property
+  def is_image_prepared(self) -> bool:
+    """Whether examples hold what the image tokenizer made, and not pictures."""
+    return self.image.tokenizer.partition(':')[0] == 'prepared'
+
+  @property
+  def has_t5(self) -> bool:
+    """Whether T5 is here to read texts: in the step, or prompts alone."""
+    return self.text.source == 't5' or bool(self.text.t5_path)
 
   @property
   def grid_size(self) -> int:
@@ -224,10 +247,12 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
         built[key] = _build(kind, value, f'{prefix}{key}.', problems)
         continue
     elif typing.get_origin(kind) is tuple:
-      if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        built[key] = tuple(value)
+      kind = typing.get_args(kind)[0]
+      taken = (int, float) if kind is float else kind
+      if isinstance(value, list | tuple) and all(isinstance(item, taken) for item in value):
+        built[key] = tuple(map(kind, value))
         continue
-      kind = 'a tuple of str'
+      kind = f'a tuple of {kind.__name__}'
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
       built[key] = value
       continue
@@ -255,7 +280,7 @@ def _check(c: Config) -> list[str]:
   for path, choices in CHOICES.items():
     need(get(path) in choices, f'{path} is {get(path)!r}; choose one of {", ".join(choices)}.')
   positive = (
-    'image.size image.num_tokens image.channels image.vocab_size image.latent_scale text.length '
+    'image.size image.num_tokens image.channels image.vocab_size text.length '
     'text.feature_dim model.width model.depth model.num_heads model.aligner_depth model.head_depth '
     'model.num_noise_draws model.mask_group_size optimizer.learning_rate optimizer.clip_norm '
     'optimizer.accumulation_steps train.batch_size train.num_steps train.log_every '
@@ -288,6 +313,14 @@ def _check(c: Config) -> list[str]:
     f'train.batch_size {c.train.batch_size} is not divisible by model.mask_group_size x '
     f'optimizer.accumulation_steps = {parts}; set it to a multiple.',
   )
+  for name in ('latent_mean', 'latent_scale'):
+    count = len(getattr(c.image, name))
+    need(
+      count in (1, c.image.channels),
+      f'image.{name} has {count} numbers; give one, or one for each of the {c.image.channels} '
+      'channels.',
+    )
+  need(all(s > 0 for s in c.image.latent_scale), 'image.latent_scale must be above 0.')
   need(0 <= c.text.drop_rate < 1, f'text.drop_rate is {c.text.drop_rate}; it must be in [0, 1).')
   need(
     0 < c.optimizer.ema_decay < 1,
@@ -304,7 +337,13 @@ def _check(c: Config) -> list[str]:
     need(0 <= value < 1, f'optimizer.{name} is {value}; it must be in [0, 1).')
   need(
     not c.train.sample_prompts or c.image.tokenizer != 'prepared',
-    "train.sample_prompts needs a decoder, which image.tokenizer='prepared' has not; set it to ().",
+    "train.sample_prompts needs a decoder, which image.tokenizer='prepared' has not: set it to "
+    "'prepared:NAME:PATH', or train.sample_prompts to ().",
+  )
+  need(
+    not c.train.sample_prompts or c.text.source != 'features' or c.has_t5,
+    "train.sample_prompts needs an encoder of texts, which text.source='features' has not: set "
+    'text.t5_path and text.vocabulary, or train.sample_prompts to ().',
   )
   need(c.optimizer.weight_decay >= 0, 'optimizer.weight_decay is negative; 0 turns it off.')
   for name in ('replica', 'fsdp'):

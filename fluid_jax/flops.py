@@ -6,7 +6,10 @@ that is what is computed.
 """
 
 import functools
+import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +42,7 @@ def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[
     'decoder': m.depth * sum(_decoder_block(config).values()),
     'aligner': m.aligner_depth * sum(_aligner_block(config).values()),
   }
-  if config.text.source == 'features':
+  if config.text.source != 'bytes':
     flops['aligner'] += 2 * text * config.text.feature_dim * width
   if config.is_continuous:
     draws = m.num_noise_draws * _denoise_flops(config)
@@ -97,7 +100,7 @@ def compiled_flops(config: config_lib.Config) -> float:
   stacked = (_decoder_block(config), m.depth - 1), (_aligner_block(config), m.aligner_depth)
   again = sum(n * sum(block[name] for name in _RECOMPUTED[m.remat]) for block, n in stacked)
   no_gradient = flops.get('embeddings', 0.0)
-  if config.text.source == 'features':
+  if config.text.source != 'bytes':
     no_gradient += 2 * text * config.text.feature_dim * m.width
   per_image = 3 * sum(flops.values()) + again - no_gradient
   table = 3 * time_table_flops(config) * config.optimizer.accumulation_steps
@@ -136,6 +139,54 @@ def step_flops(config: config_lib.Config) -> float:
   """FLOPs of one training step, all devices together."""
   per_image = sum(forward_flops(config).values()) * config.train.batch_size
   return 3 * (per_image + time_table_flops(config) * config.optimizer.accumulation_steps)
+
+
+def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
+  """FLOPs of the products and convolutions of a function, found by tracing it.
+
+  For the published networks, whose layers are not ours to describe twice. Where a convolution's
+  window reaches beyond its input nothing is counted.
+
+  Args:
+    function: of arrays.
+    *shapes: trees of its arguments' ShapeDtypeStructs.
+  """
+  return _traced(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _traced(jaxpr: Any) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+      (contracted, _), _ = params['dimension_numbers']
+      left = equation.invars[0].aval.shape
+      total += (
+        2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
+      )
+    elif name == 'conv_general_dilated':
+      total += _convolution_flops(equation)
+    else:
+      times = params['length'] if name == 'scan' else 1
+      inner = [p for p in params.values() if hasattr(p, 'eqns') or hasattr(p, 'jaxpr')]
+      total += times * sum(_traced(getattr(p, 'jaxpr', p)) for p in inner)
+  return total
+
+
+def _convolution_flops(equation: Any) -> float:
+  (left, right), out = (v.aval.shape for v in equation.invars), equation.outvars[0].aval.shape
+  params = equation.params
+  numbers = params['dimension_numbers']
+  batch, channels = (out[d] for d in numbers.out_spec[:2])
+  total = 2.0 * batch * channels * right[numbers.rhs_spec[1]]
+  for axis, (stride, pad, step) in enumerate(
+    zip(params['window_strides'], params['padding'], params['rhs_dilation'], strict=True)
+  ):
+    width = left[numbers.lhs_spec[2 + axis]]
+    places, taps = out[numbers.out_spec[2 + axis]], right[numbers.rhs_spec[2 + axis]]
+    at = np.arange(places)[:, None] * stride + np.arange(taps) * step - pad[0]
+    total *= ((at >= 0) & (at < width)).sum()
+  return total
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 import fluid_jax
 from fluid_jax import checkpoint, errors, sharding, step
 from fluid_jax import config as config_lib
-from fluid_jax.encoders import text, tokenizers
+from fluid_jax.encoders import frozen, text
 
 # Images are always drawn in batches of this size, the last one filled up: one program serves every
 # number of prompts, and an image comes out the same whatever it is drawn beside.
@@ -31,9 +31,27 @@ BATCH_SIZE = 8
 class Sampler:
   """Draws pictures with given parameters; compiles once."""
 
-  def __init__(self, config: config_lib.Config, show_progress: bool = False):
+  def __init__(
+    self, config: config_lib.Config, encoders: frozen.Params, show_progress: bool = False
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: resolved.
+      encoders: the frozen parameters, see `encoders.frozen.load`.
+      show_progress: whether each step is a line on standard error.
+
+    Raises:
+      UserError: nothing here makes pictures of the tokens.
+    """
+    if config.image.tokenizer == 'prepared':
+      raise errors.UserError(
+        'this model draws tokens of a network that it was not trained with: name the one that '
+        'prepared them, as in --tokenizer=sd_vae:vae.safetensors.'
+      )
     self.config = config
-    self._tokenizer = tokenizers.load(config)
+    self._encoders = encoders
+    self._decode = jax.jit(frozen.make(config).image.decode)
     self._label = ''
     self._draw = step.build_sampler(config, progress=self._progress if show_progress else None)
 
@@ -51,10 +69,13 @@ class Sampler:
       rows = np.minimum(np.arange(start, start + BATCH_SIZE), len(ids) - 1)
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
-      tokens, at = self._draw(params, ids[rows], ids[rows] > 0, keys)
+      tokens, at = self._draw(params, self._encoders, {'text_ids': ids[rows]}, keys)
       # Whole on every process; this waits, so that there is one label a batch.
       tokens, at = multihost_utils.process_allgather((tokens, at), tiled=True)
-      images.append(np.asarray(self._tokenizer.decode(tokens)))
+      pictures = self._decode(self._encoders['image'], tokens)
+      if not pictures.is_fully_addressable:
+        pictures = multihost_utils.process_allgather(pictures, tiled=True)
+      images.append(np.asarray(pictures))
       drawn_at.append(at)
     count = len(ids)
     return np.concatenate(images)[:count], np.concatenate(drawn_at)[:count]
@@ -106,10 +127,11 @@ def save_animation(
 
 def load_workdir(
   workdir: str | pathlib.Path, weights: str = 'ema', checkpoint_step: int | None = None
-) -> tuple[config_lib.Config, Any, int]:
-  """Config, parameters ('ema' or 'raw') and step of a trained workdir."""
+) -> tuple[config_lib.Config, dict[str, str], Any, int]:
+  """Config, digests of the encoders, parameters ('ema' or 'raw') and step of a trained workdir."""
   directory = pathlib.Path(workdir) / 'checkpoints'
   saved = checkpoint.read_config(directory, checkpoint_step)
+  digests = saved.pop('encoders')
   # The mesh is this machine's, and one that splits the model whatever number of devices there is:
   # the one that trained elsewhere does not bind it.
   saved['mesh'] = {'replica': -1, 'fsdp': math.gcd(jax.device_count(), saved['model']['width'])}
@@ -120,7 +142,7 @@ def load_workdir(
   restored = checkpointer.restore({field: getattr(program.state, field)}, checkpoint_step)
   checkpointer.close()
   state, _, found = restored
-  return config, state[field], found
+  return config, digests, state[field], found
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -138,6 +160,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--guidance_schedule', choices=('linear', 'constant'))
   parser.add_argument('--temperature', type=float, help="of the noise; 0 is the paper's")
   parser.add_argument('--weights', choices=('ema', 'raw'), default='ema')
+  parser.add_argument('--tokenizer', help='NAME:PATH instead of the one trained with')
+  parser.add_argument('--t5_path', help='instead of the one trained with')
+  parser.add_argument('--vocabulary', help="T5's, instead of the one trained with")
   parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('grid.png'))
   parser.add_argument('--animation', type=pathlib.Path, help='also write a GIF of the decoding')
@@ -169,7 +194,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise errors.UserError(f'the folder of --{name}={path} does not exist: make it first.')
     if path and path.suffix.lower() != suffix:
       raise errors.UserError(f'--{name}={path} does not end in {suffix}: name it so.')
-  config, params, found = load_workdir(args.workdir, args.weights, args.step)
+  config, digests, params, found = load_workdir(args.workdir, args.weights, args.step)
+  moved = {
+    'image': {'tokenizer': args.tokenizer},
+    'text': {'t5_path': args.t5_path, 'vocabulary': args.vocabulary},
+  }
+  values = dataclasses.asdict(config)
+  for group, paths in moved.items():
+    values[group] |= {name: path for name, path in paths.items() if path is not None}
+  config = config_lib.resolve(values)
   text.encode_prompts(prompts, config.text)  # refuses before anything is drawn
   names = [field.name for field in dataclasses.fields(config.sampling)]
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -178,7 +211,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   # Checked as a config file's settings are; 0 stands for the paper's value here too.
   sampling = dataclasses.asdict(config.sampling) | given
   config = config_lib.resolve(dataclasses.asdict(config) | {'sampling': sampling})
-  sampler = Sampler(config, show_progress=True)
+  mesh = sharding.make_mesh(config)
+  encoders = frozen.load(config, mesh)
+  for name, digest in frozen.digests(encoders, mesh).items():
+    if digests.get(name, digest) != digest:
+      raise errors.UserError(
+        f'the {name} encoder has digest {digest[:12]}, and the model was trained with one of '
+        f'{digests[name][:12]}: give the weights that it was trained with.',
+        errors.MISMATCH,
+      )
+  sampler = Sampler(config, encoders, show_progress=True)
   seeds = range(args.seed, args.seed + args.num_images)
   pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
   images, drawn_at = sampler.draw(params, *zip(*pairs, strict=True))

@@ -155,7 +155,8 @@ def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) ->
   def fit(path: tuple, spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     nonlocal total
     total += leaf.size
-    wanted = [rules[name] for name in spec]
+    spec = (*spec, *[None] * (len(leaf.shape) - len(spec)))  # what carries no name lies whole
+    wanted = [() if name is None else rules[name] for name in spec]
     if 'mlp' in spec:
       wanted = [() if name == 'embed' else axes for name, axes in zip(spec, wanted, strict=True)]
     if len([name for name in spec if name != 'layers']) == 1:

@@ -1,7 +1,6 @@
 """The jitted programs: init, train step, eval step. The same function builds them everywhere."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import chips, errors, optim, sharding
 from fluid_jax import config as config_lib
-from fluid_jax.encoders import text, tokenizers
+from fluid_jax.encoders import frozen, text
 from fluid_jax.models import fluid, generate, heads, orders
 
 
@@ -34,16 +33,19 @@ class Program:
 
   Attributes:
     init: () -> TrainState, sharded.
-    train_step: (state, batch) -> (state, metrics); the old state's memory is used again.
-    eval_step: (params, batch, first example's index ()) -> per-example sums `loss_B`, its parts,
-      and `count_B`, with the same masks and noise at every call.
+    train_step: (state, batch, encoders) -> (state, metrics); the old state's memory is used again.
+      `encoders` are the frozen parameters, see `encoders.frozen.load`.
+    eval_step: (params, batch, first example's index (), encoders) -> per-example sums `loss_B`,
+      its parts, and `count_B`, with the same masks and noise at every call.
     state: shapes, dtypes and shardings of the state.
+    encoders: the same of the frozen parameters.
   """
 
   init: Callable[[], TrainState]
   train_step: Callable[..., Any]
   eval_step: Callable[..., Any]
   state: TrainState
+  encoders: frozen.Params
   model: fluid.Fluid
 
 
@@ -95,7 +97,7 @@ def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -
   tokens = jnp.zeros(token_shape, jnp.float32 if config.is_continuous else jnp.int32)
   mask_BxT = jnp.ones((size, length), bool)
   text_in = mask_BxT.astype(jnp.int32)
-  if config.text.source == 'features':
+  if config.text.source != 'bytes':
     text_in = jnp.zeros((size, length, config.text.feature_dim))
 
   def losses(module, *inputs):
@@ -131,9 +133,9 @@ def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDt
   """Shapes, dtypes and shardings of a global batch (see `data.pipeline.Stream`)."""
   image, text, by_example = config.image, config.text, sharding.batch_sharding(mesh)
   arrays = {'images': ((image.size, image.size, 3), jnp.uint8)}
-  if image.tokenizer == 'prepared' and config.is_continuous:
+  if config.is_image_prepared and config.is_continuous:
     arrays = {'image_moments': ((image.num_tokens, 2 * image.channels), jnp.float32)}
-  elif image.tokenizer == 'prepared':
+  elif config.is_image_prepared:
     arrays = {'image_codes': ((image.num_tokens,), jnp.int32)}
   if text.source == 'features':
     arrays['text_features'] = (text.length, text.feature_dim), jnp.float32
@@ -151,16 +153,22 @@ def build_sampler(
   mesh: Mesh | None = None,
   progress: Callable[[int], None] | None = None,
 ) -> Callable[..., Any]:
-  """`generate`, jitted: (params, text, text_mask_BxT, keys_B) -> tokens, drawn_at.
+  """`generate`, jitted: (params, encoders, text of a batch, keys_B) -> tokens, drawn_at.
 
   Over a mesh the images are split by example; without one they lie as the compiler finds best.
   """
-  draw = functools.partial(
-    generate.generate,
-    make_model(config),
-    sampling=generate.Sampling(**dataclasses.asdict(config.sampling)),
-    progress=progress,
-  )
+  encoders = frozen.make(config)
+
+  def draw(params, frozen_params, batch, keys_B):
+    return generate.generate(
+      make_model(config),
+      params,
+      *encoders.encode_text(frozen_params, batch),
+      keys_B,
+      sampling=generate.Sampling(**dataclasses.asdict(config.sampling)),
+      progress=progress,
+    )
+
   if mesh is None:
     return jax.jit(draw)
 
@@ -177,79 +185,69 @@ def build_sampler(
 
 def sampler_shapes(config: config_lib.Config, mesh: Mesh) -> tuple[Any, ...]:
   """Arguments of `build_sampler`'s function for a batch of `train.batch_size`, as shapes."""
-  batch = batch_shapes(config, mesh)
-  text_in = batch.get('text_ids', batch.get('text_features'))
-  mask = jax.ShapeDtypeStruct(text_in.shape[:2], bool, sharding=text_in.sharding)
+  batch = {k: v for k, v in batch_shapes(config, mesh).items() if k.startswith('text_')}
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.train.batch_size))
-  keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=text_in.sharding)
-  return state_shapes(config, mesh).params, text_in, mask, keys
-
-
-def text_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Text ids or features of a batch, and the mask of what is real in them."""
-  if 'text_features' in batch:
-    return batch['text_features'], batch['text_mask']
-  return batch['text_ids'], batch['text_ids'] > 0
+  keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding.batch_sharding(mesh))
+  return state_shapes(config, mesh).params, frozen.shapes(config, mesh), batch, keys
 
 
 def build(config: config_lib.Config, mesh: Mesh) -> Program:
   """The programs of `config` over `mesh`, jitted with exact shardings."""
   model = make_model(config)
   trained = quantized(config, model)
-  tokenizer = tokenizers.load(config)
+  encoders = frozen.make(config)
   optimizer = optim.make_optimizer(config)
   schedule = optim.make_schedule(config)
   num_parts = config.optimizer.accumulation_steps
 
-  def losses(params, batch, key, example_B, drop_rate):
+  def losses(params, batch, frozen_params, key, example_B, drop_rate):
     """Per-position losses (B, L) and the mask of predicted positions."""
     with sharding.axis_rules(config, mesh):
-      return _losses(params, batch, key, example_B, drop_rate)
+      return _losses(params, batch, frozen_params, key, example_B, drop_rate)
 
-  def _losses(params, batch, key, example_B, drop_rate):
+  def _losses(params, batch, frozen_params, key, example_B, drop_rate):
     key_draw, key_latent = jax.random.split(key)
-    tokens = tokenizer.encode_batch(batch, key_latent, example_B)
+    tokens = encoders.image.encode_batch(frozen_params['image'], batch, key_latent, example_B)
+    text_in = encoders.encode_text(frozen_params, batch)
     draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')
-    by_part = trained.apply({'params': params}, tokens, *text_inputs(batch), draws, method='losses')
+    by_part = trained.apply({'params': params}, tokens, *text_in, draws, method='losses')
     return by_part, draws['mask_BxL']
 
-  def loss_sum(params, batch, key, example_B):
-    by_part, mask_BxL = losses(params, batch, key, example_B, config.text.drop_rate)
+  def loss_sum(params, batch, frozen_params, key, example_B):
+    drop_rate = config.text.drop_rate
+    by_part, mask_BxL = losses(params, batch, frozen_params, key, example_B, drop_rate)
     sums = {name: loss_BxL.sum() for name, loss_BxL in by_part.items()}
     return sums['loss'], {**sums, 'count': mask_BxL.sum()}
 
-  def gradients(params, batch, key):
+  def gradients(params, batch, frozen_params, key):
     """Gradient of the mean loss over all predicted tokens of the batch, and the parts' means."""
     example_B = jnp.arange(config.train.batch_size)
     compute = jax.grad(loss_sum, has_aux=True)
     if num_parts == 1:
-      grads, sums = compute(params, batch, key, example_B)
+      grads, sums = compute(params, batch, frozen_params, key, example_B)
     else:
 
       def add(total, part):
         part_batch, part_example_B = part
-        new = compute(params, part_batch, key, part_example_B)
+        new = compute(params, part_batch, frozen_params, key, part_example_B)
         return jax.tree.map(jnp.add, total, new), None
 
       parts = jax.tree.map(_split_groups, (batch, example_B))
-      shapes = jax.eval_shape(compute, params, *_first(parts, key))
+      first_batch, first_example_B = jax.tree.map(lambda a: a[0], parts)
+      shapes = jax.eval_shape(compute, params, first_batch, frozen_params, key, first_example_B)
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
       (grads, sums), _ = jax.lax.scan(add, zeros, parts)
     count = sums.pop('count')
     return jax.tree.map(lambda g: g / count, grads), {k: v / count for k, v in sums.items()}
-
-  def _first(parts, key):
-    batch, example_B = jax.tree.map(lambda a: a[0], parts)
-    return batch, key, example_B
 
   def _split_groups(a):
     """(B, ...) -> (parts, B / parts, ...): whole groups, taken in turn so that they stay local."""
     a = a.reshape(-1, num_parts, config.model.mask_group_size, *a.shape[1:])
     return jnp.moveaxis(a, 1, 0).reshape(num_parts, -1, *a.shape[3:])
 
-  def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+  def train_step(state: TrainState, batch, frozen_params):
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    grads, metrics = gradients(state.params, batch, key)
+    grads, metrics = gradients(state.params, batch, frozen_params, key)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -268,16 +266,18 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     state = TrainState(state.step + 1, metrics['num_skipped'], params, ema_params, opt_state)
     return state, metrics
 
-  def eval_step(params, batch, first_example):
+  def eval_step(params, batch, first_example, frozen_params):
     # Masks, times and noise depend on the example alone: the bank is the same at every step.
     key = jax.random.key(config.train.seed)
     example_B = first_example + jnp.arange(config.train.batch_size)
-    by_part, mask_BxL = losses(params, batch, key, example_B, drop_rate=0.0)
+    by_part, mask_BxL = losses(params, batch, frozen_params, key, example_B, drop_rate=0.0)
     sums = {f'{name}_B': loss_BxL.sum(1) for name, loss_BxL in by_part.items()}
     return {**sums, 'count_B': mask_BxL.sum(1)}
 
   state = state_shapes(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  frozen_shapes = frozen.shapes(config, mesh)
+  frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes)
   replicated = NamedSharding(mesh, PartitionSpec())
   by_example = sharding.batch_sharding(mesh)
   compiler_options = chips.compiler_options(mesh.devices.flat[0])
@@ -285,17 +285,18 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     init=jax.jit(lambda: _init(config, model), out_shardings=shardings),
     train_step=jax.jit(
       train_step,
-      in_shardings=(shardings, by_example),
+      in_shardings=(shardings, by_example, frozen_shardings),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
       compiler_options=compiler_options,
     ),
     eval_step=jax.jit(
       eval_step,
-      in_shardings=(shardings.params, by_example, replicated),
+      in_shardings=(shardings.params, by_example, replicated, frozen_shardings),
       out_shardings=replicated,
       compiler_options=compiler_options,
     ),
     state=state,
+    encoders=frozen_shapes,
     model=model,
   )

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from fluid_jax import checkpoint, errors, flops, metrics, processes, sample, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.data import pipeline, tasks
-from fluid_jax.encoders import text
+from fluid_jax.encoders import frozen, text
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
 RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
@@ -44,17 +44,20 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
         'workdir': str(workdir.absolute()),
         'code': processes.code_facts(),
         'data': data_facts(config),
+        'encoders': frozen.file_facts(config),
       }
     )
   is_lead = jax.process_index() == 0
   mesh = sharding.make_mesh(config)
   sharding.check_batch(config, mesh)
   program = step.build(config, mesh)
+  encoders = frozen.load(config, mesh)
+  saved_config['encoders'] = encoder_digests(config, frozen.digests(encoders, mesh))
   open_stream(config, mesh, 'validation', shuffle=False).close()
   sampler = None
   if config.train.sample_prompts:
     text.encode_prompts(config.train.sample_prompts, config.text)
-    sampler = sample.Sampler(config)
+    sampler = sample.Sampler(config, encoders)
 
   # ---- Workdir and state ----
   claim_workdir(workdir, saved_config, is_lead)
@@ -96,6 +99,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
         'speed/tflop_per_s': rate * flops_per_image / 1e12,
         'speed/share_of_peak': rate * flops_per_image / peak_flops,
         'speed/data_wait_share': data_share,
+        'data/cut_text_share': batches.num_cut / max(1, batches.num_texts),
       }
       left = (config.train.num_steps - step_number) * config.train.batch_size / rate
       line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
@@ -122,9 +126,9 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
       del batch['valid']  # all are, in training
       batch = sharding.put_batch(batch, mesh)
       if step_number == start + 1:
-        program.train_step.lower(state, batch).compile()
+        program.train_step.lower(state, batch, encoders).compile()
         processes.meet('compiled')  # the first collective of CPUs waits 30 s and no longer
-      state, values = program.train_step(state, batch)
+      state, values = program.train_step(state, batch, encoders)
       if pending is not None:
         report(*pending)
         pending = None
@@ -144,7 +148,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
         jax.block_until_ready(values)  # the step's own time is no pause
       pausing = time.perf_counter()
       if is_due(config.train.eval_every):
-        writer.scalars(step_number, evaluate(config, program, state, mesh))
+        writer.scalars(step_number, evaluate(config, program, state, encoders, mesh))
       if sampler and is_due(config.train.sample_every):
         with jax.transfer_guard('allow'):
           grid = sampler.grid(state.ema_params, config.train.sample_prompts)
@@ -222,11 +226,50 @@ def data_facts(config: config_lib.Config) -> dict[str, str]:
   return facts
 
 
+def encoder_digests(config: config_lib.Config, loaded: dict[str, str]) -> dict[str, str]:
+  """Digests of the encoders that make what the model reads, in the step or beforehand.
+
+  Args:
+    config: resolved.
+    loaded: of those whose weights the config gives.
+
+  Raises:
+    UserError: the task's examples were made by others, or are of other shapes.
+  """
+  made_by, arrays = tasks.encoders_of(config.data.task)
+  for name, digest in made_by.items():
+    if loaded.get(name, digest) != digest:
+      raise errors.UserError(
+        f'{config.data.task} was prepared by another {name} encoder (digest {digest[:12]}) than '
+        f'the config names ({loaded[name][:12]}): give the weights that prepared it, or prepare it '
+        'anew with these.',
+        errors.MISMATCH,
+      )
+  image, text = config.image, config.text
+  wanted = {
+    'image_moments': [image.num_tokens, 2 * image.channels],
+    'image_codes': [image.num_tokens],
+    'text_features': [arrays.get('text_features', [0])[0], text.feature_dim],
+  }
+  for name, shape in arrays.items():
+    if shape != wanted[name]:
+      raise errors.UserError(
+        f'{config.data.task} holds {name} of shape {shape} and the config asks for {wanted[name]}: '
+        'change image.num_tokens, image.channels or text.feature_dim, or prepare it anew.',
+        errors.MISMATCH,
+      )
+  return loaded | made_by
+
+
 def open_stream(
   config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
 ) -> pipeline.Stream:
-  """This process's rows of the batches of a split of the config's task."""
-  return pipeline.Stream(
+  """This process's rows of the batches of a split of the config's task.
+
+  Raises:
+    UserError: see `pipeline.Stream`; or its examples hold other arrays than the config reads.
+  """
+  stream = pipeline.Stream(
     config.data.task,
     split,
     batch_size=config.train.batch_size,
@@ -235,13 +278,27 @@ def open_stream(
     text_length=config.text.length,
     languages=config.data.languages,
     module=config.data.module,
+    vocabulary=config.text.vocabulary if config.text.source == 't5' else '',
     rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
   )
+  wanted = sorted(step.batch_shapes(config, mesh))
+  if stream.arrays != wanted:
+    stream.close()
+    raise errors.UserError(
+      f'examples of task {config.data.task!r} give {", ".join(stream.arrays)} and the config reads '
+      f'{", ".join(wanted)}: set image.tokenizer to a network for pictures or to prepared for '
+      "what it made, and text.source to 'bytes' or 't5' for texts or to 'features' for theirs."
+    )
+  return stream
 
 
 def evaluate(
-  config: config_lib.Config, program: step.Program, state: step.TrainState, mesh: jax.sharding.Mesh
+  config: config_lib.Config,
+  program: step.Program,
+  state: step.TrainState,
+  encoders: frozen.Params,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   """Loss over the whole validation split, of raw and averaged weights, with standard errors.
 
@@ -257,7 +314,7 @@ def evaluate(
     batch = sharding.put_batch(batch, mesh)
     first = sharding.put_replicated(np.int32(index * config.train.batch_size), mesh)
     for weights, params in (('raw', state.params), ('ema', state.ema_params)):
-      sums[weights].append(program.eval_step(params, batch, first))
+      sums[weights].append(program.eval_step(params, batch, first, encoders))
   batches.close()
   for weights, parts in jax.device_get(sums).items():
     parts = {

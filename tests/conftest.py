@@ -7,6 +7,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '16'
 
 import collections
+import gzip
 import math
 
 import commands
@@ -15,9 +16,11 @@ import jax
 import numpy as np
 import pytest
 import reference
+import small_encoders
 
 from fluid_jax import config as config_lib
 from fluid_jax import step
+from fluid_jax.encoders import t5, tokenizers
 
 # Compiling is most of the tests' time: little optimisation, and a cache (see commands.py).
 jax.config.update('jax_disable_most_optimizations', True)
@@ -123,3 +126,20 @@ def x64():
   """JAX in float64."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope='session')
+def vocabulary(tmp_path_factory):
+  """The path of T5's vocabulary."""
+  path = tmp_path_factory.mktemp('t5') / 'sentencepiece.model'
+  packed = commands.ROOT / 'tests/golden/t5_vocabulary.model.gz'
+  path.write_bytes(gzip.decompress(packed.read_bytes()))
+  return str(path)
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+  """T5 and image tokenizers by their published names, but small."""
+  monkeypatch.setitem(t5.SIZES, 'small', small_encoders.T5)
+  for name, network in small_encoders.NETWORKS.items():
+    monkeypatch.setitem(tokenizers.NETWORKS, name, network)

@@ -34,7 +34,7 @@ for number in range({num_steps}):
     images=rng.integers(0, 256, (16, size, size, 3), np.uint8),
     text_ids=rng.integers(3, 259, (16, length), np.int32),
   )
-  state, values = program.train_step(state, sharding.put_batch(batch, mesh))
+  state, values = program.train_step(state, sharding.put_batch(batch, mesh), program.encoders)
   losses.append(float(values['loss']))
   if number == 0 and optimizer == 'adamw':  # the first moment is then 0.1 of the clipped gradient
     moments = jax.tree.leaves_with_path(state.opt_state[1].mu)

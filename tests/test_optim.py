@@ -159,7 +159,7 @@ def run(config, params, num_steps=1, poison=()):
     batch = make_batch(config, seed=i)
     if i in poison:
       batch['image_moments'][3, 2, 1] = np.nan
-    state, metrics = program.train_step(state, batch)
+    state, metrics = program.train_step(state, batch, program.encoders)
     states.append(jax.device_get(state))
     all_metrics.append(jax.device_get(metrics))
   return program, states, all_metrics
@@ -254,16 +254,16 @@ def test_accumulated_gradients_equal_the_large_batch(
 def test_validation_loss_depends_on_the_example_and_its_index_alone(config, five_steps):
   program, states, _ = five_steps
   batch, params = make_batch(config), states[-1].params
-  sums = jax.device_get(program.eval_step(params, batch, 4))
+  sums = jax.device_get(program.eval_step(params, batch, 4, program.encoders))
   assert (sums['count_B'] >= 1).all()
   np.testing.assert_allclose(sums['loss_B'], sums['mse_B'] + sums['vlb_B'], rtol=1e-5)
   # The same examples, further on in another batch: places 2 to 7 become 0 to 5.
   rolled = {name: np.roll(array, -2, axis=0) for name, array in batch.items()}
-  others = jax.device_get(program.eval_step(params, rolled, 6))
+  others = jax.device_get(program.eval_step(params, rolled, 6, program.encoders))
   for name, per_example in sums.items():
     np.testing.assert_allclose(others[name][:6], per_example[2:], rtol=1e-5, err_msg=name)
   # At another index an example has another mask and other noise.
-  others = jax.device_get(program.eval_step(params, batch, 8))
+  others = jax.device_get(program.eval_step(params, batch, 8, program.encoders))
   assert (others['loss_B'] != sums['loss_B']).all()
 
 
@@ -272,7 +272,7 @@ def test_eight_bit_products_of_the_trunk_train_the_same_parameters(config, rando
   model = dataclasses.replace(config.model, quantization='int8')
   quantized = dataclasses.replace(config, model=model)
   program = step.build(quantized, sharding.make_mesh(quantized, jax.devices()[:1]))
-  text = str(program.train_step.trace(program.state, make_batch(config)).jaxpr)
+  text = str(program.train_step.trace(program.state, make_batch(config), program.encoders).jaxpr)
   # Each kernel of the trunk multiplies integers forwards, and twice backwards: 4 projections of an
   # attention and 2 layers of an MLP; an aligner block has 6 kernels, a decoder block 10.
   integers = re.findall(r'i32\[[^\]]*\] = dot_general', text)

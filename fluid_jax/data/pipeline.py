@@ -82,9 +82,14 @@ class Stream:
     text_features (bfloat16 bytes, shape in text_features_shape): float32 [b, text_length, E],
       zero past the tokens, and text_mask: bool [b, text_length]
 
+  With `captions` there are also `key` and `text`, which became the ids or features: object [b] of
+  bytes.
+
   Attributes:
     num_examples: number of examples of the split.
     step: the step of the next batch.
+    arrays: names of the arrays of a batch but for `valid`.
+    num_texts, num_cut: texts of our rows so far, and how many of them were longer than text_length.
   """
 
   def __init__(
@@ -98,9 +103,11 @@ class Stream:
     text_length: int,
     languages: tuple[str, ...] = (),
     module: str = '',
+    vocabulary: str = '',
     start_step: int = 0,
     rows: np.ndarray | None = None,
     shuffle: bool = True,
+    captions: bool = False,
   ):
     """Opens the split; the first batch is that of `start_step`.
 
@@ -113,25 +120,33 @@ class Stream:
       text_length: tokens per text, EOS included.
       languages: the languages to draw texts from; all if empty.
       module: the module that registers the task, see `tasks.get`.
+      vocabulary: a SentencePiece file, whose pieces take the place of the task's own ids.
       start_step: step of the first batch.
       rows: numbers of the rows of each global batch that are ours; all of them by default.
       shuffle: True for endless epochs, each in its own order and with its own languages; False for
         one epoch in the stored order, with one language per example whatever the seed.
+      captions: whether batches hold keys and texts.
 
     Raises:
       UserError: unknown task, split or language, or languages that leave an example without text.
     """
     self._task = tasks.get(task_name, module)
     self._records = tasks.open_records(self._task, split)
+    if vocabulary and 'text' in self._task.output_features:
+      self._task = tasks.with_vocabulary(self._task, vocabulary)
     self._check_languages(languages)
     self._languages = languages
     self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
     self._image_size, self._text_length = image_size, text_length
+    self._captions = captions
     self._rows = np.arange(batch_size) if rows is None else rows
     self.num_examples = len(self._records)
     self.step = start_step
+    self.num_texts = self.num_cut = 0
     self._error = None
-    self._batches = iter(self._dataset().as_numpy_iterator())
+    dataset = self._dataset()
+    self.arrays = sorted(dataset.element_spec.keys() - {'is_cut'})
+    self._batches = iter(dataset.as_numpy_iterator())
 
   def _check_languages(self, languages: tuple[str, ...]) -> None:
     known = self._records.languages
@@ -180,7 +195,8 @@ class Stream:
       except errors.UserError as error:  # TensorFlow would not hand it through
         self._error = error
         raise
-      yield {'record': np.array(payloads, object), 'draw': draw}
+      keys = np.array([self._records.keys[i].encode() for i in example], object)
+      yield {'record': np.array(payloads, object), 'draw': draw, 'key': keys}
       step += 1
 
   def _dataset(self) -> tf.data.Dataset:
@@ -193,15 +209,16 @@ class Stream:
       output_signature={
         'record': tf.TensorSpec([share], tf.string),
         'draw': tf.TensorSpec([share], tf.int64),
+        'key': tf.TensorSpec([share], tf.string),
       },
     ).unbatch()
     languages = tf.constant(self._languages, tf.string)
 
     def parse(example):
       parsed = self._task.source.parse_fn(example['record'])
-      return {**parsed, 'draw': example['draw'], 'languages': languages}
+      return {**parsed, **{k: example[k] for k in ('draw', 'key')}, 'languages': languages}
 
-    lengths = {'text': self._text_length}
+    lengths = {'text': None}  # cut in `_finish`, which counts
     dataset = dataset.map(parse)
     dataset = self._task.preprocess_precache(dataset, seed=0)
     dataset = self._task.preprocess_postcache(dataset, sequence_length=lengths, seed=0)
@@ -230,8 +247,15 @@ class Stream:
       padding = [[0, length - tf.shape(features)[0]], [0, 0]]
       row['text_features'] = tf.pad(tf.cast(features, tf.float32), padding)
     else:
-      ids = example['text'][:length]
+      ids = example['text']
+      row['is_cut'] = tf.size(ids) > length
+      ids = tf.concat([ids[:-1][: length - 1], ids[-1:]], 0)  # its end stays
       row['text_ids'] = tf.ensure_shape(tf.pad(ids, [[0, length - tf.size(ids)]]), [length])
+    if self._captions:
+      row['key'], row['text'] = (
+        example['key'],
+        example.get('text_pretokenized', example.get('text', '')),
+      )
     return row
 
   def __iter__(self) -> Stream:
@@ -257,6 +281,9 @@ class Stream:
         ' repair the set.',
         errors.CORRUPT,
       ) from error
+    if 'is_cut' in batch:
+      cut = batch.pop('is_cut')
+      self.num_texts, self.num_cut = self.num_texts + len(cut), self.num_cut + int(cut.sum())
     batch['valid'] = self._valid(self._numbers(self.step)[self._rows])
     self.step += 1
     return batch

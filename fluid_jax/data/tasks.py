@@ -7,8 +7,10 @@ draw at random only through `draw_text`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import zlib
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -27,7 +29,7 @@ def get(name: str, module: str = '') -> seqio.Task:
   """Returns a registered task.
 
   Args:
-    name: the task's name.
+    name: the task's name; or the path, with a / in it, of a set that `data.prepare` encoded.
     module: a module that registers tasks of your own when imported, such as `my_package.my_tasks`.
 
   Raises:
@@ -44,12 +46,28 @@ def get(name: str, module: str = '') -> seqio.Task:
       raise errors.UserError(
         f'module {module!r} cannot be imported ({error}): install it or mend its name.'
       ) from error
+  if '/' in name:
+    return _encoded(name)
   known = sorted(seqio.TaskRegistry.names())
   if name not in known:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise errors.UserError(f'there is no task {name!r}{hint}: use one of {", ".join(known)}.')
   return seqio.TaskRegistry.get(name)
+
+
+def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
+  """The task with its texts in the pieces of a SentencePiece file, see `encoders.text`."""
+  import seqio
+
+  name = f'{task.name}_{zlib.crc32(path.encode()):08x}'
+  if name in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get(name)
+  feature = dataclasses.replace(
+    task.output_features['text'], vocabulary=seqio.SentencePieceVocabulary(path)
+  )
+  features = {**task.output_features, 'text': feature}
+  return task.replace(name=name, output_features=features)
 
 
 def open_records(task: seqio.Task, split: str) -> records.Records:
@@ -76,6 +94,53 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
       errors.CORRUPT,
     )
   return records.Records(epath.Path(shards[0]).parent, split, _EMOJI.get(task.name))
+
+
+def encoders_of(name: str) -> tuple[dict[str, str], dict[str, list[int]]]:
+  """Of a set that `data.prepare` encoded: digests of the encoders, and shapes of what they made.
+
+  Both are empty for other tasks.
+  """
+  if '/' not in name:
+    return {}, {}
+  index = records.read_index(name)
+  return index.get('encoders', {}), index.get('arrays', {})
+
+
+def _encoded(path: str) -> seqio.Task:
+  """The task of a set that says itself what its examples hold, see `data.prepare`."""
+  import seqio
+  import tensorflow as tf
+
+  index = records.read_index(path)
+  if 'arrays' not in index:
+    raise errors.UserError(
+      f'{path} does not say what its examples hold, as what data.prepare --stage=encode wrote '
+      'does: register a task for it in a module of yours, and give --config.data.module.'
+    )
+  scalar, shape = tf.io.FixedLenFeature([], tf.string), tf.io.FixedLenFeature([2], tf.int64)
+  described = {'text': scalar}
+  for name, sizes in index['arrays'].items():
+    if name == 'image_codes':
+      described[name] = tf.io.FixedLenFeature(sizes, tf.int64)
+    else:
+      described |= {name: scalar, f'{name}_shape': shape}
+  has_features = 'text_features' in described
+  tokenized = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+  features = {} if has_features else {'text': seqio.Feature(seqio.ByteVocabulary())}
+  return seqio.Task(
+    f'encoded_{zlib.crc32(path.encode()):08x}',
+    source=seqio.TFExampleDataSource(
+      {split: str(epath.Path(path) / f'{split}-*.tfrecord') for split in index['splits']},
+      described,
+      num_input_examples={
+        split: sum(shard['records'] for shard in shards)
+        for split, shards in index['splits'].items()
+      },
+    ),
+    preprocessors=[] if has_features else tokenized,
+    output_features=features,
+  )
 
 
 def _add_emoji(name: str) -> None:

@@ -60,9 +60,6 @@ class PatchPCA:
     x_BxLxP = to_patches(images_BxHxWx3, self.patch) - self.center_P
     return (x_BxLxP @ self.basis_CxP.T - self.latent_mean_C) / self.latent_scale_C
 
-  def encode_batch(self, batch, key, example_B) -> jax.Array:
-    return self.encode(batch['images'])
-
   def decode(self, tokens_BxLxC: jax.Array) -> jax.Array:
     """images_BxHxWx3 uint8."""
     z_BxLxC = tokens_BxLxC * self.latent_scale_C + self.latent_mean_C
@@ -99,9 +96,6 @@ class PatchKMeans:
   def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
     """tokens_BxL int32 of uint8 pictures."""
     return nearest(to_patches(images_BxHxWx3, self.patch), self.codebook_VxP)
-
-  def encode_batch(self, batch, key, example_B) -> jax.Array:
-    return self.encode(batch['images'])
 
   def decode(self, tokens_BxL: jax.Array) -> jax.Array:
     """images_BxHxWx3 uint8."""

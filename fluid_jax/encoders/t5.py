@@ -31,13 +31,17 @@ class Size:
   vocab_size: int = 32_128  # 32,000 pieces and 100 sentinels, rounded up
 
 
-# T5 v1.1's, by the names of the published checkpoints.
-SIZES = {
+_V1_1 = {
   'small': Size(512, 1024, 8, 6),
   'base': Size(768, 2048, 12, 12),
   'large': Size(1024, 2816, 24, 16),
   'xl': Size(2048, 5120, 24, 32),
   'xxl': Size(4096, 10_240, 24, 64),
+}
+# By the names of the published checkpoints: T5 v1.1's, and mT5's.
+SIZES = {
+  **_V1_1,
+  **{f'mt5_{n}': dataclasses.replace(size, vocab_size=250_112) for n, size in _V1_1.items()},
 }
 
 

@@ -1,66 +1,147 @@
 """The interface of image tokenizers, and the choice of one by config."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors
-from fluid_jax.encoders import patches
+from fluid_jax.encoders import kl_vae, patches, vq
+
+# NAME of image.tokenizer=NAME:PATH, for networks that are published as safetensors.
+NETWORKS = {
+  'sd_vae': kl_vae.KLVAE(kl_vae.STABLE_DIFFUSION, patch=2),
+  'mar_vae': kl_vae.KLVAE(kl_vae.MAR),
+  'amused_vq': vq.VQGAN(vq.AMUSED, 8192),
+  'taming_vq': vq.VQGAN(vq.TAMING, 16_384),
+  'llamagen_vq': vq.VQGAN(vq.LLAMAGEN, 16_384, is_normalized=True),
+}
 
 
 class Tokenizer(Protocol):
-  """Pictures to tokens and back; pure functions of arrays, so they run inside jitted programs."""
+  """Pictures to tokens and back; pure functions of `params`, so they run inside jitted programs."""
 
-  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
-    """Tokens of uint8 pictures; of a tokenizer that draws its latents, their mean."""
+  def init(self) -> Any:
+    """Parameters of their shapes, boxed with logical axis names: for `jax.eval_shape`."""
+
+  def load(self, shapes: Any) -> Any:
+    """Parameters, given their shapes with shardings."""
 
   def encode_batch(
-    self, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
+    self, params: Any, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
   ) -> jax.Array:
     """Tokens of a batch: tokens_BxLxC float32 (mean 0, scale 1) or tokens_BxL int32.
 
     `key` and the examples' global indices `example_B` serve tokenizers that draw their latents.
     """
 
-  def decode(self, tokens: jax.Array) -> jax.Array:
+  def decode(self, params: Any, tokens: jax.Array) -> jax.Array:
     """images_BxHxWx3 uint8 of tokens."""
 
 
-class Prepared:
-  """Tokens that a network made: `image_moments` (mean and log variance), or `image_codes`."""
+class Patches:
+  """A patch tokenizer, whose few numbers are constants of the program."""
 
-  def __init__(self, is_continuous: bool, scale: float):
-    self.is_continuous, self.scale = is_continuous, scale
+  def __init__(self, tokenizer: patches.PatchPCA | patches.PatchKMeans):
+    self.tokenizer = tokenizer
 
-  def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
-    raise errors.UserError(
-      "image.tokenizer='prepared' has no encoder: set it to a tokenizer's file to read pictures."
-    )
+  def init(self) -> Any:
+    return {}
+
+  def load(self, shapes: Any) -> Any:
+    return {}
 
   def encode_batch(
-    self, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
+    self, params: Any, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
   ) -> jax.Array:
-    if not self.is_continuous:
+    return self.tokenizer.encode(batch['images'])
+
+  def decode(self, params: Any, tokens: jax.Array) -> jax.Array:
+    return self.tokenizer.decode(tokens)
+
+
+class Network:
+  """A VAE or VQGAN, which encodes pictures, or whose outputs were prepared.
+
+  Prepared are `image_moments` (means, then log variances) or `image_codes`. Without the network's
+  file they can be trained on, but not be seen.
+  """
+
+  def __init__(
+    self,
+    network: kl_vae.KLVAE | vq.VQGAN | None,
+    path: str,
+    mean_C: Sequence[float],
+    scale_C: Sequence[float],
+  ):
+    self.network, self.path = network, path
+    self.mean_C, self.scale_C = np.float32(mean_C), np.float32(scale_C)
+
+  def init(self) -> Any:
+    if self.network is None:
+      return {}
+    stride = self.network.shape.stride
+    pictures = jnp.zeros((1, 4 * stride, 4 * stride, 3))
+    return self.network.network.init(jax.random.key(0), pictures)['params']
+
+  def load(self, shapes: Any) -> Any:
+    if self.network is None:
+      return {}
+    if not self.path:
+      raise errors.UserError(
+        "image.tokenizer names a network without its weights: add them, as in 'NAME:PATH'."
+      )
+    return self.network.load(self.path, shapes)
+
+  def encode_batch(
+    self, params: Any, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
+  ) -> jax.Array:
+    if 'image_codes' in batch:
       return batch['image_codes']
-    mean_BxLxC, log_variance_BxLxC = jnp.split(batch['image_moments'], 2, axis=-1)
-    noise_BxLxC = jax.vmap(
-      lambda i: jax.random.normal(jax.random.fold_in(key, i), mean_BxLxC.shape[1:])
-    )(example_B)
-    return self.scale * (mean_BxLxC + jnp.exp(0.5 * log_variance_BxLxC) * noise_BxLxC)
+    moments = batch.get('image_moments')
+    if moments is None:
+      made = self.encode_images(params, batch['images'])
+      if 'image_codes' in made:
+        return made['image_codes']
+      moments = made['image_moments']
+    return (_draw_latents(moments, key, example_B) - self.mean_C) * self.scale_C
 
-  def decode(self, tokens: jax.Array) -> jax.Array:
-    raise errors.UserError(
-      "image.tokenizer='prepared' has no decoder: set it to a tokenizer's file to see pictures."
-    )
+  def encode_images(self, params: Any, images_BxHxWx3: jax.Array) -> dict[str, jax.Array]:
+    """What is prepared of uint8 pictures: image_codes_BxL int32 or image_moments_BxLx2C float32."""
+    if isinstance(self.network, vq.VQGAN):
+      return {'image_codes': self.network.encode(params, images_BxHxWx3)}
+    return {'image_moments': self.network.moments(params, images_BxHxWx3)}
+
+  def decode(self, params: Any, tokens: jax.Array) -> jax.Array:
+    if isinstance(self.network, vq.VQGAN):
+      return self.network.decode(params, tokens)
+    return self.network.decode(params, tokens / self.scale_C + self.mean_C)
 
 
-def load(config: config_lib.Config) -> Tokenizer:
+def _draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Array) -> jax.Array:
+  """latents_BxLxC; an example's noise depends on its global index alone."""
+  shape = (moments_BxLx2C.shape[1], moments_BxLx2C.shape[2] // 2)
+  noise_BxLxC = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(example_B)
+  return kl_vae.sample(moments_BxLx2C, noise_BxLxC)
+
+
+def make(config: config_lib.Config) -> Tokenizer:
   """The tokenizer that `config.image.tokenizer` names; UserError if it is not of this shape."""
   image = config.image
-  if image.tokenizer == 'prepared':
-    return Prepared(config.is_continuous, image.latent_scale)
+  name, _, path = image.tokenizer.removeprefix('prepared:').partition(':')
+  if name in NETWORKS:
+    _check_shape(config, name, NETWORKS[name])
+    return Network(NETWORKS[name], path, image.latent_mean, image.latent_scale)
+  if config.is_image_prepared:
+    if name != 'prepared':
+      raise errors.UserError(
+        f'image.tokenizer={image.tokenizer!r} names no network: write prepared:NAME:PATH with one '
+        f'of {", ".join(NETWORKS)}.'
+      )
+    return Network(None, '', image.latent_mean, image.latent_scale)
   kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
   size = image.channels if config.is_continuous else image.vocab_size
   patch = image.size // config.grid_size
@@ -75,4 +156,31 @@ def load(config: config_lib.Config) -> Tokenizer:
       f'channels or codes, but the config asks for {kind.__name__}, {patch} and {size}: '
       'change image.size, image.num_tokens, image.channels or image.vocab_size.'
     )
-  return tokenizer
+  return Patches(tokenizer)
+
+
+def fits(config: config_lib.Config, network: kl_vae.KLVAE | vq.VQGAN) -> bool:
+  """Whether a network makes the tokens of a config of its pictures."""
+  image, (is_vq, pixels, size) = config.image, _facts(network)
+  asked = image.vocab_size if is_vq else image.channels
+  found = not is_vq, pixels * config.grid_size, size
+  return found == (config.is_continuous, image.size, asked)
+
+
+def _facts(network: kl_vae.KLVAE | vq.VQGAN) -> tuple[bool, int, int]:
+  """Whether it has codes; pixels a side of a token; number of its codes or channels."""
+  if isinstance(network, vq.VQGAN):
+    return True, network.shape.stride, network.vocab_size
+  return False, network.shape.stride * network.patch, network.channels
+
+
+def _check_shape(config: config_lib.Config, name: str, network: kl_vae.KLVAE | vq.VQGAN) -> None:
+  is_vq, pixels, size = _facts(network)
+  if not fits(config, network):
+    what = f'{size} codes (discrete)' if is_vq else f'{size} channels (continuous)'
+    raise errors.UserError(
+      f'tokenizer {name} makes tokens of {what} from {pixels} x {pixels} pixels each, so '
+      f'{config.grid_size} x {config.grid_size} of them are a picture of '
+      f'{pixels * config.grid_size} pixels: change model.tokens, image.size, image.num_tokens, '
+      'image.channels or image.vocab_size.'
+    )

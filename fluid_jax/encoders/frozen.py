@@ -1,0 +1,168 @@
+"""The frozen networks of a config: which they are, their parameters, and their part of a step."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors, flops, sharding
+from fluid_jax.encoders import t5, text, tokenizers, weights
+
+Params = dict[str, Any]  # 'text' and 'image', each empty if it has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+  """Text encoder and image tokenizer; pure functions of their parameters.
+
+  Attributes:
+    image: the tokenizer.
+    text: T5, or None where bytes are read, or features alone.
+  """
+
+  image: tokenizers.Tokenizer
+  text: t5.Encoder | None
+
+  def init(self) -> Params:
+    """Fresh parameters, boxed with logical axis names."""
+    if self.text is None:
+      return {'image': self.image.init(), 'text': {}}
+    ids = jnp.zeros((1, 4), jnp.int32)
+    params = self.text.init(jax.random.key(0), ids, ids == 0)['params']
+    return {'image': self.image.init(), 'text': params}
+
+  def encode_text(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """What the model reads, ids or features_BxTxE, and the mask of what is real in it."""
+    if 'text_features' in batch:
+      return batch['text_features'], batch['text_mask']
+    ids_BxT = batch['text_ids']
+    if self.text is None:
+      return ids_BxT, ids_BxT > 0
+    return self.text.apply({'params': params['text']}, ids_BxT, ids_BxT > 0), ids_BxT > 0
+
+
+def make(config: config_lib.Config) -> Encoders:
+  """The encoders of a config; UserError if they are not of its shapes."""
+  encoder = None
+  if config.has_t5:
+    size = t5.SIZES[config.text.t5_size]
+    if size.width != config.text.feature_dim:
+      raise errors.UserError(
+        f'features of T5 {config.text.t5_size!r} have {size.width} channels: set '
+        f'--config.text.feature_dim={size.width}.'
+      )
+    encoder = t5.Encoder(size, jnp.dtype(config.model.dtype))
+  return Encoders(tokenizers.make(config), encoder)
+
+
+def shapes(config: config_lib.Config, mesh: Mesh) -> Params:
+  """Shapes, dtypes and shardings of the parameters, split as the model's are."""
+  boxed = jax.eval_shape(make(config).init)
+  return {
+    name: jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+      nn.unbox(part),
+      sharding.param_shardings(config, mesh, part),
+    )
+    if jax.tree.leaves(part)
+    else {}
+    for name, part in boxed.items()
+  }
+
+
+def forward_flops(config: config_lib.Config) -> dict[str, float]:
+  """FLOPs of the encoders of a config on one example in the training step; 0 for what is prepared.
+
+  Patches are not counted.
+  """
+  encoders, found = make(config), {'image': 0.0, 'text': 0.0}
+  params = nn.unbox(jax.eval_shape(encoders.init))
+  if isinstance(encoders.image, tokenizers.Network) and not config.is_image_prepared:
+    side = config.image.size
+    pictures = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+    found['image'] = flops.traced_flops(encoders.image.encode_images, params['image'], pictures)
+  if config.text.source == 't5':
+    batch = {'text_ids': jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)}
+    found['text'] = flops.traced_flops(encoders.encode_text, params, batch)
+  return found
+
+
+def file_facts(config: config_lib.Config) -> dict[str, str]:
+  """Fingerprints of the files that the config names, for processes to compare."""
+  _, _, network_path = config.image.tokenizer.removeprefix('prepared:').partition(':')
+  paths = {
+    'image.tokenizer': network_path,
+    'text.t5_path': config.text.t5_path,
+    'text.vocabulary': config.text.vocabulary,
+  }
+  return {name: weights.fingerprint(path) for name, path in paths.items() if path}
+
+
+def load(config: config_lib.Config, mesh: Mesh) -> Params:
+  """The parameters, read from the files that the config names.
+
+  Raises:
+    UserError: see `weights.load`; or the vocabulary is not the encoder's.
+  """
+  encoders, wanted = make(config), shapes(config, mesh)
+  params = {'image': encoders.image.load(wanted['image']), 'text': {}}
+  if encoders.text is not None:
+    if not config.text.t5_path:
+      raise errors.UserError(
+        "text.source='t5' needs T5's weights: give text.t5_path, a safetensors file or a T5X "
+        'checkpoint.'
+      )
+    pieces, rows = text.load_pieces(config.text.vocabulary), encoders.text.size.vocab_size
+    if not 0 <= rows - pieces.vocab_size() <= 256:  # rows are rounded up for sentinels and tiles
+      raise errors.UserError(
+        f'{config.text.vocabulary} has {pieces.vocab_size()} pieces, but T5 '
+        f'{config.text.t5_size!r} embeds {rows}: take the vocabulary that it was published with.'
+      )
+    params['text'] = t5.load(config.text.t5_path, wanted['text'])
+  return params
+
+
+def digests(params: Params, mesh: Mesh) -> dict[str, str]:
+  """SHA-256 of each encoder's parameters, whatever file they came from and wherever they lie.
+
+  Of sums over all elements of a hash of an element's bits and place: integers, whose sum does not
+  depend on its order, so that no device needs to hold, or to send, more than its own part. Encoders
+  of constants, such as patches, have none.
+  """
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  add = jax.jit(lambda tree: jax.tree.map(_sums, tree), out_shardings=everywhere)
+  sums = jax.device_get(add(params))
+  found = {}
+  for name, part in sums.items():
+    lines = [
+      f'{jax.tree_util.keystr(path, simple=True, separator="/")} {leaf.dtype}{leaf.shape} {words}\n'
+      for (path, leaf), words in zip(
+        jax.tree.leaves_with_path(params[name]), jax.tree.leaves(part), strict=True
+      )
+    ]
+    if lines:
+      found[name] = hashlib.sha256(''.join(lines).encode()).hexdigest()
+  return found
+
+
+def _sums(leaf: jax.Array) -> jax.Array:
+  """Two uint32 of the elements of an array of float32, bfloat16 or float16."""
+  bits = jax.lax.bitcast_convert_type(leaf, f'uint{8 * leaf.dtype.itemsize}').astype(jnp.uint32)
+  place = jnp.zeros(leaf.shape, jnp.uint32)
+  for axis, size in enumerate(leaf.shape):
+    place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+  seeds = np.array([0x9E3779B9, 0x85EBCA6B], np.uint32)
+  return jnp.stack([_mix(_mix(place + seed) ^ bits).sum(dtype=jnp.uint32) for seed in seeds])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """Finaliser of MurmurHash3 (public domain), uint32 to uint32."""
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

@@ -1,0 +1,26 @@
+"""Encoders of the published kinds, but small, and settings of configs that run them in the step."""
+
+import flax.linen as nn
+import jax
+
+from fluid_jax.encoders import autoencoder, frozen, kl_vae, t5, vq
+
+T5 = t5.Size(24, 40, 2, 3, 8)
+NETWORKS = {
+  'sd_vae': kl_vae.KLVAE(autoencoder.Shape(32, (1, 2), 1, 4, 4), patch=2),
+  'amused_vq': vq.VQGAN(autoencoder.Shape(32, (1, 1, 1), 1, 8, 8, is_gaussian=False), 50),
+}
+_TEXT = {'text.source': 't5', 'text.t5_size': 'small', 'text.feature_dim': 24}
+IN_THE_STEP = {
+  'continuous': _TEXT
+  | {'image.tokenizer': 'sd_vae:vae.safetensors', 'image.size': 16, 'image.channels': 16},
+  'discrete': _TEXT
+  | {'image.tokenizer': 'amused_vq:vq', 'image.size': 16, 'image.vocab_size': 50}
+  | {'model.tokens': 'discrete'},
+}
+
+
+def random_params(config):
+  """Parameters of a config's encoders, none of them zero or one."""
+  params = nn.unbox(frozen.make(config).init())
+  return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), params)
