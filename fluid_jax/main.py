@@ -21,7 +21,7 @@ _PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print the config as JS
 _VALIDATE_ONLY = flags.DEFINE_bool(
   'validate_only', False, 'Print parameters, FLOPs and bytes and exit, touching no device.'
 )
-_PEER_TIMEOUT_S = flags.DEFINE_integer(
+PEER_TIMEOUT_S = flags.DEFINE_integer(
   # Far more than a busy host or network ever takes, far less than a pod's time is worth.
   'peer_timeout_s',
   60,
@@ -63,7 +63,7 @@ def main() -> int:
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  with processes.joined(_PEER_TIMEOUT_S.value):
+  with processes.joined(PEER_TIMEOUT_S.value):
     from fluid_jax import train
 
     return train.train(config, _WORKDIR.value)

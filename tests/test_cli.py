@@ -47,7 +47,7 @@ def trained(tmp_path_factory, random_params):
   params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config))
   workdir = tmp_path_factory.mktemp('trained')
   checkpointer = checkpoint.Checkpointer(
-    workdir / 'checkpoints', keep=1, config=dataclasses.asdict(config)
+    workdir / 'checkpoints', keep=1, config=dataclasses.asdict(config) | {'encoders': {}}
   )
   checkpointer.save(STEP, {'params': params, 'ema_params': params}, {'step': STEP})
   checkpointer.close()
@@ -57,7 +57,9 @@ def trained(tmp_path_factory, random_params):
 # ---- Help and checks ----
 
 
-@pytest.mark.parametrize('module', ['main', 'sample', 'data.emoji', 'encoders.patches'])
+@pytest.mark.parametrize(
+  'module', ['main', 'sample', 'data.emoji', 'data.prepare', 'encoders.patches']
+)
 def test_help_names_the_flags(module):
   done = commands.run('-m', f'fluid_jax.{module}', '--help')
   assert ' --' in done.stdout
@@ -85,6 +87,14 @@ assert not xla_bridge.backends_are_initialized()
   assert 'paper: 10500M parameters' in out
   for component in ('decoder', 'aligner', 'head', 'embeddings', 'optimizer', 'EMA'):
     assert component in out
+
+
+def test_validate_only_weighs_encoders_in_the_step_against_their_outputs():
+  out = commands.run_ok('-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only')
+  # 256 tokens x 16 means and 16 log variances x 2 bytes; 4096 channels x 2 bytes.
+  assert re.search(r'sd_vae +268\.4 GFLOP/image, \d+\.\d% of a step .*image_moments 16\.4 kB', out)
+  assert re.search(r't5 xxl +1,191\.9 GFLOP/image, .*text_features 8\.2 kB a token', out)
+  assert 'amused_vq' not in out  # its tokens are codes
 
 
 def test_validate_only_counts_the_bytes_of_the_optimizer():
@@ -337,7 +347,7 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
 def test_a_wrong_prompt_or_setting_is_named_before_anything_is_drawn(
   trained, monkeypatch, args, words
 ):
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], trained[2], STEP))
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
   monkeypatch.setattr(sample, 'Sampler', None)
   with pytest.raises(errors.UserError) as caught:
     sample.main(['--workdir=unused', *args])
@@ -348,7 +358,7 @@ def test_a_wrong_prompt_or_setting_is_named_before_anything_is_drawn(
 def test_raster_order_takes_no_number_of_steps(trained, monkeypatch):
   model = dataclasses.replace(trained[1].model, order='raster')
   config = dataclasses.replace(trained[1], model=model)
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, trained[2], STEP))
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, {}, trained[2], STEP))
   with pytest.raises(errors.UserError, match='draws one token a step'):
     sample.main(['--workdir=unused', '--prompt=a', '--num_steps=4'])
 
@@ -360,7 +370,7 @@ def test_zero_guidance_and_temperature_stand_for_the_papers(trained, monkeypatch
     used.append(config.sampling)
     raise InterruptedError
 
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], trained[2], STEP))
+  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
   monkeypatch.setattr(sample, 'Sampler', stop)
   with pytest.raises(InterruptedError):
     sample.main(['--workdir=unused', '--prompt=a', '--guidance_scale=0', '--temperature=0'])

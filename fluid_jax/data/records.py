@@ -232,6 +232,85 @@ class Writer:
     (self._directory / INDEX).write_text(json.dumps(index, indent=1) + '\n')
 
 
+class Parts:
+  """Writes a record set in numbered parts, each whole or not there.
+
+  What was cut off goes on where it was, and processes that share a directory write parts of their
+  own. A part is a shard and, once that is whole, its entry of the index beside it.
+  """
+
+  def __init__(self, directory: epath.PathLike, **metadata):
+    """Starts a set in `directory`, or takes one up that was begun with the same metadata.
+
+    Args:
+      directory: a local path, or a bucket that `epath` can write.
+      **metadata: JSON values for the index.
+
+    Raises:
+      UserError: the directory holds a set already, or the beginnings of another.
+    """
+    self._directory, self._metadata = epath.Path(directory), metadata
+    self._directory.mkdir(parents=True, exist_ok=True)
+    if (self._directory / INDEX).exists():
+      raise errors.UserError(f'{directory} holds a record set already: name an empty directory.')
+    begun, text = self._directory / 'begun.json', json.dumps(metadata, sort_keys=True)
+    if not begun.exists():
+      _write_whole(begun, text)
+    elif begun.read_text() != text:
+      raise errors.UserError(
+        f'{directory} holds the beginnings of another set: give the same config, data and number '
+        'of processes, or name an empty directory.',
+        errors.MISMATCH,
+      )
+
+  def has(self, split: str, number: int) -> bool:
+    """Whether a part is whole."""
+    return self._entry(split, number).exists()
+
+  def write(
+    self, split: str, number: int, examples: Iterable[tuple[str, bytes]], **metadata
+  ) -> None:
+    """Writes a part of keys (without white space) and payloads; `close` gathers `metadata`."""
+    shard = _Shard(self._directory / f'{_part(split, number)}.tfrecord')
+    for key, payload in examples:
+      shard.write(key, payload)
+    _write_whole(self._entry(split, number), json.dumps({'shard': shard.close(), **metadata}))
+
+  def entries(self, split: str) -> list[dict]:
+    """The metadata of the parts that are whole, in order; `shard` describes their records."""
+    paths = sorted(self._directory.glob(f'{split}-*.json'))
+    return [json.loads(path.read_text()) for path in paths]
+
+  def close(self, splits: Iterable[str], **metadata) -> None:
+    """Writes the index of the parts of `splits`, with more metadata."""
+    shards = {split: [entry['shard'] for entry in self.entries(split)] for split in splits}
+    index = {
+      'format': FORMAT,
+      **self._metadata,
+      **metadata,
+      'languages': {split: {} for split in shards},
+      'splits': {
+        split: [shard for shard in parts if shard['records']] for split, parts in shards.items()
+      },
+    }
+    _write_whole(self._directory / INDEX, json.dumps(index, indent=1) + '\n')
+    for path in [self._directory / 'begun.json', *self._directory.glob('*-*.json')]:
+      path.unlink()
+
+  def _entry(self, split: str, number: int) -> epath.Path:
+    return self._directory / f'{_part(split, number)}.json'
+
+
+def _part(split: str, number: int) -> str:
+  return f'{split}-{number:05d}'
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+  temporary = path.parent / f'{path.name}.tmp'
+  temporary.write_text(text)
+  temporary.rename(path)
+
+
 def encode_example(features: dict[str, bytes | str | int | list]) -> bytes:
   """Serialises a `tf.train.Example`, the same bytes for the same features.
 

@@ -1,0 +1,288 @@
+"""Sets encoded beforehand: what they hold, going on after a kill, refusing what does not fit."""
+
+import dataclasses
+import hashlib
+
+import commands
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import small_encoders
+
+from fluid_jax import errors, sharding, train
+from fluid_jax.data import pipeline, prepare, records
+from fluid_jax.encoders import frozen
+
+DEMO = {'data.task': 'emoji_demo', 'data.languages': ('en',), 'text.length': 12}
+
+
+@pytest.fixture
+def encoding(make_config, small_networks, vocabulary, monkeypatch):
+  """A function from tokens to a config whose encoders are random, and their parameters."""
+
+  def make(tokens, **others):
+    settings = small_encoders.IN_THE_STEP[tokens] | DEMO | {'text.vocabulary': vocabulary}
+    config = make_config(settings | others)
+    params = small_encoders.random_params(config)
+    monkeypatch.setattr(frozen, 'load', lambda *_: params)
+    return config, params
+
+  return make
+
+
+def read_set(path, split):
+  """{key: features} of an encoded set, by TensorFlow's own reader."""
+  import tensorflow as tf
+
+  index, found = records.read_index(path), {}
+  for shard in index['splits'][split]:
+    rows = tf.data.TFRecordDataset(str(path / shard['file'])).as_numpy_iterator()
+    for key, row in zip(shard['keys'].split(), rows, strict=True):
+      features = tf.train.Example.FromString(row).features.feature
+      found[key] = {k: list(getattr(v, v.WhichOneof('kind')).value) for k, v in features.items()}
+  return found
+
+
+def digest_of(path):
+  files = {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+  return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def raw_batch(config, split):
+  """The whole split as pictures and ids, and its keys."""
+  stream = pipeline.Stream(
+    'emoji_demo', split, batch_size=256, seed=0, image_size=config.image.size,
+    text_length=config.text.length, languages=('en',), vocabulary=config.text.vocabulary,
+    shuffle=False,
+  )  # fmt: skip
+  batch = next(stream)
+  return {name: batch[name][batch['valid']] for name in batch}, stream.keys_at(0)
+
+
+@pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
+def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
+  config, params = encoding(tokens)
+  flags = prepare.encode(config, str(tmp_path))
+  assert flags[0] == f'--config.data.task={tmp_path}'
+  index, encoders = records.read_index(tmp_path), frozen.make(config)
+  drawn = []
+  for split in ('train', 'validation'):
+    batch, keys = raw_batch(config, split)
+    made = encoders.image.encode_images(params['image'], batch['images'])
+    features_BxTxE, mask_BxT = encoders.encode_text(params, {'text_ids': batch['text_ids']})
+    found = read_set(tmp_path, split)
+    assert list(found) == keys
+    for row, example in enumerate(found.values()):
+      if tokens == 'discrete':
+        assert example['image_codes'] == made['image_codes'][row].tolist()
+      else:
+        moments = np.frombuffer(example['image_moments'][0], np.float16)
+        moments = moments.reshape(example['image_moments_shape'])
+        np.testing.assert_allclose(moments, made['image_moments'][row], rtol=2e-3, atol=2e-3)
+      features = np.frombuffer(example['text_features'][0], ml_dtypes.bfloat16)
+      features = features.reshape(example['text_features_shape'])
+      assert len(features) == mask_BxT[row].sum() < config.text.length  # real tokens alone
+      expected = np.asarray(features_BxTxE[row, : len(features)])
+      np.testing.assert_allclose(np.float32(features), expected, rtol=1e-2, atol=1e-2)
+    if split == 'train' and tokens == 'continuous':
+      mean, log_variance = np.split(np.float64(made['image_moments']), 2, axis=-1)
+      noise = np.random.default_rng(0).normal(size=(50, *mean.shape))
+      drawn = (mean + np.exp(log_variance / 2) * noise).reshape(-1, mean.shape[-1])
+  assert index['encoders'].keys() == {'image', 'text'}
+  if tokens == 'continuous':
+    scaled = (drawn - index['latent_mean']) * index['latent_scale']
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=0.02)
+    np.testing.assert_allclose(scaled.std(0), 1, atol=0.02)
+    measured = prepare.measure(config, 10_000)
+    for name in ('latent_mean', 'latent_scale'):
+      np.testing.assert_allclose(measured[name], index[name], rtol=1e-4, atol=1e-5)
+  # A stream of the set gives what the model reads, and the step takes it.
+  outside = dataclasses.replace(
+    config,
+    image=dataclasses.replace(config.image, tokenizer='prepared:' + config.image.tokenizer),
+    text=dataclasses.replace(config.text, source='features'),
+    data=dataclasses.replace(config.data, task=str(tmp_path), languages=()),
+  )
+  mesh = sharding.make_mesh(outside, jax.devices()[:1])
+  batch = next(train.open_stream(outside, mesh, 'validation', shuffle=False))
+  batch_raw, _ = raw_batch(config, 'validation')
+  mask = batch_raw['text_ids'][: len(batch['text_mask'])] > 0
+  np.testing.assert_array_equal(batch['text_mask'], mask)
+
+
+def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare, 'PART_EXAMPLES', 24)
+  config, _ = encoding('continuous')
+  prepare.encode(config, str(tmp_path / 'straight'))
+  assert len(digest_of(tmp_path / 'straight')) == 1 + -(-63 // 24) - (-150 // 24)
+  write, made = records.Parts.write, []
+
+  def cut_off(self, split, number, *args, **kwargs):
+    if len(made) == 2:
+      (tmp_path / 'cut' / f'{split}-{number:05d}.tfrecord').write_bytes(b'half a shard')
+      raise KeyboardInterrupt
+    made.append((split, number))
+    write(self, split, number, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(records.Parts, 'write', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      prepare.encode(config, str(tmp_path / 'cut'))
+  with pytest.raises(errors.UserError, match='cannot be read'):
+    records.read_index(tmp_path / 'cut')  # half a set is none
+  other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
+  with pytest.raises(errors.UserError, match='holds the beginnings of another set'):
+    prepare.encode(other, str(tmp_path / 'cut'))
+
+  def not_again(self, split, number, *args, **kwargs):
+    assert (split, number) not in made
+    write(self, split, number, *args, **kwargs)
+
+  monkeypatch.setattr(records.Parts, 'write', not_again)
+  prepare.encode(config, str(tmp_path / 'cut'))
+  assert digest_of(tmp_path / 'cut') == digest_of(tmp_path / 'straight')
+  with pytest.raises(errors.UserError, match='holds a record set already'):
+    prepare.encode(config, str(tmp_path / 'cut'))
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp_path):
+  config, params = encoding('continuous')
+  prepare.encode(config, str(tmp_path))
+
+  def changed(**groups):
+    groups = {k: dataclasses.replace(getattr(config, k), **v) for k, v in groups.items()}
+    return dataclasses.replace(config, **groups)
+
+  def refused(part, function, *args, **kwargs):
+    with pytest.raises(errors.UserError, match=part) as caught:
+      function(*args, **kwargs)
+    assert '\n' not in str(caught.value)
+
+  outside = changed(
+    data={'task': str(tmp_path), 'languages': ()},
+    image={'tokenizer': 'prepared'},
+    text={'source': 'features'},
+  )
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  digests = frozen.digests(params, mesh)
+  assert train.encoder_digests(outside, {}) == digests
+  assert train.encoder_digests(outside, digests) == digests
+  other = jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(1e-6), params)
+  other = frozen.digests(other, mesh)
+  for name in ('image', 'text'):
+    refused(
+      f'another {name} encoder', train.encoder_digests, outside, digests | {name: other[name]}
+    )
+  wider = dataclasses.replace(outside, text=dataclasses.replace(outside.text, feature_dim=32))
+  refused(r'text_features of shape \[12, 24\]', train.encoder_digests, wider, {})
+  # Pictures where what was made of them is read, and the other way round.
+  raw = dataclasses.replace(outside, data=config.data)
+  refused('give images, text_ids and the config', train.open_stream, raw, mesh, 'train')
+  inside = dataclasses.replace(config, data=outside.data)
+  refused('give image_moments, text_features', train.open_stream, inside, mesh, 'train')
+  # Nothing to encode.
+  out = str(tmp_path / 'other')
+  refused("'prepared' is no network", prepare.encode, outside, out)
+  refused("source='features' is what", prepare.encode, changed(text={'source': 'features'}), out)
+  refused('codes have no mean', prepare.measure, encoding('discrete')[0], 10)
+  pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
+  refused('does not say what its examples hold', pipeline.Stream, pictures['task'], 'train',
+          batch_size=8, seed=0, image_size=16, text_length=8)  # fmt: skip
+
+
+def test_a_digest_is_of_every_bit_and_its_place(encoding):
+  config, params = encoding('continuous')
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  first = frozen.digests(params, mesh)
+  assert frozen.digests(jax.tree.map(jnp.copy, params), mesh) == first
+  kernel = params['image']['to_code']['kernel']
+  changes = (
+    kernel.at[0, 0].set(jnp.nextafter(kernel[0, 0], jnp.inf)),  # one bit
+    kernel[::-1],
+    kernel.T if kernel.shape[0] == kernel.shape[1] else kernel[:, ::-1],
+    kernel.astype(jnp.bfloat16),
+  )
+  seen = {first['image']}
+  for change in changes:
+    image = params['image'] | {'to_code': params['image']['to_code'] | {'kernel': change}}
+    found = frozen.digests(params | {'image': image}, mesh)
+    assert found['text'] == first['text']
+    seen.add(found['image'])
+  assert len(seen) == 1 + len(changes)
+
+
+_SHARDED = """
+import sys
+sys.path.insert(0, 'tests')
+import jax, numpy as np, small_encoders
+from fluid_jax import config as config_lib
+from fluid_jax import sharding
+from fluid_jax.encoders import frozen, t5, tokenizers
+from configs import tiny
+
+t5.SIZES['small'] = small_encoders.T5
+tokenizers.NETWORKS.update(small_encoders.NETWORKS)
+values = tiny.get_config().to_dict()
+for path, value in small_encoders.IN_THE_STEP['continuous'].items():
+  group, name = path.split('.')
+  values[group][name] = value
+values['mesh'] |= dict(replica=2, fsdp=2, tensor=2)
+config = config_lib.resolve(values)
+encoders, params = frozen.make(config), small_encoders.random_params(config)
+rng = np.random.default_rng(0)
+batch = dict(images=rng.integers(0, 256, (8, 16, 16, 3), np.uint8),
+             text_ids=rng.integers(0, 9, (8, 6), np.int32))
+
+@jax.jit
+def encode(params, batch):
+  made = encoders.image.encode_images(params['image'], batch['images'])
+  return made['image_moments'], encoders.encode_text(params, batch)[0]
+
+results = []
+for number in (1, 8):
+  devices = jax.devices()[:number]
+  if number == 1:
+    values['mesh'] |= dict(replica=1, fsdp=1, tensor=1)
+  else:
+    values['mesh'] |= dict(replica=2, fsdp=2, tensor=2)
+  config = config_lib.resolve(values)
+  mesh = sharding.make_mesh(config, devices)
+  shardings = jax.tree.map(lambda s: s.sharding, frozen.shapes(config, mesh))
+  placed = jax.device_put(params, shardings)
+  made = encode(placed, sharding.put_batch(batch, mesh))
+  results.append((frozen.digests(placed, mesh), jax.device_get(made)))
+split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+share = sum(leaf.size for leaf in split) / sum(leaf.size for leaf in jax.tree.leaves(placed))
+(one, expected), (eight, found) = results
+assert one == eight
+for a, b in zip(expected, found):
+  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+print(share)
+"""
+
+
+def test_eight_devices_encode_as_one_does():
+  share = commands.run_ok('-c', _SHARDED, num_devices=8)
+  assert float(share) > 0.5  # of the parameters are split
+
+
+def test_processes_tell_downloads_apart_by_their_ends(tmp_path, make_config, vocabulary):
+  first, second = (tmp_path / name / 'model.safetensors' for name in ('a', 'b'))
+  rng = np.random.default_rng(0)
+  data = bytearray(rng.bytes(300_000))
+  for path, change in ((first, 0), (second, 1)):
+    path.parent.mkdir()
+    data[-1] ^= change
+    path.write_bytes(data)
+
+  def facts(path):
+    settings = {'text.source': 't5', 'text.t5_path': str(path), 'text.vocabulary': vocabulary}
+    return frozen.file_facts(make_config(settings | {'image.tokenizer': f'prepared:sd_vae:{path}'}))
+
+  for paths in ((first, second), (first.parent, second.parent)):
+    one, other = map(facts, paths)
+    assert one.keys() == {'image.tokenizer', 'text.t5_path', 'text.vocabulary'}
+    assert {name for name in one if one[name] != other[name]} == one.keys() - {'text.vocabulary'}
+  assert facts(tmp_path / 'none')['text.t5_path'] == 'missing'
