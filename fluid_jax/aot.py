@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 
 from fluid_jax import chips, errors, flops, hlo, main, sharding, step
 from fluid_jax import config as config_lib
+from fluid_jax.encoders import frozen
 
 MAX_FILL = 0.95  # of a chip's memory; the rest is for the runtime and for fragmentation
 
@@ -95,7 +96,8 @@ def compile_program(
   if what == 'train':
     sharding.check_batch(config, mesh)
     program = step.build(config, mesh)
-    traced = program.train_step.trace(program.state, step.batch_shapes(config, mesh))
+    batch = step.batch_shapes(config, mesh)
+    traced = program.train_step.trace(program.state, batch, program.encoders)
   else:
     shares = mesh.shape['replica'] * mesh.shape['fsdp']
     if config.train.batch_size % shares:
@@ -129,6 +131,10 @@ def report(
   model_flops = (
     flops.step_flops(config) if train else config.train.batch_size * flops.sampling_flops(config)
   )
+  per_example = frozen.forward_flops(config)
+  encoder_flops = config.train.batch_size * (
+    sum(per_example.values()) if train else per_example['text']
+  )
   facts = {
     'config': config.name,
     'variant': f'{config.model.order} {config.model.tokens}',
@@ -142,6 +148,7 @@ def report(
     'batch_size': config.train.batch_size,
     'hbm_bytes': chip.hbm_bytes,
     'model_tflops_per_step': model_flops / 1e12,
+    **({'encoder_tflops_per_step': encoder_flops / 1e12} if encoder_flops else {}),
     'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu', 'fluid_jax')},
     'date': time.strftime('%Y-%m-%d'),
   }
@@ -175,7 +182,7 @@ def report(
     'compiler_tflops_per_step': found / 1e12,
   }
   if train:
-    expected = flops.compiled_flops(config)
+    expected = flops.compiled_flops(config) + encoder_flops
     facts['expected_tflops_per_step'] = expected / 1e12
     facts['flops_difference'] = found / expected - 1
   line = hlo.timeline(program, chip.clock_hz, functools.partial(_seconds, chip, mesh))
@@ -259,6 +266,8 @@ def describe(facts: dict[str, Any]) -> str:
       f'{share:.0%}: {verdict}')  # fmt: skip
   lines.append('FLOPs of a step, all chips')
   row('model, by our formula', tera('model'))
+  if 'encoder_tflops_per_step' in facts:
+    row('frozen encoders', tera('encoder') + ' (not in the MFU)')
   if 'expected_tflops_per_step' in facts:
     row('with recomputation, padding', tera('expected'))
   difference = (

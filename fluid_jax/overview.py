@@ -1,5 +1,6 @@
 """What a config amounts to: parameters, FLOPs and bytes by component, from shapes alone."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 
 from fluid_jax import config as config_lib
 from fluid_jax import flops, optim, step
+from fluid_jax.encoders import frozen, t5, tokenizers
 
 # Parameters in millions by (width, depth): the paper's table of sizes (facts 1.1).
 PAPER_PARAMS = {
@@ -85,8 +87,47 @@ def describe(config: config_lib.Config) -> str:
     'bytes (float32, all devices together):',
     f'  parameters {_size(4 * total)}, optimizer ({config.optimizer.name}) {_size(opt_bytes)}, '
     f'EMA {_size(4 * total)}, together {_size(8 * total + opt_bytes)}',
+    *_encoders(config, flops.step_flops(config) / batch),
   ]
   return '\n'.join(lines)
+
+
+def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
+  """Lines on what frozen encoders cost in the step, and what their outputs weigh.
+
+  Args:
+    config: resolved.
+    step_flops: of one training image, without the encoders.
+  """
+  image, text = config.image, config.text
+  rows = []
+
+  def cost(part: str, **changes: str) -> str:
+    changed = dataclasses.replace(
+      config, **{part: dataclasses.replace(getattr(config, part), **changes)}
+    )
+    found = frozen.forward_flops(changed)[part]
+    return f'{found / 1e9:,.1f} GFLOP/image, {found / step_flops:.1%} of a step'
+
+  kind = 'image_moments' if config.is_continuous else 'image_codes'
+  per_token = 4 * image.channels if config.is_continuous else 2
+  for name, network in tokenizers.NETWORKS.items():
+    if tokenizers.fits(config, network):
+      rows.append(
+        (name, cost('image', tokenizer=name), f'{kind} {_size(image.num_tokens * per_token)}')
+      )
+  if t5.SIZES[text.t5_size].width == text.feature_dim and text.source != 'bytes':
+    prepared = f'text_features {_size(2 * text.feature_dim)} a token'
+    rows.append((f't5 {text.t5_size}', cost('text', source='t5'), prepared))
+  if not rows:
+    return []
+  return [
+    '',
+    'frozen encoders in the step, or what they make prepared (data.prepare --stage=encode):',
+    *(
+      f'  {name:<12}{in_step:<42}an example on disk: {prepared}' for name, in_step, prepared in rows
+    ),
+  ]
 
 
 def _size(num_bytes: float) -> str:
