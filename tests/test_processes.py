@@ -385,3 +385,56 @@ def test_an_error_of_one_process_ends_the_others(launch, tmp_path):
   assert codes[1] == errors.CORRUPT, run.log(1)[-3000:]
   assert f'error: shard {other}' in run.log(1)
   assert codes[0] in (errors.CRASH, -signal.SIGABRT), run.log(0)[-3000:]
+
+
+# ---- Encoding beforehand ----
+
+_ENCODE = """
+import os, sys
+sys.path.insert(0, 'tests')
+import jax, small_encoders
+from fluid_jax import config as config_lib
+from fluid_jax import processes
+from fluid_jax.data import prepare
+from fluid_jax.encoders import frozen, tokenizers
+from configs import tiny
+
+tokenizers.NETWORKS.update(small_encoders.NETWORKS)
+prepare.PART_EXAMPLES = 64
+values = tiny.get_config().to_dict()
+values['image'].update(size=16, tokenizer='sd_vae:vae')
+values['data'].update(task='emoji_demo', languages=('en',))
+config = config_lib.resolve(values)
+
+def load(config, mesh):
+  params = small_encoders.random_params(config)
+  shapes = frozen.shapes(config, mesh)
+  place = lambda a, s: jax.make_array_from_callback(a.shape, s.sharding, lambda i: a[i])
+  return jax.tree.map(place, jax.device_get(params), shapes)
+
+frozen.load = load
+with processes.joined(60):
+  print(*prepare.encode(config, sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_encode_the_same_set_together(launch, tmp_path):
+  from test_prepare import read_set
+
+  from fluid_jax.data import records
+
+  for folder, count in (('one', 1), ('two', 2)):
+    run = launch(count, '-c', _ENCODE, tmp_path / folder, num_devices=2)
+    assert run.wait() == [0] * count, run.log(0)[-3000:]
+  one, two = (records.read_index(tmp_path / folder) for folder in ('one', 'two'))
+  assert one['encoders'] == two['encoders']
+  np.testing.assert_allclose(one['latent_mean'], two['latent_mean'], rtol=1e-4, atol=1e-5)
+  for split in ('train', 'validation'):
+    expected, found = (read_set(tmp_path / folder, split) for folder in ('one', 'two'))
+    assert found.keys() == expected.keys()
+    for key, example in found.items():
+      assert example['text'] == expected[key]['text']
+      pair = (e['image_moments'][0] for e in (example, expected[key]))
+      moments, same = (np.frombuffer(data, np.float16) for data in pair)
+      np.testing.assert_allclose(moments, same, rtol=2e-3, atol=2e-3)
