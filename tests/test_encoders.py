@@ -269,6 +269,8 @@ def test_files_that_are_none_are_refused(t5_file, tmp_path):
   for start in (b'\x80\x02}q\x00.', b'PK\x03\x04 and a pickle'):
     path.write_bytes(start)
     assert 'is a PyTorch pickle' in refused(path, shapes)
+    command = f'python -m fluid_jax.encoders.convert {path} OUT.safetensors'
+    assert command in refused(path, shapes)
   assert 'there is no' in refused(tmp_path / 'missing.safetensors', shapes)
   empty = tmp_path / 'empty'
   empty.mkdir()

@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.serialization
@@ -19,6 +20,7 @@ import jax
 import msgpack
 import numpy as np
 import safetensors
+import safetensors.numpy
 import tensorstore
 from etils import epath
 
@@ -78,9 +80,9 @@ class Safetensors:
       UserError: there is none, a file is cut or no safetensors, or the index does not hold.
     """
     self.path = path
-    where, index = self._find(epath.Path(path))
-    files = {where.name} if index is None else set(index.values())
-    self._files = {name: self._open(where.parent / name) for name in sorted(files)}
+    where, index = _find(epath.Path(path))
+    files = [file for file in _files(where, index) if index is None or file != where]
+    self._files = {file.name: self._open(file) for file in files}
     self._file_of = {
       name: file
       for file, opened in self._files.items()
@@ -96,41 +98,14 @@ class Safetensors:
       for name, file in self._file_of.items()
     }
 
-  def _find(self, path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
-    """The file, or the index and which file of it holds which tensor."""
-    if path.is_dir():
-      found = sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
-      if len(found) != 1:
-        listed = ', '.join(file.name for file in found) or 'none'
-        raise errors.UserError(
-          f'{path} should hold one safetensors file, or one index of several; it has {listed}: '
-          'give the path of the file.',
-          errors.CORRUPT,
-        )
-      path = found[0]
-    if not path.exists():
-      raise errors.UserError(f'there is no {path}: mend the path of the weights.', errors.CORRUPT)
-    if not path.name.endswith('.json'):
-      return path, None
-    try:
-      return path, dict(json.loads(path.read_text())['weight_map'])
-    except (ValueError, KeyError, TypeError) as error:
-      raise errors.UserError(
-        f'{path} is no index of safetensors files (it has no weight_map): download it again.',
-        errors.CORRUPT,
-      ) from error
-
   def _open(self, path: epath.Path) -> Any:
-    if not path.exists():
-      raise errors.UserError(
-        f'{path}, which the index names, is missing: download it too.', errors.CORRUPT
-      )
     with path.open('rb') as file:
       start = file.read(4)
     if start.startswith(_PICKLES):
       raise errors.UserError(
         f'{path} is a PyTorch pickle, which can run any code when it is read: take the same '
-        "model's safetensors, or convert it where you trust it.",
+        "model's safetensors, or convert its tensors, and nothing else of it, with "
+        f'python -m fluid_jax.encoders.convert {path} OUT.safetensors.',
         errors.CORRUPT,
       )
     try:
@@ -215,9 +190,97 @@ def fingerprint(path: str) -> str:
   return digest.hexdigest()[:12]
 
 
+def save(
+  arrays: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str] | None = None
+) -> None:
+  """Writes a safetensors file, with the rights that other new files have (its own are 0600).
+
+  Raises:
+    OSError or SafetensorError: it cannot be written.
+  """
+  path.touch()
+  mode = path.stat().st_mode
+  # safetensors writes the buffer of an array as it lies in memory, transposed or not.
+  arrays = {name: np.asarray(array, order='C') for name, array in arrays.items()}
+  safetensors.numpy.save_file(arrays, path, metadata)
+  path.chmod(mode)
+
+
 def is_t5x(path: str) -> bool:
   """Whether a directory is a T5X checkpoint."""
   return (epath.Path(path) / 'checkpoint').exists()
+
+
+def _find(path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
+  """A safetensors file, or an index and which file of it holds which tensor."""
+  if path.is_dir():
+    found = sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
+    if len(found) != 1:
+      listed = ', '.join(file.name for file in found) or 'none'
+      raise errors.UserError(
+        f'{path} should hold one safetensors file, or one index of several; it has {listed}: '
+        'give the path of the file.',
+        errors.CORRUPT,
+      )
+    path = found[0]
+  if not path.exists():
+    raise errors.UserError(f'there is no {path}: mend the path of the weights.', errors.CORRUPT)
+  if not path.name.endswith('.json'):
+    return path, None
+  try:
+    return path, dict(json.loads(path.read_text())['weight_map'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f'{path} is no index of safetensors files (it has no weight_map): download it again.',
+      errors.CORRUPT,
+    ) from error
+
+
+def _files(where: epath.Path, index: Mapping[str, str] | None) -> list[epath.Path]:
+  """What `_find` found, and the files that the index names; UserError if one is missing."""
+  files = [where, *(where.parent / name for name in sorted(set((index or {}).values())))]
+  for file in files:
+    if not file.exists():
+      raise errors.UserError(
+        f'{file}, which the index names, is missing: download it too.', errors.CORRUPT
+      )
+  return files
+
+
+def digests(path: str) -> dict[str, str]:
+  """By its name the SHA-256 of each file that `path`, of any kind above, stands for.
+
+  Raises:
+    UserError: one is missing, or there is none.
+  """
+  if is_t5x(path):
+    root = epath.Path(path)
+    files = list(_walk(root))
+  else:
+    files = _files(*_find(epath.Path(path)))
+    root = files[0].parent
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
+    return {
+      str(file.relative_to(root)): digest
+      for file, digest in zip(files, pool.map(_digest, files), strict=True)
+    }
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files in a folder and those in it, sorted; epath has no recursive glob."""
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _walk(path)
+    else:
+      yield path
+
+
+def _digest(path: epath.Path) -> str:
+  hashed = hashlib.sha256()
+  with path.open('rb') as file:
+    while part := file.read(1 << 24):
+      hashed.update(part)
+  return hashed.hexdigest()
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = ''):

@@ -1,0 +1,283 @@
+"""PyTorch's pickles: torch.save's own files (golden/make_pickles.py), hostile and broken ones."""
+
+import io
+import os
+import pathlib
+import pickle
+import sys
+import types
+import zipfile
+
+import commands
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from fluid_jax import errors
+from fluid_jax.encoders import convert
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden/pickles'
+
+
+@pytest.fixture
+def out(tmp_path):
+  return tmp_path / 'out.safetensors'
+
+
+def refused(path, out, key=None):
+  """The sentence with which a file is refused; nothing is written."""
+  before = sorted(out.parent.iterdir())
+  with pytest.raises(errors.UserError) as caught:
+    convert.convert(path, out, key)
+  assert sorted(out.parent.iterdir()) == before
+  assert '\n' not in str(caught.value)
+  return str(caught.value)
+
+
+# ---- what torch.save wrote ----
+
+
+def test_every_tensor_comes_out_bit_for_bit(out):
+  line = convert.convert(GOLDEN / 'lightning.ckpt', out)
+  expected = dict(np.load(GOLDEN / 'expected.npz'))
+  found = safetensors.numpy.load_file(out)
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    if name.startswith('bfloat16'):
+      array = array.view(ml_dtypes.bfloat16)
+    assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+    assert found[name].tobytes() == array.tobytes(), name
+  for name in ('pytorch_lightning.Callback', 'numpy._core.multiarray.scalar', 'argparse.Namespace'):
+    assert name in line
+  with safetensors.safe_open(out, 'numpy') as file:
+    assert file.metadata() == {'format': 'pt'}
+  out.with_name('other').touch()
+  assert out.stat().st_mode == out.with_name('other').stat().st_mode
+
+
+def test_no_torch_is_needed_and_the_command_says_what_it_did(out):
+  script = f"""
+import sys
+from fluid_jax.encoders import convert
+convert.main([{str(GOLDEN / 'state_dict.pt')!r}, {str(out)!r}])
+assert not {{'torch', 'pytorch_lightning'}} & sys.modules.keys()
+"""
+  assert commands.run_ok('-c', script) == f'wrote 4 tensors to {out}\n'
+  assert safetensors.numpy.load_file(out).keys() == {'0.weight', '0.bias', '1.weight', '1.bias'}
+
+
+def test_one_of_several_networks_is_chosen_by_name(out):
+  path = GOLDEN / 'two.pth'
+  message = refused(path, out)
+  assert "has tensors under 'model' (4), 'model_ema' (1), 'step' (1): choose" in message
+  assert "no tensors under 'ema': it has 'model' (4)" in refused(path, out, 'ema')
+  convert.convert(path, out, 'model_ema')
+  assert safetensors.numpy.load_file(out).keys() == {'0.weight'}
+  everything = out.with_name('all.safetensors')
+  convert.convert(path, everything, '.')
+  found = safetensors.numpy.load_file(everything)
+  np.testing.assert_array_equal(found['model_ema.0.weight'], found['model.0.weight'] + 1)
+  assert found['step'].item() == 7
+
+
+# ---- hostile files ----
+
+
+class Touch:
+  """What any unpickler but ours would run."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f'touch {self.path}',)
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+  """Names of torch's that pickle can write; returns torch._utils."""
+  modules = {name: types.ModuleType(name) for name in ('torch', 'torch._utils')}
+  for module, name in (('torch', 'FloatStorage'), ('torch', 'QInt8Storage')):
+    setattr(modules[module], name, type(name, (), {'__module__': module}))
+  for name in ('_rebuild_tensor_v2', '_rebuild_parameter'):
+    setattr(modules['torch._utils'], name, types.FunctionType((lambda: None).__code__, {}, name))
+    getattr(modules['torch._utils'], name).__module__ = 'torch._utils'
+    getattr(modules['torch._utils'], name).__qualname__ = name
+  for name, module in modules.items():
+    monkeypatch.setitem(sys.modules, name, module)
+  return modules
+
+
+class Tensor:
+  """Is pickled as torch.save does: 6 float32 in data/0."""
+
+  def __init__(self, offset=0, size=(2, 3), stride=(3, 1), key='0', storage='FloatStorage'):
+    self.geometry, self.key, self.storage = (offset, size, stride), key, storage
+
+  def __reduce__(self):
+    storage = Storage(getattr(sys.modules['torch'], self.storage), self.key)
+    return sys.modules['torch._utils']._rebuild_tensor_v2, (storage, *self.geometry, False, {})
+
+
+class Storage:
+  def __init__(self, kind, key):
+    self.kind, self.key = kind, key
+
+
+class Pickler(pickle.Pickler):
+  def persistent_id(self, obj):
+    return ('storage', obj.kind, obj.key, 'cpu', 6) if isinstance(obj, Storage) else None
+
+
+def pickled(obj, protocol=2):
+  file = io.BytesIO()
+  Pickler(file, protocol).dump(obj)
+  return file.getvalue()
+
+
+VALUES = np.arange(6, dtype=np.float32)
+
+
+def archive(path, data_pkl, compression=zipfile.ZIP_STORED, **members):
+  """A file like torch.save's."""
+  members = {'data.pkl': data_pkl, 'byteorder': b'little', 'data/0': VALUES.tobytes()} | members
+  with zipfile.ZipFile(path, 'w', compression) as file:
+    for name, data in members.items():
+      file.writestr(f'archive/{name}', data)
+  return path
+
+
+@pytest.mark.parametrize('protocol', range(1, pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_a_pickle_does_not_run(stubs, tmp_path, out, protocol):
+  canary = tmp_path / 'canary'
+  pickle.loads(pickle.dumps(Touch(canary), protocol))
+  assert canary.exists()  # it is dangerous
+  canary.unlink()
+  payload = pickled({'w': Tensor(), 'callback': Touch(canary)}, protocol)
+  line = convert.convert(archive(tmp_path / 'evil.ckpt', payload), out)
+  assert not canary.exists()
+  assert f'{os.system.__module__}.system' in line
+  np.testing.assert_array_equal(safetensors.numpy.load_file(out)['w'], VALUES.reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+  'payload',
+  [
+    b"(S'touch CANARY'\nios\nsystem\n.",  # INST
+    b"(cos\nsystem\nS'touch CANARY'\no.",  # OBJ
+    b'cbuiltins\nexec\n(S\'open("CANARY", "w")\'\ntR.',
+    b"cbuiltins\ngetattr\n(cos\nsystem\nS'__call__'\ntR(S'touch CANARY'\ntR.",
+    b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\ntR(S'touch CANARY'\ntR.",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN(S'touch CANARY'\ntNtR.",
+    b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch CANARY\x85\x81.',  # NEWOBJ
+  ],
+)
+def test_no_opcode_runs_code(tmp_path, out, payload, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = archive(tmp_path / 'evil.ckpt', payload)
+  assert 'holds no tensors in dictionaries, but' in refused(path, out)
+  assert not (tmp_path / 'CANARY').exists()
+
+
+def test_modules_that_a_pickle_names_are_not_imported(tmp_path, out, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'evil_on_import.py').write_text(f'open({str(tmp_path / "canary")!r}, "w")')
+  path = archive(tmp_path / 'evil.ckpt', b'cevil_on_import\nthing\n.')
+  assert 'evil_on_import.thing' in refused(path, out)
+  assert not (tmp_path / 'canary').exists()
+  assert 'evil_on_import' not in sys.modules
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['torch._utils\n_rebuild_tensor_v2', 'torch._utils\n_rebuild_parameter', 'torch\nFloatStorage'],
+)
+def test_what_a_pickle_may_name_cannot_be_changed_by_it(stubs, tmp_path, out, name):
+  path = tmp_path / 'evil.ckpt'
+  state = f"c{name}\n(N(dS'__init__'\nNsS'storage'\nNstb.".encode()  # BUILD with slots
+  archive(path, state)
+  assert 'data.pkl that does not rebuild tensors' in refused(path, out)
+  archive(path, pickled({'w': Tensor()}))
+  convert.convert(path, out)
+  np.testing.assert_array_equal(safetensors.numpy.load_file(out)['w'], VALUES.reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+  'tensor',
+  [
+    {'offset': 1},
+    {'offset': -1},
+    {'size': (2, 4)},
+    {'stride': (3, -1)},
+    {'stride': (3,)},
+    {'size': (2**40, 2**40)},
+    {'offset': 7, 'size': (1,), 'stride': (0,)},
+    {'key': '1'},
+    {'key': '../data.pkl'},
+    {'size': 'ab'},
+  ],
+)
+def test_a_tensor_beyond_its_storage_is_refused(stubs, tmp_path, out, tensor):
+  path = archive(tmp_path / 'evil.ckpt', pickled({'state_dict': {'w': Tensor(**tensor)}}))
+  assert f"tensor 'w' of {path} has no storage of its size" in refused(path, out)
+
+
+def test_tensors_of_other_dtypes_are_left_out_and_named(stubs, tmp_path, out):
+  tensors = {'w': Tensor(), 'q': Tensor(storage='QInt8Storage')}
+  line = convert.convert(archive(tmp_path / 'quantized.ckpt', pickled(tensors)), out)
+  assert line.endswith("without effect were 'torch.QInt8Storage'")
+  assert safetensors.numpy.load_file(out).keys() == {'w'}
+
+
+def test_dictionaries_without_end_and_names_that_clash_are_refused(stubs, tmp_path, out):
+  endless = {'w': Tensor()}
+  endless['self'] = endless
+  path = archive(tmp_path / 'evil.ckpt', pickled(endless))
+  assert 'is nested too deep' in refused(path, out)
+  path = archive(tmp_path / 'evil.ckpt', pickled({'a': {'b': {'c': Tensor()}, 'b.c': Tensor()}}))
+  assert 'has tensors of the same name' in refused(path, out)
+
+
+# ---- files that are something else, or broken ----
+
+
+def test_files_of_other_kinds_are_named(tmp_path, out):
+  assert 'that PyTorch had before 1.6' in refused(GOLDEN / 'legacy.pt', out)
+  message = refused(GOLDEN / 'module.pt', out)
+  assert 'torch.nn.modules.container.Sequential' in message
+  assert 'save the state_dict' in message
+  other = tmp_path / 'other.pkl'
+  other.write_bytes(pickle.dumps({'w': [1.0]}))
+  assert 'is a pickle, but not one of torch.save' in refused(other, out)
+  other.write_bytes(b'GIF89a')
+  assert 'is no file of torch.save' in refused(other, out)
+  assert 'not of torch.save' in refused(GOLDEN / 'expected.npz', out)
+  assert 'cannot be read (No such file' in refused(tmp_path / 'absent', out)
+  assert 'written on a big-endian' in refused(archive(other, b'N.', byteorder=b'big'), out)
+  compressed = archive(other, b'N.', zipfile.ZIP_DEFLATED)
+  assert 'was compressed after torch.save' in refused(compressed, out)
+
+
+def test_a_file_cut_anywhere_or_with_a_flipped_bit_is_refused(tmp_path, out):
+  whole = (GOLDEN / 'state_dict.pt').read_bytes()
+  path = tmp_path / 'cut.pt'
+  for length in range(2, len(whole), 97):
+    path.write_bytes(whole[:length])
+    assert 'is cut off' in refused(path, out)
+  with zipfile.ZipFile(GOLDEN / 'state_dict.pt') as file:
+    weights = file.read('state_dict/data/0')
+  at = whole.index(weights)
+  path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+  assert 'is damaged, for the checksum of state_dict/data/0 does not hold' in refused(path, out)
+
+
+def test_where_the_result_cannot_go_is_named(tmp_path):
+  path = GOLDEN / 'state_dict.pt'
+  assert 'does not end in .safetensors' in refused(path, tmp_path / 'out.bin')
+  (tmp_path / 'there.safetensors').write_text('mine')
+  assert 'is there already' in refused(path, tmp_path / 'there.safetensors')
+  with pytest.raises(errors.UserError, match='cannot be written') as caught:
+    convert.convert(path, tmp_path / 'absent/out.safetensors')
+  assert caught.value.exit_code == errors.STORAGE
