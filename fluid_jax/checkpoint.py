@@ -10,6 +10,8 @@ A step without a valid manifest is not a checkpoint.
     <directory>/00001000.orbax-checkpoint-tmp/   a save that is under way, or was cut off
     <directory>/00001000.deleted/                a deletion that is under way, or was cut off
 
+`python -m fluid_jax.checkpoint export` and `import` turn one into safetensors and back: export.py.
+
 The directory is a POSIX path that all processes see. Every process calls every method, in the same
 order; process 0 alone verifies, decides, writes manifests and deletes.
 """
@@ -46,8 +48,8 @@ _BARRIER_TIMEOUT_S = 1200  # to hash a step on process 0; as long as Orbax gives
 _barrier_ids = itertools.count()
 
 
-class _Damaged(Exception):
-  """Why a step cannot be trusted, as a clause."""
+class Damaged(Exception):
+  """Why a step, or a file that `encode` wrote, cannot be trusted, as a clause."""
 
 
 class Checkpointer:
@@ -145,27 +147,32 @@ class Checkpointer:
       UserError: `step` is absent or damaged, or every step is damaged (exit code 5); or leaves
         differ in path, shape or dtype (4).
     """
-    self.wait()
+    found = self.find(abstract_state, step)
+    if found is None:
+      return None
     parts, treedef = _split(abstract_state)
+    loaded = ocp.load_checkpointables(self._path(found), _without_empty(parts))
+    self._last_step = found
+    data_state = decode(self._path(found) / MANIFEST)['data_state']
+    return treedef.unflatten((parts | loaded).values()), data_state, found
+
+  def find(self, abstract_state: Any = None, step: int | None = None) -> int | None:
+    """Returns the step that `restore` would, after the same checks; None: all files, any state."""
+    self.wait()
+    parts = None if abstract_state is None else _split(abstract_state)[0]
     found = _agree(lambda: self._find(step, parts))
     if found < 0:
       return None
-    path = self._path(found)
-    manifest = _read_manifest(path)
-    _check_match(path, manifest['tree'], abstract_state)
-    loaded = ocp.load_checkpointables(path, _without_empty(parts))
-    self._last_step = found
-    return treedef.unflatten((parts | loaded).values()), manifest['data_state'], found
+    if parts is not None:
+      _check_match(self._path(found), abstract_state)
+    return found
 
-  def latest_verified_step(self) -> int | None:
-    """Returns the newest step whose files all verify, None if no save was ever finished here.
-
-    Raises:
-      UserError: every step is damaged (exit code 5).
-    """
-    self.wait()
-    found = _agree(lambda: self._find(None, None))
-    return None if found < 0 else found
+  def read(self, step: int, abstract_state: Any) -> Any:
+    """Returns some leaves of a step that `find` returned, each at its place in the saved state."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      return ocp.load_checkpointables(self._path(step), abstract_state)
 
   def wait(self) -> None:
     """Returns when the last save is whole and has its manifest.
@@ -247,7 +254,7 @@ class Checkpointer:
         if step not in self._verified:
           self._verify(step, None)
         num_kept += 1
-      except _Damaged as error:
+      except Damaged as error:
         logging.warning('Not counting step %d: %s.', step, error)
 
   def _find(self, step: int | None, parts: Collection[str] | None) -> int:
@@ -257,7 +264,7 @@ class Checkpointer:
     for candidate in reversed(steps) if step is None else [step]:
       try:
         self._verify(candidate, parts)
-      except _Damaged as error:
+      except Damaged as error:
         reasons.append(f'step {candidate} ({error})')
         continue
       if reasons:
@@ -272,19 +279,19 @@ class Checkpointer:
     )
 
   def _verify(self, step: int, parts: Collection[str] | None) -> None:
-    """Compares the files of `parts`, or all, with the manifest; raises _Damaged if one differs."""
+    """Compares the files of `parts`, or all, with the manifest; raises Damaged if one differs."""
     path = self._path(step)
     try:
-      recorded = _read_manifest(path)['files']
+      recorded = decode(path / MANIFEST)['files']
       names = [
         name for name in recorded if parts is None or name.split('/')[0] in parts or '/' not in name
       ]
       fingerprints = _fingerprints([path / name for name in names], self._hash_files)
     except OSError as error:
-      raise _Damaged(f'{error.filename or path}: {error.strerror}') from error
+      raise Damaged(f'{error.filename or path}: {error.strerror}') from error
     for name, found in zip(names, fingerprints, strict=True):
       if found != {key: recorded[name][key] for key in found}:
-        raise _Damaged(f'{path / name} has {found} and its manifest says {recorded[name]}')
+        raise Damaged(f'{path / name} has {found} and its manifest says {recorded[name]}')
     if len(names) == len(recorded):
       self._verified.add(step)
 
@@ -316,8 +323,8 @@ def read_config(directory: str | os.PathLike[str], step: int | None = None) -> d
   """
   directory = pathlib.Path(directory)
   for candidate in reversed(_steps(directory)) if step is None else [step]:
-    with contextlib.suppress(_Damaged, OSError):
-      return _read_manifest(_step_path(directory, candidate))['config']
+    with contextlib.suppress(Damaged, OSError):
+      return decode(_step_path(directory, candidate) / MANIFEST)['config']
   raise errors.UserError(
     f'{directory} holds no {"checkpoint" if step is None else f"checkpoint of step {step}"}: train '
     'there first, or give another directory.',
@@ -355,11 +362,12 @@ def _describe(state: Any) -> dict[str, str]:
   }
 
 
-def _check_match(path: pathlib.Path, saved: Mapping[str, str], abstract_state: Any) -> None:
+def _check_match(path: pathlib.Path, abstract_state: Any) -> None:
   """Raises a UserError that lists the first leaves that differ in path, shape or dtype."""
   wanted = _describe(abstract_state)
   parts = _split(abstract_state)[0]
-  saved = {name: leaf for name, leaf in saved.items() if name.split('/')[0] in parts}
+  saved = decode(path / MANIFEST)['tree'].items()
+  saved = {name: leaf for name, leaf in saved if name.split('/')[0] in parts}
   differences = [
     f'{name} is {saved.get(name, "absent")} there and {wanted.get(name, "absent")} here'
     for name in sorted(saved.keys() | wanted.keys())
@@ -378,8 +386,8 @@ def _is_valid(path: pathlib.Path) -> bool:
   """Returns False for a step without a valid manifest and for what was cut off; else True."""
   if _STEP.fullmatch(path.name):
     # Not any OSError: a manifest that cannot be read today may be valid.
-    with contextlib.suppress(_Damaged, FileNotFoundError):
-      return bool(_read_manifest(path))
+    with contextlib.suppress(Damaged, FileNotFoundError):
+      return bool(decode(path / MANIFEST))
     return False
   return not _LEFTOVER.fullmatch(path.name)
 
@@ -391,22 +399,22 @@ def _remove(path: pathlib.Path) -> None:
   shutil.rmtree(path)
 
 
-def _encode(content: Mapping[str, Any]) -> bytes:
+def encode(content: Mapping[str, Any]) -> bytes:
   """Returns the manifest's only valid spelling: JSON, headed by the SHA-256 of the rest."""
   digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
   return json.dumps({'sha256': digest, **content}, indent=1).encode()
 
 
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the manifest of the step in `path`; raises _Damaged if it is altered, or OSError."""
-  encoded = (path / MANIFEST).read_bytes()
+def decode(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what `encode` wrote in a file; raises Damaged if it is altered, or OSError."""
+  encoded = path.read_bytes()
   try:
     content = json.loads(encoded)
-  except ValueError as error:
-    raise _Damaged(f'{path / MANIFEST} is not JSON') from error
-  recorded = content.pop('sha256', None)
-  if _encode(content) != encoded:
-    raise _Damaged(f'{path / MANIFEST} does not have its own SHA-256, {recorded}')
+    recorded = content.pop('sha256', None)
+  except (ValueError, AttributeError, TypeError) as error:
+    raise Damaged(f'{path} is not JSON of a manifest') from error
+  if encode(content) != encoded:
+    raise Damaged(f'{path} does not have its own SHA-256, {recorded}')
   return content
 
 
@@ -419,7 +427,7 @@ def _write_manifest(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   names = [file.relative_to(path).as_posix() for file in files]
   recorded = dict(zip(names, _fingerprints(files, hash_files=True), strict=True))
   temporary = path / f'{MANIFEST}.tmp'
-  temporary.write_bytes(_encode({**content, 'files': recorded}))
+  temporary.write_bytes(encode({**content, 'files': recorded}))
   _fsync(temporary)
   temporary.rename(path / MANIFEST)
   _fsync(path)
@@ -480,3 +488,9 @@ def _agree(decide: Callable[[], int], everywhere: bool = False) -> int:
         f'Process {process} could not go on with the checkpoint: see its log.', int(exit_code)
       )
   return int(answers[0, 0])
+
+
+if __name__ == '__main__':
+  from fluid_jax import export
+
+  errors.run(export.main)

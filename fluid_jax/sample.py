@@ -1,4 +1,4 @@
-"""Prompts to pictures: the sampler of a trained workdir, as a class and as a command.
+"""Prompts to pictures: the sampler of a trained workdir or an export, as a class and as a command.
 
 python -m fluid_jax.sample --workdir=DIR --prompt "red heart" --seed 0 --out grid.png
 """
@@ -6,10 +6,9 @@ python -m fluid_jax.sample --workdir=DIR --prompt "red heart" --seed 0 --out gri
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, sharding, step
+from fluid_jax import checkpoint, errors, export, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
 
@@ -126,30 +125,38 @@ def save_animation(
 
 
 def load_workdir(
-  workdir: str | pathlib.Path, weights: str = 'ema', checkpoint_step: int | None = None
+  workdir: str | pathlib.Path,
+  weights: str = 'ema',
+  checkpoint_step: int | None = None,
+  moved: Mapping[str, str] | None = None,
 ) -> tuple[config_lib.Config, dict[str, str], Any, int]:
-  """Config, digests of the encoders, parameters ('ema' or 'raw') and step of a trained workdir."""
-  directory = pathlib.Path(workdir) / 'checkpoints'
+  """Config, digests of the encoders, parameters ('ema' or 'raw') and step of a workdir or export.
+
+  `moved` is by setting ('text.t5_path') what stands in place of the saved config's.
+  """
+  workdir = pathlib.Path(workdir)
+  if export.is_export(workdir):
+    return export.load(workdir, weights, checkpoint_step, moved)
+  directory = workdir / 'checkpoints'
   saved = checkpoint.read_config(directory, checkpoint_step)
-  digests = saved.pop('encoders')
-  # The mesh is this machine's, and one that splits the model whatever number of devices there is:
-  # the one that trained elsewhere does not bind it.
-  saved['mesh'] = {'replica': -1, 'fsdp': math.gcd(jax.device_count(), saved['model']['width'])}
-  config = config_lib.resolve(saved)
-  program = step.build(config, sharding.make_mesh(config))
-  field = {'ema': 'ema_params', 'raw': 'params'}[weights]
+  for name, value in (moved or {}).items():
+    group, key = name.split('.')
+    saved[group][key] = value
+  config = sharding.config_here(saved)
+  field = export.FIELDS[weights]
+  shapes = step.state_shapes(config, sharding.make_mesh(config))
   checkpointer = checkpoint.Checkpointer(directory, keep=1, config=saved)
-  restored = checkpointer.restore({field: getattr(program.state, field)}, checkpoint_step)
+  restored = checkpointer.restore({field: getattr(shapes, field)}, checkpoint_step)
   checkpointer.close()
   state, _, found = restored
-  return config, digests, state[field], found
+  return config, saved.get('encoder_digests', {}), state[field], found
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog='python -m fluid_jax.sample', description='Draws pictures of prompts.'
   )
-  parser.add_argument('--workdir', required=True, help='where fluid_jax.main trained')
+  parser.add_argument('--workdir', required=True, help='where fluid_jax.main trained, or an export')
   parser.add_argument('--prompt', action='append', default=[], help='may be given many times')
   parser.add_argument('--prompts_file', type=pathlib.Path, help='one prompt a line')
   parser.add_argument('--seed', type=int, default=0, help='of the first column')
@@ -194,15 +201,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise errors.UserError(f'the folder of --{name}={path} does not exist: make it first.')
     if path and path.suffix.lower() != suffix:
       raise errors.UserError(f'--{name}={path} does not end in {suffix}: name it so.')
-  config, digests, params, found = load_workdir(args.workdir, args.weights, args.step)
   moved = {
-    'image': {'tokenizer': args.tokenizer},
-    'text': {'t5_path': args.t5_path, 'vocabulary': args.vocabulary},
+    'image.tokenizer': args.tokenizer,
+    'text.t5_path': args.t5_path,
+    'text.vocabulary': args.vocabulary,
   }
-  values = dataclasses.asdict(config)
-  for group, paths in moved.items():
-    values[group] |= {name: path for name, path in paths.items() if path is not None}
-  config = config_lib.resolve(values)
+  moved = {name: value for name, value in moved.items() if value is not None}
+  config, digests, params, found = load_workdir(args.workdir, args.weights, args.step, moved)
   text.encode_prompts(prompts, config.text)  # refuses before anything is drawn
   names = [field.name for field in dataclasses.fields(config.sampling)]
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -126,6 +126,17 @@ def _written(sizes: Mapping[str, int]) -> str:
   return ' x '.join(f'{name}={size}' for name, size in sizes.items())
 
 
+def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
+  """A saved config, without the digests beside it, over the devices of this machine.
+
+  Its mesh splits the model whatever number of devices there is: the one that trained elsewhere
+  does not bind it.
+  """
+  fsdp = math.gcd(jax.device_count(), saved['model']['width'])
+  settings = {name: value for name, value in saved.items() if name != 'encoder_digests'}
+  return config_lib.resolve({**settings, 'mesh': {'replica': -1, 'fsdp': fsdp}})
+
+
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
   """UserError if the devices cannot share the groups of examples of a microbatch evenly."""
   parts = config.model.mask_group_size * config.optimizer.accumulation_steps

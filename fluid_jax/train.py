@@ -52,7 +52,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   sharding.check_batch(config, mesh)
   program = step.build(config, mesh)
   encoders = frozen.load(config, mesh)
-  saved_config['encoders'] = encoder_digests(config, frozen.digests(encoders, mesh))
+  saved_config['encoder_digests'] = encoder_digests(config, frozen.digests(encoders, mesh))
   open_stream(config, mesh, 'validation', shuffle=False).close()
   sampler = None
   if config.train.sample_prompts:

@@ -186,16 +186,16 @@ def test_truncated_and_missing_files_are_refused(two_steps):
           restored, _, step = loader.restore(abstract(small_state(0)))
         assert step == 10, (file, new)
         assert_same_bits(restored, small_state(10))
-  assert loader.latest_verified_step() == 20
+  assert loader.find() == 20
 
 
 def test_sizes_alone_can_be_verified(two_steps):
   loader = checkpoint.Checkpointer(two_steps, keep=5, config=CONFIG, verify='size')
   file = two_steps / '00000020' / '_CHECKPOINT_METADATA'
   with changed(file, flip(file.read_bytes(), 9)):
-    assert loader.latest_verified_step() == 20
+    assert loader.find() == 20
   with changed(file, file.read_bytes()[:-1]):
-    assert loader.latest_verified_step() == 10
+    assert loader.find() == 10
 
 
 def test_a_damaged_step_that_was_asked_for_is_refused(two_steps):
@@ -422,7 +422,7 @@ def test_too_little_space_is_refused_before_the_save(two_steps, monkeypatch):
   with contextlib.closing(checkpoint.Checkpointer(two_steps, keep=1, config=CONFIG)) as saver:
     with pytest.raises(errors.UserError) as caught:
       saver.save(30, small_state(30), {})
-    assert saver.latest_verified_step() == 20
+    assert saver.find() == 20
   assert caught.value.exit_code == errors.STORAGE
   for part in [str(two_steps), 'No space left', 'needs 68 bytes', '67 are free']:
     assert part in str(caught.value)

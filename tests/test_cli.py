@@ -47,7 +47,7 @@ def trained(tmp_path_factory, random_params):
   params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config))
   workdir = tmp_path_factory.mktemp('trained')
   checkpointer = checkpoint.Checkpointer(
-    workdir / 'checkpoints', keep=1, config=dataclasses.asdict(config) | {'encoders': {}}
+    workdir / 'checkpoints', keep=1, config=dataclasses.asdict(config) | {'encoder_digests': {}}
   )
   checkpointer.save(STEP, {'params': params, 'ema_params': params}, {'step': STEP})
   checkpointer.close()
@@ -58,7 +58,16 @@ def trained(tmp_path_factory, random_params):
 
 
 @pytest.mark.parametrize(
-  'module', ['main', 'sample', 'data.emoji', 'data.prepare', 'encoders.patches']
+  'module',
+  [
+    'main',
+    'sample',
+    'checkpoint',
+    'data.emoji',
+    'data.prepare',
+    'encoders.patches',
+    'encoders.convert',
+  ],
 )
 def test_help_names_the_flags(module):
   done = commands.run('-m', f'fluid_jax.{module}', '--help')
@@ -366,7 +375,7 @@ def test_raster_order_takes_no_number_of_steps(trained, monkeypatch):
 def test_zero_guidance_and_temperature_stand_for_the_papers(trained, monkeypatch):
   used = []
 
-  def stop(config, **_):
+  def stop(config, *_, **__):
     used.append(config.sampling)
     raise InterruptedError
 

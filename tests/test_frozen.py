@@ -11,7 +11,7 @@ import sentencepiece
 import small_encoders
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, sharding, step
+from fluid_jax import errors, sample, sharding, step
 from fluid_jax.encoders import frozen, t5, text
 
 GERMAN = 'translate English to German: The house is wonderful.'
@@ -172,6 +172,31 @@ def test_a_vocabulary_of_another_size_is_refused(
   monkeypatch.setitem(t5.SIZES, 'small', t5.Size(24, 40, 2, 3, 8, vocab_size=250_112))
   with pytest.raises(errors.UserError, match="32000 pieces, but T5 'small' embeds 250112"):
     frozen.load(config, mesh)
+
+
+def test_other_encoders_than_the_model_was_trained_with_are_refused(
+  make_config, small_networks, vocabulary, monkeypatch, tmp_path
+):
+  config = make_config(small_encoders.IN_THE_STEP['continuous'] | {'text.vocabulary': vocabulary})
+  params = small_encoders.random_params(config)
+  digests = frozen.digests(params, sharding.make_mesh(config, jax.devices()[:1]))
+  monkeypatch.setattr(frozen, 'load', lambda *_: params)
+  drawn = []
+  monkeypatch.setattr(sample.Sampler, 'draw', lambda *args: drawn.append(args))
+  args = ['--workdir=DIR', '--prompt=red heart', f'--out={tmp_path}/grid.png']
+
+  def draw(known):
+    monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, known, {}, 1))
+    sample.main(args)
+
+  for part in digests:
+    with pytest.raises(errors.UserError, match=f'the {part} encoder has digest') as caught:
+      draw(digests | {part: 'ab' * 32})
+    assert caught.value.exit_code == errors.MISMATCH
+  assert not drawn
+  with pytest.raises(TypeError):  # the stand-in's pictures are none
+    draw(digests)
+  assert drawn
 
 
 # ---- what they cost ----

@@ -111,8 +111,9 @@ def test_the_readme_names_only_flags_that_exist():
   assert used
   for module, rest in used:
     source = pathlib.Path(commands.ROOT, *module.split('.')).with_suffix('.py').read_text()
-    if 'main.read_config' in source:  # the config's flags are defined there
-      source += (commands.ROOT / 'fluid_jax/main.py').read_text()
+    for word, other in (('main.read_config', 'main'), ('export.main', 'export')):
+      if word in source:  # its flags are defined there
+        source += (commands.ROOT / f'fluid_jax/{other}.py').read_text()
     for flag in re.findall(r'--(?!config\.)(\w+)', rest):
       defined = rf"""(DEFINE_\w+\(\s*'{flag}'|add_argument\(\s*'--{flag}')"""
       assert re.search(defined, source), f'{module} has no --{flag}'

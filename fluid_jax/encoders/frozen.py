@@ -95,9 +95,8 @@ def forward_flops(config: config_lib.Config) -> dict[str, float]:
 
 def file_facts(config: config_lib.Config) -> dict[str, str]:
   """Fingerprints of the files that the config names, for processes to compare."""
-  _, _, network_path = config.image.tokenizer.removeprefix('prepared:').partition(':')
   paths = {
-    'image.tokenizer': network_path,
+    'image.tokenizer': tokenizers.path_of(config),
     'text.t5_path': config.text.t5_path,
     'text.vocabulary': config.text.vocabulary,
   }

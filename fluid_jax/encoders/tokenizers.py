@@ -128,6 +128,19 @@ def _draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Arra
   return kl_vae.sample(moments_BxLx2C, noise_BxLxC)
 
 
+def path_of(config: config_lib.Config) -> str:
+  """The file or folder that holds the tokenizer's numbers, '' if it has none."""
+  image = config.image
+  if image.tokenizer == 'patch':
+    kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
+    size = image.channels if config.is_continuous else image.vocab_size
+    return str(patches.shipped_path(kind, image.size, image.size // config.grid_size, size))
+  name, _, path = image.tokenizer.removeprefix('prepared:').partition(':')
+  if config.is_image_prepared or name in NETWORKS:
+    return path
+  return image.tokenizer
+
+
 def make(config: config_lib.Config) -> Tokenizer:
   """The tokenizer that `config.image.tokenizer` names; UserError if it is not of this shape."""
   image = config.image
@@ -145,9 +158,7 @@ def make(config: config_lib.Config) -> Tokenizer:
   kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
   size = image.channels if config.is_continuous else image.vocab_size
   patch = image.size // config.grid_size
-  path = image.tokenizer
-  if path == 'patch':
-    path = patches.shipped_path(kind, image.size, patch, size)
+  path = path_of(config)
   tokenizer = patches.load(path)
   found = (type(tokenizer), tokenizer.patch, tokenizer.size)
   if found != (kind, patch, size):
