@@ -74,7 +74,7 @@ def test_a_wrong_vocabulary_is_refused(tmp_path, vocabulary):
       text.load_pieces(str(path))
     assert '\n' not in str(caught.value)
 
-  refused('', 'needs the vocabulary')
+  refused('', 'needs its vocabulary')
   refused(tmp_path / 'none.model', 'there is no vocabulary')
   broken = tmp_path / 'broken.model'
   broken.write_bytes(pathlib.Path(vocabulary).read_bytes()[:1000])

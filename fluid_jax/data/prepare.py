@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors, main, metrics, processes, sharding
@@ -56,14 +56,14 @@ class Encode:
       raise errors.UserError(
         "text.source='features' is what comes out: set it to 't5', or to 'bytes' to keep texts."
       )
-    self.config = config
     # Every device holds rows of its own, which its process writes.
-    self.mesh = sharding.make_mesh(dataclasses.replace(config, mesh=config_lib.Mesh(replica=1)))
+    self.config = config = dataclasses.replace(config, mesh=config_lib.Mesh(replica=1))
+    self.mesh = sharding.make_mesh(config)
     self.batch_size = self.mesh.size * max(1, config.train.batch_size // self.mesh.size)
     self._params = frozen.load(config, self.mesh)
     self.digests = frozen.digests(self._params, self.mesh)
     self._program = jax.jit(
-      functools.partial(_encode, config, frozen.make(config)),
+      functools.partial(_encode, config, self.mesh, frozen.make(config)),
       out_shardings=(
         sharding.batch_sharding(self.mesh),
         NamedSharding(self.mesh, PartitionSpec()),
@@ -112,12 +112,17 @@ class Encode:
 
 def _encode(
   config: config_lib.Config,
+  mesh: Mesh,
   encoders: frozen.Encoders,
   params: frozen.Params,
   batch: dict[str, jax.Array],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Arrays by example, and sums over examples and tokens for the statistics of latents."""
-  arrays = encoders.image.encode_images(params['image'], batch['images'])
+  with sharding.axis_rules(config, mesh):
+    arrays = encoders.image.encode_images(params['image'], batch['images'])
+    if config.text.source == 't5':
+      features_BxTxE, _ = encoders.encode_text(params, batch)
+      arrays['text_features'] = features_BxTxE.astype(jnp.bfloat16)
   sums = {}
   if 'image_moments' in arrays:
     mean_BxLxC, log_variance_BxLxC = jnp.split(arrays['image_moments'], 2, axis=-1)
@@ -129,9 +134,6 @@ def _encode(
       'second': (weight_Bx1x1 * second_BxLxC).sum((0, 1)),
     }
     arrays['image_moments'] = arrays['image_moments'].astype(jnp.float16)
-  if config.text.source == 't5':
-    features_BxTxE, _ = encoders.encode_text(params, batch)
-    arrays['text_features'] = features_BxTxE.astype(jnp.bfloat16)
   return arrays, sums
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fluid_jax import errors
 from fluid_jax.encoders import weights
+from fluid_jax.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ResidualBlock(nn.Module):
     h = _conv(self.features, self.dtype, 'conv2')(nn.swish(_norm(h, self.dtype, 'norm2')))
     if x_BxHxWxC.shape[-1] != self.features:
       x_BxHxWxC = _dense(self.features, self.dtype, 'shortcut')(x_BxHxWxC)
-    return x_BxHxWxC + h
+    return layers.split_by_example(x_BxHxWxC + h)
 
 
 class AttentionBlock(nn.Module):
@@ -106,7 +107,7 @@ class AttentionBlock(nn.Module):
     logits_BxNxN = jnp.einsum('bqc,bkc->bqk', q_BxNxC, k_BxNxC, preferred_element_type=jnp.float32)
     p_BxNxN = jax.nn.softmax(logits_BxNxN * features**-0.5).astype(self.dtype)
     y_BxNxC = _dense(features, self.dtype, 'out')(p_BxNxN @ v_BxNxC)
-    return x_BxHxWxC + y_BxNxC.reshape(x_BxHxWxC.shape)
+    return layers.split_by_example(x_BxHxWxC + y_BxNxC.reshape(x_BxHxWxC.shape))
 
 
 class Level(nn.Module):

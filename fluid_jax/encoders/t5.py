@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluid_jax.encoders import weights
+from fluid_jax.models import layers
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
@@ -111,8 +112,10 @@ class Block(nn.Module):
     h = RMSNorm(self.dtype, name='norm_mlp')(x_BxTxE)
     gate = nn.gelu(dense('wi_0', h, size.mlp_width, ('embed', 'mlp'), by_width))
     h = gate * dense('wi_1', h, size.mlp_width, ('embed', 'mlp'), by_width)
+    h = nn.with_logical_constraint(h, ('batch', None, 'mlp'))
     by_mlp = size.mlp_width**-0.5
-    return x_BxTxE + dense('wo', h, size.width, ('mlp', 'embed'), by_mlp), None
+    x_BxTxE += dense('wo', h, size.width, ('mlp', 'embed'), by_mlp)
+    return layers.split_by_example(x_BxTxE), None
 
 
 class Encoder(nn.Module):
@@ -147,7 +150,8 @@ class Encoder(nn.Module):
       length=size.depth,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x_BxTxE, _ = blocks(size, self.dtype, name='blocks')(embedding_VxE[ids_BxT], bias_BxHxTxT)
+    x_BxTxE = layers.split_by_example(embedding_VxE[ids_BxT])
+    x_BxTxE, _ = blocks(size, self.dtype, name='blocks')(x_BxTxE, bias_BxHxTxT)
     x_BxTxE = RMSNorm(self.dtype, name='final_norm')(x_BxTxE)
     return jnp.where(mask_BxT[..., None], x_BxTxE, 0)
 
