@@ -99,7 +99,6 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
         'speed/tflop_per_s': rate * flops_per_image / 1e12,
         'speed/share_of_peak': rate * flops_per_image / peak_flops,
         'speed/data_wait_share': data_share,
-        'data/cut_text_share': batches.num_cut / max(1, batches.num_texts),
       }
       left = (config.train.num_steps - step_number) * config.train.batch_size / rate
       line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
@@ -123,12 +122,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
       waiting = time.perf_counter()
       batch = next(batches)
       timer.add_data(time.perf_counter() - waiting)
-      del batch['valid']  # all are, in training
+      cut_text_share = batches.num_cut / len(batch.pop('valid'))  # all are valid, in training
       batch = sharding.put_batch(batch, mesh)
       if step_number == start + 1:
         program.train_step.lower(state, batch, encoders).compile()
         processes.meet('compiled')  # the first collective of CPUs waits 30 s and no longer
       state, values = program.train_step(state, batch, encoders)
+      values['cut_text_share'] = cut_text_share
       if pending is not None:
         report(*pending)
         pending = None

@@ -89,7 +89,7 @@ class Stream:
     num_examples: number of examples of the split.
     step: the step of the next batch.
     arrays: names of the arrays of a batch but for `valid`.
-    num_texts, num_cut: texts of our rows so far, and how many of them were longer than text_length.
+    num_cut: how many of our rows' texts of the last batch were longer than text_length.
   """
 
   def __init__(
@@ -142,7 +142,7 @@ class Stream:
     self._rows = np.arange(batch_size) if rows is None else rows
     self.num_examples = len(self._records)
     self.step = start_step
-    self.num_texts = self.num_cut = 0
+    self.num_cut = 0
     self._error = None
     dataset = self._dataset()
     self.arrays = sorted(dataset.element_spec.keys() - {'is_cut'})
@@ -282,8 +282,7 @@ class Stream:
         errors.CORRUPT,
       ) from error
     if 'is_cut' in batch:
-      cut = batch.pop('is_cut')
-      self.num_texts, self.num_cut = self.num_texts + len(cut), self.num_cut + int(cut.sum())
+      self.num_cut = int(batch.pop('is_cut').sum())
     batch['valid'] = self._valid(self._numbers(self.step)[self._rows])
     self.step += 1
     return batch
