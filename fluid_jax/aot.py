@@ -99,6 +99,7 @@ def compile_program(
     batch = step.batch_shapes(config, mesh)
     traced = program.train_step.trace(program.state, batch, program.encoders)
   else:
+    sharding.check_heads(config, mesh)
     shares = mesh.shape['replica'] * mesh.shape['fsdp']
     if config.train.batch_size % shares:
       raise errors.UserError(

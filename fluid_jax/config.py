@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -30,12 +30,18 @@ CHOICES = {
   'optimizer.schedule': ('constant', 'cosine'),
   'sampling.guidance_schedule': ('linear', 'constant'),
 }
+_POSITIVE = (
+  'optimizer.learning_rate optimizer.clip_norm train.batch_size train.num_steps train.log_every '
+  'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints mesh.tensor'
+)
+T = typing.TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
   size: int = 256  # pixels a side
-  # 'patch': the shipped patch tokenizer of this shape; a path: one that you fitted; NAME:PATH: a
+  # 'patch': the shipped patch tokenizer of this shape; a path: one that you fitted; 'trained': the
+  # shipped KL-VAE or VQGAN of this shape; 'trained:PATH': one of train_tokenizer; NAME:PATH: a
   # public network of encoders.tokenizers.NETWORKS, such as sd_vae:vae.safetensors, in the step;
   # 'prepared': examples hold `image_moments` or `image_codes` of a network that ran beforehand,
   # which 'prepared:NAME:PATH' gives for pictures.
@@ -44,9 +50,10 @@ class Image:
   channels: int = 16  # of a continuous token (facts 2)
   vocab_size: int = 8192  # codes of a discrete tokenizer (facts 2)
   # Tokens are latent_scale x (latent - latent_mean), for all channels or one number a channel;
-  # Stable Diffusion's. `data.prepare --stage=measure` prints a set's own.
-  latent_mean: tuple[float, ...] = (0.0,)
-  latent_scale: tuple[float, ...] = (0.18215,)
+  # empty: the network's own (of unnamed 'prepared', Stable Diffusion's). `data.prepare
+  # --stage=measure` prints a set's.
+  latent_mean: tuple[float, ...] = ()
+  latent_scale: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +109,15 @@ class Optimizer:
   weight_decay: float = 0.02  # of the layers' matrices; embeddings, biases and scales have none
   clip_norm: float = 3.0  # global gradient norm (MAR's; not stated for Fluid)
   ema_decay: float = 0.9999  # reached by warm-up: min(ema_decay, (1 + step) / (10 + step))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptimizer(Optimizer):
   accumulation_steps: int = 1  # microbatches a step; the result equals the large batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Run:
   seed: int = 0
   batch_size: int = 2048  # global (facts 4)
   num_steps: int = 1_000_000  # facts 4
@@ -115,6 +126,10 @@ class Train:
   sample_every: int = 10_000
   checkpoint_every: int = 5_000
   keep_checkpoints: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Run):
   sample_prompts: tuple[str, ...] = ()  # grids at fixed prompts and seeds
 
 
@@ -143,7 +158,7 @@ class Config:
   text: Text = Text()
   model: Model = Model()
   data: Data = Data()
-  optimizer: Optimizer = Optimizer()
+  optimizer: ModelOptimizer = ModelOptimizer()
   train: Train = Train()
   mesh: Mesh = Mesh()
   sampling: Sampling = Sampling()
@@ -201,12 +216,7 @@ def set_variant(config: ml_collections.ConfigDict, variant: str | None) -> None:
 
 def resolve(config: Mapping[str, Any]) -> Config:
   """A checked `Config`; raises one UserError that lists every problem, each with its mending."""
-  problems: list[str] = []
-  resolved = _build(Config, config, '', problems)
-  if not problems:
-    problems += _check(resolved)
-  if problems:
-    raise errors.UserError('\n'.join(f'config: {problem}' for problem in problems))
+  resolved = build(Config, config, _check)
   order = resolved.model.order
   scale, temperature = PAPER_SAMPLING[order, resolved.model.tokens]
   sampling = dataclasses.replace(
@@ -216,6 +226,21 @@ def resolve(config: Mapping[str, Any]) -> Config:
     temperature=resolved.sampling.temperature or temperature,
   )
   return dataclasses.replace(resolved, sampling=sampling)
+
+
+def build(cls: type[T], values: Mapping[str, Any], check: Callable[[T], list[str]]) -> T:
+  """The settings of a dataclass of groups, if `check` finds no problem in them.
+
+  Raises:
+    UserError: lists every problem, each with its mending.
+  """
+  problems: list[str] = []
+  built = _build(cls, values, '', problems)
+  if not problems:
+    problems += check(built)
+  if problems:
+    raise errors.UserError('\n'.join(f'config: {problem}' for problem in problems))
+  return built
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
@@ -266,31 +291,63 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
   return cls(**built)
 
 
-def _check(c: Config) -> list[str]:
+def _get(c: Any, path: str) -> Any:
+  group, name = path.split('.')
+  return getattr(getattr(c, group), name)
+
+
+def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) -> list[str]:
+  """What is none of its choices, or not above 0, among `positive` and what all training counts."""
+  problems = [
+    f'{path} is {_get(c, path)!r}; choose one of {", ".join(known)}.'
+    for path, known in choices.items()
+    if _get(c, path) not in known
+  ]
+  return problems + [
+    f'{path} is {_get(c, path)}; it must be above 0.'
+    for path in (*_POSITIVE.split(), *positive.split())
+    if not _get(c, path) > 0
+  ]
+
+
+def check_run(c: Any) -> list[str]:
+  """What is out of range in `c.optimizer`, `c.train` or `c.mesh`."""
   problems = []
+  if not 0 < c.optimizer.ema_decay < 1:
+    problems.append(f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must lie between 0 and 1.')
+  if not 0 <= c.optimizer.warmup_steps < c.train.num_steps:
+    problems.append(
+      f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
+      f'{c.train.num_steps}; lower it.'
+    )
+  for name in ('b1', 'b2'):
+    value = getattr(c.optimizer, name)
+    if not 0 <= value < 1:
+      problems.append(f'optimizer.{name} is {value}; it must be in [0, 1).')
+  if c.optimizer.weight_decay < 0:
+    problems.append('optimizer.weight_decay is negative; 0 turns it off.')
+  for name in ('replica', 'fsdp'):
+    size = getattr(c.mesh, name)
+    if size != -1 and size <= 0:
+      problems.append(f'mesh.{name} is {size}; give a number of devices, or -1 for as many as fit.')
+  return problems
+
+
+def _check(c: Config) -> list[str]:
+  positive = (
+    'image.size image.num_tokens image.channels image.vocab_size text.length text.feature_dim '
+    'model.width model.depth model.num_heads model.aligner_depth model.head_depth '
+    'model.num_noise_draws model.mask_group_size optimizer.accumulation_steps sampling.num_steps'
+  )
+  problems = check_values(c, CHOICES, positive)
+  if problems:
+    return problems
+  problems = check_run(c)
 
   def need(holds, message):
     if not holds:
       problems.append(message)
 
-  def get(path):
-    group, name = path.split('.')
-    return getattr(getattr(c, group), name)
-
-  for path, choices in CHOICES.items():
-    need(get(path) in choices, f'{path} is {get(path)!r}; choose one of {", ".join(choices)}.')
-  positive = (
-    'image.size image.num_tokens image.channels image.vocab_size text.length '
-    'text.feature_dim model.width model.depth model.num_heads model.aligner_depth model.head_depth '
-    'model.num_noise_draws model.mask_group_size optimizer.learning_rate optimizer.clip_norm '
-    'optimizer.accumulation_steps train.batch_size train.num_steps train.log_every '
-    'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints '
-    'mesh.tensor sampling.num_steps'
-  )
-  for path in positive.split():
-    need(get(path) > 0, f'{path} is {get(path)}; it must be above 0.')
-  if problems:
-    return problems
   need(c.model.depth >= 2, f'model.depth is {c.model.depth}; the decoder has at least 2 blocks.')
   need(
     c.model.width % c.model.num_heads == 0,
@@ -316,25 +373,13 @@ def _check(c: Config) -> list[str]:
   for name in ('latent_mean', 'latent_scale'):
     count = len(getattr(c.image, name))
     need(
-      count in (1, c.image.channels),
+      count in (0, 1, c.image.channels),
       f'image.{name} has {count} numbers; give one, or one for each of the {c.image.channels} '
       'channels.',
     )
   need(all(s > 0 for s in c.image.latent_scale), 'image.latent_scale must be above 0.')
   need(0 <= c.text.drop_rate < 1, f'text.drop_rate is {c.text.drop_rate}; it must be in [0, 1).')
-  need(
-    0 < c.optimizer.ema_decay < 1,
-    f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must lie between 0 and 1.',
-  )
-  need(
-    0 <= c.optimizer.warmup_steps < c.train.num_steps,
-    f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
-    f'{c.train.num_steps}; lower it.',
-  )
   need(c.model.head_width >= 0, 'model.head_width is negative; 0 is the width of the decoder.')
-  for name in ('b1', 'b2'):
-    value = getattr(c.optimizer, name)
-    need(0 <= value < 1, f'optimizer.{name} is {value}; it must be in [0, 1).')
   need(
     not c.train.sample_prompts or c.image.tokenizer != 'prepared',
     "train.sample_prompts needs a decoder, which image.tokenizer='prepared' has not: set it to "
@@ -345,13 +390,6 @@ def _check(c: Config) -> list[str]:
     "train.sample_prompts needs an encoder of texts, which text.source='features' has not: set "
     'text.t5_path and text.vocabulary, or train.sample_prompts to ().',
   )
-  need(c.optimizer.weight_decay >= 0, 'optimizer.weight_decay is negative; 0 turns it off.')
-  for name in ('replica', 'fsdp'):
-    size = getattr(c.mesh, name)
-    need(
-      size == -1 or size > 0,
-      f'mesh.{name} is {size}; give a number of devices, or -1 for as many as fit.',
-    )
   problems += sampling_problems(c)
   return problems
 

@@ -6,6 +6,8 @@ python -m fluid_jax.main --config=configs/demo.py --workdir=DIR
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -29,8 +31,8 @@ PEER_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def read_config(argv: list[str]) -> config_lib.Config:
-  """Reads the flags, overrides of the config among them; returns the config, checked."""
+def read_config(argv: list[str], resolve: Callable[..., Any] = config_lib.resolve) -> Any:
+  """Reads the flags, overrides of the config among them; returns the config as `resolve` does."""
   app.define_help_flags()
   try:
     rest = flags.FLAGS(argv)
@@ -48,7 +50,7 @@ def read_config(argv: list[str]) -> config_lib.Config:
     raise errors.UserError(f'{": ".join(str(reason).splitlines())} (see --help)') from error
   if rest[1:]:
     raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with --.')
-  return config_lib.resolve(config)
+  return resolve(config)
 
 
 def main() -> int:

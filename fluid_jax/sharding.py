@@ -49,8 +49,8 @@ PRESETS = {
 }
 
 
-def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh (replica, fsdp, tensor) over all devices, slices outermost.
+def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh (replica, fsdp, tensor) over all devices, slices outermost, by `config.mesh`.
 
   Raises:
     UserError: the devices do not fit.
@@ -69,12 +69,6 @@ def make_mesh(config: config_lib.Config, devices: Sequence[jax.Device] | None = 
     raise errors.UserError(
       f"mesh.preset 'fsdp' splits nothing over mesh.tensor={shape[2]}: set it to 1, or "
       '--config.mesh.preset=fsdp_tensor.',
-      errors.DEVICES,
-    )
-  if config.model.num_heads % shape[2]:
-    raise errors.UserError(
-      f'mesh.tensor={shape[2]} does not divide the {config.model.num_heads} heads of this model: '
-      'choose one that does.',
       errors.DEVICES,
     )
   if shape[0] % num_slices:
@@ -131,14 +125,33 @@ def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
 
   Its mesh splits the model whatever number of devices there is: the one that trained elsewhere
   does not bind it.
+
+  Raises:
+    UserError: it is a tokenizer's.
   """
+  if 'model' not in saved:
+    raise errors.UserError(
+      f'there is a tokenizer, {saved.get("name")!r}, and no Fluid: give the workdir of one that '
+      'was trained on it.'
+    )
   fsdp = math.gcd(jax.device_count(), saved['model']['width'])
   settings = {name: value for name, value in saved.items() if name != 'encoder_digests'}
   return config_lib.resolve({**settings, 'mesh': {'replica': -1, 'fsdp': fsdp}})
 
 
+def check_heads(config: config_lib.Config, mesh: Mesh) -> None:
+  """UserError if `tensor` cuts through heads."""
+  if config.model.num_heads % mesh.shape['tensor']:
+    raise errors.UserError(
+      f'mesh.tensor={mesh.shape["tensor"]} does not divide the {config.model.num_heads} heads of '
+      'this model: choose one that does.',
+      errors.DEVICES,
+    )
+
+
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
-  """UserError if the devices cannot share the groups of examples of a microbatch evenly."""
+  """UserError if the devices cannot share heads, or the groups of examples of a microbatch."""
+  check_heads(config, mesh)
   parts = config.model.mask_group_size * config.optimizer.accumulation_steps
   groups = config.train.batch_size // parts
   shares = mesh.shape['replica'] * mesh.shape['fsdp']

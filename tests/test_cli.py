@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from fluid_jax import checkpoint, errors, main, sample, train
+from fluid_jax import checkpoint, errors, loop, main, sample
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
 
@@ -62,6 +62,7 @@ def trained(tmp_path_factory, random_params):
   [
     'main',
     'sample',
+    'train_tokenizer',
     'checkpoint',
     'data.emoji',
     'data.prepare',
@@ -197,14 +198,14 @@ def test_a_checkpoint_of_another_model_exits_with_4(trained, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tmp_path):
   config = json.loads(json.dumps(dataclasses.asdict(trained[1])))
-  train.claim_workdir(tmp_path, config, is_lead=True)
-  train.claim_workdir(tmp_path, config, is_lead=True)
+  loop.claim_workdir(tmp_path, config, is_lead=True)
+  loop.claim_workdir(tmp_path, config, is_lead=True)
   config['train']['log_every'] = 7  # may differ
-  train.claim_workdir(tmp_path, config, is_lead=True)
+  loop.claim_workdir(tmp_path, config, is_lead=True)
   config['optimizer']['learning_rate'] = 0.5
   config['model']['width'] = 64
   with pytest.raises(errors.UserError) as caught:
-    train.claim_workdir(tmp_path, config, is_lead=True)
+    loop.claim_workdir(tmp_path, config, is_lead=True)
   assert 'model.width: 32 -> 64; optimizer.learning_rate: 0.002 -> 0.5' in str(caught.value)
   assert caught.value.exit_code == errors.MISMATCH
 
@@ -212,7 +213,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tm
 def test_a_broken_config_in_the_workdir_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"name": ')
   with pytest.raises(errors.UserError, match='is not JSON') as caught:
-    train.claim_workdir(tmp_path, {}, is_lead=True)
+    loop.claim_workdir(tmp_path, {}, is_lead=True)
   assert caught.value.exit_code == errors.CORRUPT
 
 

@@ -149,5 +149,6 @@ def test_a_mesh_that_does_not_fit_is_refused(make_config, asked, complaint):
 
 def test_an_axis_that_cuts_through_heads_is_refused(make_config):
   config = make_config({'model.num_heads': 2, 'mesh.tensor': 4})
+  mesh = sharding.make_mesh(config, jax.devices()[:1] * 4)
   with pytest.raises(errors.UserError, match='tensor=4 does not divide the 2 heads'):
-    sharding.make_mesh(config, jax.devices()[:1] * 4)
+    sharding.check_batch(config, mesh)
