@@ -74,9 +74,8 @@ def write(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-      if _has_own_tokenizer(config):
-        shutil.copyfile(config.image.tokenizer, folder / _TOKENIZER)
-        saved['image'] = saved['image'] | {'tokenizer': _TOKENIZER}
+      if _own_tokenizer(config):
+        saved['image'] |= {'tokenizer': _copy_tokenizer(config, folder, _TOKENIZER)}
         encoders['image.tokenizer'] = weights_lib.digests(str(folder / _TOKENIZER))
       model = _write_model(checkpointer, found, FIELDS[weights], wanted[FIELDS[weights]], folder)
       content = {
@@ -154,9 +153,18 @@ def _references(config: config_lib.Config) -> dict[str, str]:
   return {name: path for name, path in found.items() if path}
 
 
-def _has_own_tokenizer(config: config_lib.Config) -> bool:
-  """Whether image.tokenizer is the path of a file, not the name of what others publish."""
-  return tokenizers.path_of(config) == config.image.tokenizer
+def _own_tokenizer(config: config_lib.Config) -> str:
+  """The path in image.tokenizer if its file is the user's, not what others publish; else ''."""
+  path = tokenizers.path_of(config)
+  of_user = {f'{prefix}{path}' for prefix in ('', 'trained:', 'prepared:trained:')}
+  return path if config.image.tokenizer in of_user else ''
+
+
+def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path, named: str) -> str:
+  """Copies the user's tokenizer into a folder; returns image.tokenizer with `named` as its path."""
+  path = _own_tokenizer(config)
+  shutil.copyfile(path, folder / _TOKENIZER)
+  return config.image.tokenizer.removesuffix(path) + named
 
 
 # ---- in ----
@@ -312,11 +320,11 @@ def read_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
     ema_params=params,
     opt_state=jax.jit(init, out_shardings=shardings)(params),
   )
-  if _has_own_tokenizer(config):
+  if _own_tokenizer(config):
     with _written(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-      path = shutil.copyfile(config.image.tokenizer, workdir.absolute() / _TOKENIZER)
-    saved['image']['tokenizer'] = str(path)
+      named = str(workdir.absolute() / _TOKENIZER)
+      saved['image']['tokenizer'] = _copy_tokenizer(config, workdir, named)
   with checkpoint.Checkpointer(checkpoints, keep=1, config=saved) as checkpointer:
     checkpointer.save(content['step'], state, {'step': content['step']})
   return content['step']

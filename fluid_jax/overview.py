@@ -111,11 +111,13 @@ def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
 
   kind = 'image_moments' if config.is_continuous else 'image_codes'
   per_token = 4 * image.channels if config.is_continuous else 2
+  on_disk = f'{kind} {_size(image.num_tokens * per_token)}'
   for name, network in tokenizers.NETWORKS.items():
     if tokenizers.fits(config, network):
-      rows.append(
-        (name, cost('image', tokenizer=name), f'{kind} {_size(image.num_tokens * per_token)}')
-      )
+      rows.append((name, cost('image', tokenizer=name), on_disk))
+  own = image.tokenizer.removeprefix('prepared:')
+  if own.partition(':')[0] == 'trained':
+    rows.append(('trained', cost('image', tokenizer=own), on_disk))
   if t5.SIZES[text.t5_size].width == text.feature_dim and text.source != 'bytes':
     prepared = f'text_features {_size(2 * text.feature_dim)} a token'
     rows.append((f't5 {text.t5_size}', cost('text', source='t5'), prepared))

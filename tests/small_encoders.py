@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from fluid_jax.encoders import autoencoder, frozen, kl_vae, t5, vq
 
@@ -24,3 +25,17 @@ def random_params(config):
   """Parameters of a config's encoders, none of them zero or one."""
   params = nn.unbox(frozen.make(config).init())
   return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), params)
+
+
+class MeanError:
+  """A measure of a user's own, for `train.metric`."""
+
+  def __init__(self):
+    self.total = self.count = 0
+
+  def update(self, images, reconstructions):
+    self.total += np.abs(images.astype(float) - reconstructions).sum()
+    self.count += images.size
+
+  def result(self):
+    return {'mean_error': self.total / self.count}

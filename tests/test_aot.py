@@ -114,6 +114,21 @@ def test_the_compiler_knows_every_option_of_a_generation(topology):
 
 @needs_compiler
 @pytest.mark.slow
+def test_t5_xxl_and_the_vae_of_stable_diffusion_lie_split_in_the_step():
+  report, _ = compile_one(
+    '--fast', '--config=configs/fluid_150m.py', '--topology=v5e-16', '--mesh=fsdp=16',
+    '--config.image.tokenizer=sd_vae', '--config.text.source=t5', '--config.train.batch_size=128',
+  )  # fmt: skip
+  assert report['fits']
+  # The state, T5's encoder in 16 bits, and the autoencoder, a sixteenth of each on every chip.
+  held = 16 * 170.8e6 + 2 * 4_762e6 + 4 * 83.7e6
+  assert report['argument_bytes'] == pytest.approx(held / 16, rel=0.05)
+  assert report['encoder_tflops_per_step'] == pytest.approx(128 * (1.19 + 0.27), rel=0.02)
+  assert report['flops_difference'] == pytest.approx(0, abs=0.02)
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_the_sampler_compiles_and_computes_what_we_count():
   report, _ = compile_one(
     '--config=configs/tiny.py', '--topology=v5e-4', '--what=sample', '--fast',

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import commands
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,8 @@ import safetensors.numpy
 from configs import tiny
 from fluid_jax import checkpoint, errors, export, optim, sample, sharding, step
 from fluid_jax import config as config_lib
-from fluid_jax.encoders import frozen, patches, tokenizers
+from fluid_jax.encoders import autoencoder, frozen, kl_vae, patches
+from fluid_jax.encoders import trained as trained_files
 
 STEP, NUM_SKIPPED = 17, 2
 PROMPTS = ('red heart', 'green apple')
@@ -205,10 +207,16 @@ def test_pictures_are_the_same_from_workdir_export_and_import(trained, whole, tm
 # ---- tokenizers and encoders ----
 
 
-def test_an_own_tokenizer_goes_along(trained, tmp_path):
+@pytest.mark.parametrize('prefix', ['', 'trained:'])
+def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
   own = tmp_path / 'mine.safetensors'
-  shutil.copyfile(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors', own)
-  config = make_config(image__tokenizer=str(own))
+  if prefix:
+    network = kl_vae.KLVAE(autoencoder.Shape(8, (1,), 1, 16, 16, pixel_patch=8))
+    made = nn.unbox(network.network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    trained_files.save(network, made['params'], own, {})
+  else:
+    shutil.copyfile(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors', own)
+  config = make_config(image__tokenizer=f'{prefix}{own}')
   state = trained[2]
   save(tmp_path / 'run', config, state.params, state.ema_params)
   out, moved = tmp_path / 'out', tmp_path / 'moved'
@@ -216,15 +224,15 @@ def test_an_own_tokenizer_goes_along(trained, tmp_path):
   own.unlink()
   out.rename(moved)
   loaded = sample.load_workdir(moved)[0]
-  assert loaded.image.tokenizer == str(moved / 'tokenizer.safetensors')
-  assert tokenizers.make(loaded).tokenizer.size == 16
+  assert loaded.image.tokenizer == f'{prefix}{moved}/tokenizer.safetensors'
+  frozen.load(loaded, sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
   assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}
   # An import has its own copy, too.
   export.read_into(moved, tmp_path / 'new')
   imported = sample.load_workdir(tmp_path / 'new')[0]
-  assert imported.image.tokenizer == str(tmp_path / 'new/tokenizer.safetensors')
+  assert imported.image.tokenizer == f'{prefix}{tmp_path}/new/tokenizer.safetensors'
   assert sha256(tmp_path / 'new/tokenizer.safetensors') == digest
   data = (moved / 'tokenizer.safetensors').read_bytes()
   (moved / 'tokenizer.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

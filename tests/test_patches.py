@@ -85,7 +85,7 @@ def test_too_few_patches_and_wrong_files_are_refused(tmp_path):
       patches.load(path)
     assert caught.value.exit_code == errors.CORRUPT
   with pytest.raises(errors.UserError, match='no tokenizer patch_pca_64px_32x32_7 ships'):
-    patches.shipped_path(patches.PatchPCA, 64, 32, 7)
+    patches.shipped_path('patch_pca', 64, 32, 7)
 
 
 @pytest.mark.parametrize('name', SHIPPED)

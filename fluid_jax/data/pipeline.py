@@ -117,7 +117,7 @@ class Stream:
       batch_size: examples in a global batch.
       seed: seed of the order and of the languages.
       image_size: side of the pictures in pixels.
-      text_length: tokens per text, EOS included.
+      text_length: tokens per text, EOS included; 0 for batches without texts.
       languages: the languages to draw texts from; all if empty.
       module: the module that registers the task, see `tasks.get`.
       vocabulary: a SentencePiece file, whose pieces take the place of the task's own ids.
@@ -246,7 +246,7 @@ class Stream:
       row['text_mask'] = tf.range(length) < tf.shape(features)[0]
       padding = [[0, length - tf.shape(features)[0]], [0, 0]]
       row['text_features'] = tf.pad(tf.cast(features, tf.float32), padding)
-    else:
+    elif length:
       ids = example['text']
       row['is_cut'] = tf.size(ids) > length
       ids = tf.concat([ids[:-1][: length - 1], ids[-1:]], 0)  # its end stays

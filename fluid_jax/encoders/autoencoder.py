@@ -6,6 +6,7 @@ inside a whole Stable Diffusion checkpoint) and LlamaGen's.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ class Shape:
     is_gaussian: the encoder gives mean and log variance, twice the channels.
     encoder_attention, decoder_attention: levels whose blocks are followed by attention.
     has_mid_attention: whether the innermost two blocks have attention between them.
+    pixel_patch: squares of so many pixels a side are one place of the first level, as channels; 1
+      in the published networks, more in small ones that a CPU trains.
   """
 
   width: int = 128
@@ -44,11 +47,12 @@ class Shape:
   encoder_attention: tuple[int, ...] = ()
   decoder_attention: tuple[int, ...] = ()
   has_mid_attention: bool = True
+  pixel_patch: int = 1
 
   @property
   def stride(self) -> int:
     """Pixels a side for one latent vector."""
-    return 2 ** (len(self.multipliers) - 1)
+    return self.pixel_patch * 2 ** (len(self.multipliers) - 1)
 
 
 def _conv(features: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
@@ -72,8 +76,8 @@ def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
 
 
 def _norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
-  """Group normalization over 32 groups (fewer where channels are fewer), statistics in float32."""
-  groups = min(32, x.shape[-1])
+  """Group normalization over 32 groups (fewer for other widths), statistics in float32."""
+  groups = math.gcd(32, x.shape[-1])
   return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)(x)
 
 
@@ -150,7 +154,7 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
     shape, last = self.shape, len(self.shape.multipliers) - 1
-    h = _conv(shape.width, self.dtype, 'conv_in')(x_BxHxWx3)
+    h = _conv(shape.width, self.dtype, 'conv_in')(_fold(x_BxHxWx3, shape.pixel_patch))
     for level, multiplier in enumerate(shape.multipliers):
       features, has_attention = shape.width * multiplier, level in shape.encoder_attention
       name = f'level_{level}'
@@ -182,7 +186,22 @@ class Decoder(nn.Module):
       h = Level(features, shape.num_blocks + 1, has_attention, self.dtype, name=name)(h)
       if level < last:
         h = _conv(features, self.dtype, f'resample_{level}')(h.repeat(2, axis=1).repeat(2, axis=2))
-    return _conv(3, self.dtype, 'conv_out')(nn.swish(_norm(h, self.dtype, 'norm_out')))
+    pixels = _conv(3 * shape.pixel_patch**2, self.dtype, 'conv_out')
+    return _unfold(pixels(nn.swish(_norm(h, self.dtype, 'norm_out'))), shape.pixel_patch)
+
+
+def _fold(x_BxHxWxC: jax.Array, patch: int) -> jax.Array:
+  """(B, H / patch, W / patch, patch * patch * C)."""
+  batch, height, width, channels = x_BxHxWxC.shape
+  x = x_BxHxWxC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, -1)
+
+
+def _unfold(x_BxhxwxP: jax.Array, patch: int) -> jax.Array:
+  """The inverse of `_fold`."""
+  batch, height, width, _ = x_BxhxwxP.shape
+  x = x_BxhxwxP.reshape(batch, height, width, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, height * patch, width * patch, -1)
 
 
 class Autoencoder(nn.Module):

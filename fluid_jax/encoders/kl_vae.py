@@ -28,11 +28,15 @@ class KLVAE:
     shape: of the autoencoder, with `is_gaussian`.
     patch: latents a side of a token.
     dtype: of the computation.
+    latent_mean, latent_scale: what brings latents to mean 0 and variance 1, (latent - mean) x
+      scale; one number, or one for each channel of a token.
   """
 
   shape: autoencoder.Shape
   patch: int = 1
   dtype: Any = jnp.float32
+  latent_mean: tuple[float, ...] = (0.0,)
+  latent_scale: tuple[float, ...] = (1.0,)
 
   @property
   def channels(self) -> int:
@@ -46,10 +50,8 @@ class KLVAE:
   def moments(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
     """moments_BxLx2C float32 of uint8 pictures: means, then log variances in [-30, 20]."""
     x_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
-    moments = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    parts = (mean, jnp.clip(log_variance, -30, 20))
-    return jnp.concatenate([to_tokens(part, self.patch) for part in parts], axis=-1)
+    encoded = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
+    return to_moments(encoded, self.patch)
 
   def decode(self, params: Any, latents_BxLxC: jax.Array) -> jax.Array:
     """images_BxHxWx3 uint8 of unscaled latents on a square grid."""
@@ -68,6 +70,13 @@ def sample(moments_BxLx2C: jax.Array, noise_BxLxC: jax.Array) -> jax.Array:
   """latents_BxLxC drawn from moments by standard normal noise."""
   mean_BxLxC, log_variance_BxLxC = jnp.split(moments_BxLx2C, 2, axis=-1)
   return mean_BxLxC + jnp.exp(0.5 * log_variance_BxLxC) * noise_BxLxC
+
+
+def to_moments(encoded_Bxhxwx2C: jax.Array, patch: int) -> jax.Array:
+  """moments_BxLx2C of what the encoder gives: means, then log variances in [-30, 20]."""
+  mean, log_variance = jnp.split(encoded_Bxhxwx2C, 2, axis=-1)
+  parts = (mean, jnp.clip(log_variance, -30, 20))
+  return jnp.concatenate([to_tokens(part, patch) for part in parts], axis=-1)
 
 
 def to_tokens(z_BxhxwxC: jax.Array, patch: int) -> jax.Array:

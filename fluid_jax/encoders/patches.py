@@ -157,14 +157,15 @@ def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 1024) -> jax.Array:
 # ---- files ----
 
 
-def shipped_path(kind: type, image_size: int, patch: int, size: int) -> pathlib.Path:
+def shipped_path(kind: str, image_size: int, patch: int, size: int) -> pathlib.Path:
   """The file that ships with the package for these shapes; UserError with those there are."""
-  path = WEIGHTS / f'{kind.name}_{image_size}px_{patch}x{patch}_{size}.safetensors'
+  path = WEIGHTS / f'{kind}_{image_size}px_{patch}x{patch}_{size}.safetensors'
   if not path.exists():
     there = ', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors')))
     raise errors.UserError(
       f'no tokenizer {path.stem} ships with fluid_jax ({there}): fit one with '
-      'python -m fluid_jax.encoders.patches and give its path as image.tokenizer.'
+      'python -m fluid_jax.encoders.patches and give its path as image.tokenizer, or train one '
+      "with python -m fluid_jax.train_tokenizer and give 'trained:PATH'."
     )
   return path
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors
-from fluid_jax.encoders import kl_vae, patches, vq
+from fluid_jax.encoders import kl_vae, patches, trained, vq
 
 # NAME of image.tokenizer=NAME:PATH, for networks that are published as safetensors.
 NETWORKS = {
-  'sd_vae': kl_vae.KLVAE(kl_vae.STABLE_DIFFUSION, patch=2),
-  'mar_vae': kl_vae.KLVAE(kl_vae.MAR),
+  'sd_vae': kl_vae.KLVAE(kl_vae.STABLE_DIFFUSION, patch=2, latent_scale=(0.18215,)),
+  'mar_vae': kl_vae.KLVAE(kl_vae.MAR, latent_scale=(0.2325,)),
   'amused_vq': vq.VQGAN(vq.AMUSED, 8192),
   'taming_vq': vq.VQGAN(vq.TAMING, 16_384),
   'llamagen_vq': vq.VQGAN(vq.LLAMAGEN, 16_384, is_normalized=True),
@@ -76,8 +76,10 @@ class Network:
     path: str,
     mean_C: Sequence[float],
     scale_C: Sequence[float],
+    is_trained: bool = False,
   ):
-    self.network, self.path = network, path
+    """Of a network, or of None for one that ran beforehand; `is_trained` is said of its file."""
+    self.network, self.path, self._is_trained = network, path, is_trained
     self.mean_C, self.scale_C = np.float32(mean_C), np.float32(scale_C)
 
   def init(self) -> Any:
@@ -94,7 +96,7 @@ class Network:
       raise errors.UserError(
         "image.tokenizer names a network without its weights: add them, as in 'NAME:PATH'."
       )
-    return self.network.load(self.path, shapes)
+    return (trained if self._is_trained else self.network).load(self.path, shapes)
 
   def encode_batch(
     self, params: Any, batch: dict[str, jax.Array], key: jax.Array, example_B: jax.Array
@@ -107,7 +109,7 @@ class Network:
       if 'image_codes' in made:
         return made['image_codes']
       moments = made['image_moments']
-    return (_draw_latents(moments, key, example_B) - self.mean_C) * self.scale_C
+    return (draw_latents(moments, key, example_B) - self.mean_C) * self.scale_C
 
   def encode_images(self, params: Any, images_BxHxWx3: jax.Array) -> dict[str, jax.Array]:
     """What is prepared of uint8 pictures: image_codes_BxL int32 or image_moments_BxLx2C float32."""
@@ -121,7 +123,7 @@ class Network:
     return self.network.decode(params, tokens / self.scale_C + self.mean_C)
 
 
-def _draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Array) -> jax.Array:
+def draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Array) -> jax.Array:
   """latents_BxLxC; an example's noise depends on its global index alone."""
   shape = (moments_BxLx2C.shape[1], moments_BxLx2C.shape[2] // 2)
   noise_BxLxC = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(example_B)
@@ -129,14 +131,21 @@ def _draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Arra
 
 
 def path_of(config: config_lib.Config) -> str:
-  """The file or folder that holds the tokenizer's numbers, '' if it has none."""
+  """The file or folder that holds the tokenizer's numbers, '' if it has none.
+
+  Raises:
+    UserError: a shipped one is asked for, and there is none of these shapes.
+  """
   image = config.image
-  if image.tokenizer == 'patch':
-    kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
-    size = image.channels if config.is_continuous else image.vocab_size
-    return str(patches.shipped_path(kind, image.size, image.size // config.grid_size, size))
   name, _, path = image.tokenizer.removeprefix('prepared:').partition(':')
-  if config.is_image_prepared or name in NETWORKS:
+  size = image.channels if config.is_continuous else image.vocab_size
+  if name == 'patch':
+    kind = (patches.PatchPCA if config.is_continuous else patches.PatchKMeans).name
+    return str(patches.shipped_path(kind, image.size, image.size // config.grid_size, size))
+  if name == 'trained' and not path:
+    kind = trained.KINDS[kl_vae.KLVAE if config.is_continuous else vq.VQGAN]
+    return str(patches.shipped_path(kind, image.size, image.size // config.grid_size, size))
+  if config.is_image_prepared or name == 'trained' or name in NETWORKS:
     return path
   return image.tokenizer
 
@@ -145,16 +154,21 @@ def make(config: config_lib.Config) -> Tokenizer:
   """The tokenizer that `config.image.tokenizer` names; UserError if it is not of this shape."""
   image = config.image
   name, _, path = image.tokenizer.removeprefix('prepared:').partition(':')
-  if name in NETWORKS:
-    _check_shape(config, name, NETWORKS[name])
-    return Network(NETWORKS[name], path, image.latent_mean, image.latent_scale)
+  if name in NETWORKS or name == 'trained':
+    if name == 'trained':
+      path = path_of(config)
+    network = trained.read(path) if name == 'trained' else NETWORKS[name]
+    _check_shape(config, name, network)
+    mean = image.latent_mean or getattr(network, 'latent_mean', (0.0,))
+    scale = image.latent_scale or getattr(network, 'latent_scale', (1.0,))
+    return Network(network, path, mean, scale, name == 'trained')
   if config.is_image_prepared:
     if name != 'prepared':
       raise errors.UserError(
         f'image.tokenizer={image.tokenizer!r} names no network: write prepared:NAME:PATH with one '
-        f'of {", ".join(NETWORKS)}.'
+        f'of {", ".join((*NETWORKS, "trained"))}.'
       )
-    return Network(None, '', image.latent_mean, image.latent_scale)
+    return Network(None, '', image.latent_mean or (0.0,), image.latent_scale or (0.18215,))
   kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
   size = image.channels if config.is_continuous else image.vocab_size
   patch = image.size // config.grid_size
