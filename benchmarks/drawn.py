@@ -1,0 +1,47 @@
+"""How near what trained models draw of the demo's training names comes to the pictures so named.
+
+  python benchmarks/drawn.py WORKDIR...
+
+Losses of different tokens cannot be compared; pictures can. A measure of the demo alone, whose
+63 pictures are learned by heart: for a real set a prompt has many pictures.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from fluid_jax import errors, sample, sharding
+from fluid_jax.data import pipeline
+from fluid_jax.encoders import frozen, patches
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
+  args = parser.parse_args()
+  print('| model | tokenizer | validation loss | PSNR (dB) | SSIM |\n|---|---|---|---|---|')
+  for workdir in args.workdirs:
+    config, _, params, _ = sample.load_workdir(workdir)
+    stream = pipeline.Stream(
+      config.data.task, 'train', batch_size=63, seed=0, image_size=config.image.size,
+      text_length=config.text.length, languages=('en',), shuffle=False, captions=True,
+    )  # fmt: skip
+    batch = next(stream)
+    images = batch['images'][batch['valid']]
+    names = [text.decode() for text in batch['text'][batch['valid']]]
+    sampler = sample.Sampler(config, frozen.load(config, sharding.make_mesh(config)))
+    drawn, _ = sampler.draw(params, names, range(len(names)))
+    found = patches.measure(images, np.asarray(drawn))
+    rows = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').open())
+    losses = [row['validation/loss_ema'] for row in rows if 'validation/loss_ema' in row]
+    print(
+      f'| {config.model.tokens} | {config.image.tokenizer} | {losses[-1]:.3f} | '
+      f'{found["psnr"]:.2f} | {found["ssim"]:.3f} |',
+      flush=True,
+    )
+
+
+if __name__ == '__main__':
+  errors.run(main)

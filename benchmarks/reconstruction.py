@@ -1,0 +1,74 @@
+"""What the shipped tokenizers of 64 pixels lose: PSNR, SSIM and bits of held-out pictures.
+
+  python benchmarks/reconstruction.py [--out=reconstruction.png]
+
+Bits of a picture: of a code, its logarithm; of a continuous token, float16 channels, and of a
+KL-VAE also the divergence of its latents from the normal distribution, what bits-back coding takes.
+"""
+
+import argparse
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors, sharding
+from fluid_jax.encoders import frozen, patches, tokenizer_losses, tokenizers
+
+NUM_SHOWN = 12
+SHIPPED = (
+  ('patch PCA', 'continuous', 'patch'),
+  ('KL-VAE', 'continuous', 'trained'),
+  ('patch k-means', 'discrete', 'patch'),
+  ('VQGAN', 'discrete', 'trained'),
+)
+
+
+def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.ndarray, str]:
+  """What comes back of uint8 pictures (N, H, W, 3), and the bits of one."""
+  image = {'size': images.shape[1], 'num_tokens': 64, 'channels': 16, 'vocab_size': 1024}
+  config = config_lib.resolve(
+    {'image': image | {'tokenizer': tokenizer}, 'model': {'tokens': tokens}}
+    | {'text': {'source': 'bytes'}}
+  )
+  network = tokenizers.make(config)
+  params = frozen.load(config, sharding.make_mesh(config))['image']
+  if tokens == 'discrete':
+    codes_NxL = network.encode_batch(params, {'images': images}, None, None)
+    bits = f'{codes_NxL.shape[1] * math.log2(image["vocab_size"]):,.0f}'
+    return np.asarray(network.decode(params, codes_NxL)), bits
+  bits = f'{16 * image["num_tokens"] * image["channels"]:,} in float16'
+  if tokenizer == 'patch':
+    tokens_NxLxC = network.encode_batch(params, {'images': images}, None, None)
+    return np.asarray(network.decode(params, tokens_NxLxC)), bits
+  moments = network.encode_images(params, images)['image_moments']
+  mean_NxLxC, _ = jnp.split(moments, 2, axis=-1)
+  nats = float(tokenizer_losses.kl_divergence(moments).mean())
+  decoded = network.decode(params, (mean_NxLxC - network.mean_C) * network.scale_C)
+  return np.asarray(decoded), f'{bits}, {nats / math.log(2):,.0f} of KL'
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--out', help='write a picture: originals, and a row for each tokenizer')
+  args = parser.parse_args()
+  images = patches.read_images('emoji', 'validation', 64)
+  every = len(images) // NUM_SHOWN
+  rows = [images[::every][:NUM_SHOWN]]
+  print(f'{len(images)} held-out pictures of 64 pixels, 64 tokens each, {jax.devices()[0]}')
+  print('| tokenizer | PSNR (dB) | SSIM | bits a picture |\n|---|---|---|---|')
+  for name, tokens, tokenizer in SHIPPED:
+    decoded, bits = reconstruct(tokens, tokenizer, images)
+    found = patches.measure(images, decoded)
+    print(f'| {name} | {found["psnr"]:.2f} | {found["ssim"]:.3f} | {bits} |')
+    rows.append(decoded[::every][:NUM_SHOWN])
+  if args.out:
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    Image.fromarray(grid).save(args.out)
+
+
+if __name__ == '__main__':
+  errors.run(main)
