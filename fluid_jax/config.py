@@ -96,6 +96,8 @@ class Data:
   task: str = 'webli'  # name of a seqio task
   module: str = ''  # Python module that registers it, if it is yours
   languages: tuple[str, ...] = ()  # of the texts; empty: all
+  # of a split's records, that may be broken before training ends; others take their places
+  max_broken_share: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +313,13 @@ def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) 
 
 
 def check_run(c: Any) -> list[str]:
-  """What is out of range in `c.optimizer`, `c.train` or `c.mesh`."""
+  """What is out of range in `c.optimizer`, `c.data` or `c.mesh`."""
   problems = []
+  if not 0 <= c.data.max_broken_share < 1:
+    problems.append(
+      f'data.max_broken_share is {c.data.max_broken_share}; it must be in [0, 1), 0.001 for one in '
+      'a thousand.'
+    )
   if not 0 < c.optimizer.ema_decay < 1:
     problems.append(f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must lie between 0 and 1.')
   if not 0 <= c.optimizer.warmup_steps < c.train.num_steps:

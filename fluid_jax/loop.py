@@ -19,7 +19,7 @@ from fluid_jax.data import pipeline, tasks
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
 RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
-RESUMABLE += ('sampling.', 'mesh.')
+RESUMABLE += ('sampling.', 'mesh.', 'data.max_broken_share')
 
 
 @dataclasses.dataclass(frozen=True)

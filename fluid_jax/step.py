@@ -138,7 +138,7 @@ def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDt
   elif config.is_image_prepared:
     arrays = {'image_codes': ((image.num_tokens,), jnp.int32)}
   if text.source == 'features':
-    arrays['text_features'] = (text.length, text.feature_dim), jnp.float32
+    arrays['text_features'] = (text.length, text.feature_dim), jnp.bfloat16
     arrays['text_mask'] = (text.length,), bool
   else:
     arrays['text_ids'] = (text.length,), jnp.int32

@@ -101,19 +101,8 @@ def open_stream(
   Raises:
     UserError: see `pipeline.Stream`; or its examples hold other arrays than the config reads.
   """
-  stream = pipeline.Stream(
-    config.data.task,
-    split,
-    batch_size=config.train.batch_size,
-    seed=config.train.seed,
-    image_size=config.image.size,
-    text_length=config.text.length,
-    languages=config.data.languages,
-    module=config.data.module,
-    vocabulary=config.text.vocabulary if config.text.source == 't5' else '',
-    rows=sharding.local_rows(mesh, config.train.batch_size),
-    **kwargs,
-  )
+  rows = sharding.local_rows(mesh, config.train.batch_size)
+  stream = pipeline.open_config(config, split, rows=rows, **kwargs)
   wanted = sorted(step.batch_shapes(config, mesh))
   if stream.arrays != wanted:
     stream.close()

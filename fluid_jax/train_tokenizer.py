@@ -114,6 +114,7 @@ def _open_stream(
     image_size=config.data.image_size,
     text_length=0,
     module=config.data.module,
+    max_broken_share=config.data.max_broken_share,
     rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
   )

@@ -65,6 +65,7 @@ def trained(tmp_path_factory, random_params):
     'train_tokenizer',
     'checkpoint',
     'data.emoji',
+    'data.inspect',
     'data.prepare',
     'encoders.patches',
     'encoders.convert',

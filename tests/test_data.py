@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -588,7 +589,8 @@ def test_prepared_moments_and_text_features(own_task, tf):
   batches = list(_stream(**own_task(examples, described), text_length=5, shuffle=False))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
   assert batch.keys() == {'image_moments', 'text_features', 'text_mask', 'valid'}
-  assert batch['image_moments'].dtype == batch['text_features'].dtype == np.float32
+  assert batch['image_moments'].dtype == np.float32
+  assert batch['text_features'].dtype == ml_dtypes.bfloat16  # as they lie on disk
   np.testing.assert_array_equal(batch['valid'], [True, True, True, False])
   np.testing.assert_array_equal(batch['image_moments'][:3], moments)
   for i, (n, feature) in enumerate(zip(lengths, features, strict=True)):
@@ -638,11 +640,63 @@ def test_undecodable_picture_ends_the_stream(own_task, image):
   settings = own_task(examples, {'image': _SCALAR, 'text': _LIST, 'lang': _LIST}, _TEXTS)
   stream = _stream(**settings, shuffle=False)
   next(stream)
-  with pytest.raises(errors.UserError, match='an example of step 1 of task') as error:
+  with pytest.raises(errors.UserError, match=r'example k2 of task .* cannot be decoded') as error:
     next(stream)
   assert error.value.exit_code == errors.CORRUPT
   assert '\n' not in str(error.value)
   assert '{{' not in str(error.value)
+
+
+def _set_with_two_broken(own_task, tmp_path):
+  """Settings of a task of 12 pictures: of 3 a bit is flipped, and 7 is half a picture."""
+  pictures = [_png(i) for i in range(12)]
+  pictures[7] = pictures[7][:100]
+  examples = [{'image': data, 'text': str(i), 'lang': 'en'} for i, data in enumerate(pictures)]
+  settings = own_task(examples, {'image': _SCALAR, 'text': _LIST, 'lang': _LIST}, _TEXTS)
+  shard = tmp_path / 'set/train-00000.tfrecord'
+  content = bytearray(shard.read_bytes())
+  position = content.find(pictures[3][-40:])
+  content[position] ^= 1
+  shard.write_bytes(content)
+  return settings
+
+
+def test_a_broken_record_is_replaced_and_no_other_is_lost(own_task, tmp_path, caplog):
+  settings = _set_with_two_broken(own_task, tmp_path) | {'max_broken_share': 0.2}
+  settings |= {'batch_size': 4, 'captions': True}
+
+  def keys(num_steps, start_step=0, **others):
+    stream = _stream(**settings, **others, start_step=start_step)
+    return [[int(key[1:]) for key in next(stream)['key']] for _ in range(num_steps)]
+
+  found = keys(9)  # three epochs
+  stream = _stream(**settings)
+  wanted = [[int(key[1:]) for key in stream.keys_at(step)] for step in range(9)]
+  assert any(3 in row for row in wanted)
+  assert any(7 in row for row in wanted)
+  assert found == [[{3: 4, 7: 8}.get(key, key) for key in row] for row in wanted]
+  messages = [record.getMessage() for record in caplog.records]
+  (flipped,) = [m for m in messages if m.startswith('Set aside record k3: ')]
+  assert 'train-00000.tfrecord is corrupt at byte' in flipped
+  (half,) = [m for m in messages if m.startswith('Set aside record k7: ')]
+  assert 'cannot be decoded' in half
+  # Whoever resumes, or reads a part, takes the same.
+  assert keys(4, start_step=5) == found[5:]
+  halves = [keys(9, rows=np.arange(start, start + 2)) for start in (0, 2)]
+  assert [a + b for a, b in zip(*halves, strict=True)] == found
+
+
+def test_too_many_broken_records_end_the_stream(own_task, tmp_path):
+  settings = _set_with_two_broken(own_task, tmp_path)
+  with pytest.raises(
+    errors.UserError, match=r'^2 of the 12 examples of task .* data\.max_broken_share'
+  ) as error:
+    for _ in zip(range(6), _stream(**settings, max_broken_share=0.01), strict=False):
+      pass
+  assert error.value.exit_code == errors.CORRUPT
+  for share in (0.0, 0.5):  # the stored order has no place for others
+    with pytest.raises(errors.UserError, match='is corrupt at byte'):
+      list(_stream(**settings, max_broken_share=share, shuffle=False))
 
 
 def test_sources_without_an_index_are_refused():

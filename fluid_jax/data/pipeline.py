@@ -7,13 +7,16 @@ shuffle buffer, no dependence on the number of processes or on a random generato
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 
+from fluid_jax import config as config_lib
 from fluid_jax import errors
-from fluid_jax.data import tasks
+from fluid_jax.data import records, tasks
 
 if TYPE_CHECKING:
   import tensorflow as tf
@@ -79,7 +82,7 @@ class Stream:
 
     image_moments (float16 bytes, shape in image_moments_shape): float32 [b, L, 2C]
     image_codes (int64 [L]): int32 [b, L]
-    text_features (bfloat16 bytes, shape in text_features_shape): float32 [b, text_length, E],
+    text_features (bfloat16 bytes, shape in text_features_shape): bfloat16 [b, text_length, E],
       zero past the tokens, and text_mask: bool [b, text_length]
 
   With `captions` there are also `key` and `text`, which became the ids or features: object [b] of
@@ -108,6 +111,7 @@ class Stream:
     rows: np.ndarray | None = None,
     shuffle: bool = True,
     captions: bool = False,
+    max_broken_share: float = 0.0,
   ):
     """Opens the split; the first batch is that of `start_step`.
 
@@ -126,6 +130,10 @@ class Stream:
       shuffle: True for endless epochs, each in its own order and with its own languages; False for
         one epoch in the stored order, with one language per example whatever the seed.
       captions: whether batches hold keys and texts.
+      max_broken_share: share of the split's records that may be broken, or not decode, before this
+        process gives up. Each of them is logged once, and the next whole record stands in its
+        place, in every process and at every resumption alike. In the stored order, where all must
+        be whole, the first ends it.
 
     Raises:
       UserError: unknown task, split or language, or languages that leave an example without text.
@@ -144,6 +152,9 @@ class Stream:
     self.step = start_step
     self.num_cut = 0
     self._error = None
+    self._broken: set[int] = set()  # positions
+    allowed = math.ceil(max_broken_share * self.num_examples) if shuffle else 0
+    self._max_broken = min(allowed, self.num_examples - 1)
     dataset = self._dataset()
     self.arrays = sorted(dataset.element_spec.keys() - {'is_cut'})
     self._batches = iter(dataset.as_numpy_iterator())
@@ -191,21 +202,54 @@ class Stream:
     while self._shuffle or step * self._batch_size < self.num_examples:
       example, draw = self._examples(self._numbers(step)[self._rows])
       try:
-        payloads = [self._records[i] for i in example]
+        example, payloads = zip(*map(self._whole, example.tolist()), strict=True)
       except errors.UserError as error:  # TensorFlow would not hand it through
         self._error = error
         raise
-      keys = np.array([self._records.keys[i].encode() for i in example], object)
-      yield {'record': np.array(payloads, object), 'draw': draw, 'key': keys}
+      yield self._raw(example, payloads, draw)
       step += 1
 
+  def _raw(
+    self, example: Sequence[int], payloads: Sequence[bytes], draw: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    keys = [self._records.keys[i].encode() for i in example]
+    return {'record': np.array(payloads, object), 'draw': draw, 'key': np.array(keys, object)}
+
+  def _whole(self, position: int) -> tuple[int, bytes]:
+    """The first record from `position` on that is not broken, and its bytes."""
+    while True:
+      if position not in self._broken:
+        try:
+          return position, self._records[position]
+        except records.BrokenRecord as error:
+          self._set_aside(position, str(error))
+      position = (position + 1) % self.num_examples
+
+  def _set_aside(self, position: int, reason: str) -> None:
+    """Logs a broken record; UserError if there are too many."""
+    self._broken.add(position)
+    if not self._max_broken:
+      raise errors.UserError(reason, errors.CORRUPT)
+    if len(self._broken) > self._max_broken:
+      raise errors.UserError(
+        f'{len(self._broken)} of the {self.num_examples} examples of task {self._task.name!r} are '
+        f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
+        errors.CORRUPT,
+      )
+    logging.warning('Set aside record %s: %s', self._records.keys[position], reason)
+
   def _dataset(self) -> tf.data.Dataset:
+    return self._decoded(self._read, len(self._rows)).prefetch(2)
+
+  def _decoded(
+    self, read: Callable[[], Iterable[dict[str, np.ndarray]]], share: int
+  ) -> tf.data.Dataset:
+    """Batches of `share` rows of what `read` yields, serialised as from `_read`."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')  # JAX's
-    share = len(self._rows)
     dataset = tf.data.Dataset.from_generator(
-      self._read,
+      read,
       output_signature={
         'record': tf.TensorSpec([share], tf.string),
         'draw': tf.TensorSpec([share], tf.int64),
@@ -223,7 +267,7 @@ class Stream:
     dataset = self._task.preprocess_precache(dataset, seed=0)
     dataset = self._task.preprocess_postcache(dataset, sequence_length=lengths, seed=0)
     dataset = dataset.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.batch(share).prefetch(2)
+    return dataset.batch(share)
 
   def _finish(self, example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Decodes one example to the arrays of a batch's row."""
@@ -245,7 +289,7 @@ class Stream:
       features = tf.reshape(features, example['text_features_shape'])[:length]
       row['text_mask'] = tf.range(length) < tf.shape(features)[0]
       padding = [[0, length - tf.shape(features)[0]], [0, 0]]
-      row['text_features'] = tf.pad(tf.cast(features, tf.float32), padding)
+      row['text_features'] = tf.pad(features, padding)
     elif length:
       ids = example['text']
       row['is_cut'] = tf.size(ids) > length
@@ -270,26 +314,64 @@ class Stream:
     """
     import tensorflow as tf
 
-    try:
-      batch = next(self._batches)
-    except tf.errors.OpError as error:
-      if self._error:
-        raise self._error from None
-      reason = error.message.split('}} ')[-1].splitlines()[0].rstrip('.')  # without graph and nodes
-      raise errors.UserError(
-        f'an example of step {self.step} of task {self._task.name!r} cannot be decoded ({reason}):'
-        ' repair the set.',
-        errors.CORRUPT,
-      ) from error
+    while True:
+      try:
+        batch = next(self._batches)
+        break
+      except tf.errors.OpError as error:
+        if self._error:
+          raise self._error from None
+        self._find_undecoded(error)
+        self._batches = iter(self._dataset().as_numpy_iterator())
     if 'is_cut' in batch:
       self.num_cut = int(batch.pop('is_cut').sum())
     batch['valid'] = self._valid(self._numbers(self.step)[self._rows])
     self.step += 1
     return batch
 
+  def _find_undecoded(self, error: Exception) -> None:
+    """Sets aside the records of our rows of the batch at hand that cannot be decoded.
+
+    `error` does not say which: they are decoded one by one.
+    """
+    import tensorflow as tf
+
+    example, draw = self._examples(self._numbers(self.step)[self._rows])
+    is_found = False
+    for position, one_draw in zip(example.tolist(), draw, strict=True):
+      position, payload = self._whole(position)
+      raw = self._raw([position], [payload], np.array([one_draw]))
+      try:
+        next(iter(self._decoded(lambda raw=raw: [raw], 1)))
+      except tf.errors.OpError as found:
+        reason = found.message.split('}} ')[-1].splitlines()[0].rstrip('.')  # without the graph
+        self._set_aside(
+          position,
+          f'example {self._records.keys[position]} of task {self._task.name!r} cannot be decoded '
+          f'({reason}): repair the set.',
+        )
+        is_found = True
+    if not is_found:
+      raise error
+
   def close(self) -> None:
     """Ends the reading threads."""
     self._batches = iter(())
+
+
+def open_config(config: config_lib.Config, split: str, **kwargs: Any) -> Stream:
+  """The stream of a split of a config's task; `kwargs` are those of `Stream`."""
+  given = {
+    'batch_size': config.train.batch_size,
+    'seed': config.train.seed,
+    'image_size': config.image.size,
+    'text_length': config.text.length,
+    'languages': config.data.languages,
+    'module': config.data.module,
+    'max_broken_share': config.data.max_broken_share,
+    'vocabulary': config.text.vocabulary if config.text.source == 't5' else '',
+  }
+  return Stream(config.data.task, split, **{**given, **kwargs})
 
 
 def _crop_and_resize(image: tf.Tensor, size: int) -> tf.Tensor:

@@ -71,17 +71,10 @@ class Encode:
     )
 
   def stream(self, split: str, start_step: int = 0) -> pipeline.Stream:
-    config = self.config
-    return pipeline.Stream(
-      config.data.task,
+    return pipeline.open_config(
+      self.config,
       split,
       batch_size=self.batch_size,
-      seed=config.train.seed,
-      image_size=config.image.size,
-      text_length=config.text.length,
-      languages=config.data.languages,
-      module=config.data.module,
-      vocabulary=config.text.vocabulary if config.text.source == 't5' else '',
       start_step=start_step,
       rows=sharding.local_rows(self.mesh, self.batch_size),
       shuffle=False,

@@ -59,6 +59,10 @@ def read_index(directory: epath.PathLike) -> dict:
   return index
 
 
+class BrokenRecord(errors.UserError):
+  """One record fails its checksums or ends too early; its neighbours may be whole."""
+
+
 class Records:
   """The records of one split by position; opens a shard per read, so it is free of state.
 
@@ -111,7 +115,8 @@ class Records:
     """Payload of record `i`.
 
     Raises:
-      UserError: the shard is missing, ends too early, or fails one of its checksums.
+      UserError: the shard is missing.
+      BrokenRecord: it ends too early, or the record fails one of its checksums.
     """
     length, offset = int(self._lengths[i]), int(self._offsets[i])
     path = self._directory / self._files[self._shards[i]]
@@ -133,7 +138,7 @@ class Records:
       fault = 'is corrupt'
     else:
       return payload
-    raise errors.UserError(
+    raise BrokenRecord(
       f'shard {path} {fault} at byte {offset} (record {self.keys[i]}): restore it or rebuild the'
       ' set.',
       errors.CORRUPT,
