@@ -8,7 +8,7 @@ from fluid_jax.encoders import autoencoder, frozen, kl_vae, t5, vq
 
 T5 = t5.Size(24, 40, 2, 3, 8)
 NETWORKS = {
-  'sd_vae': kl_vae.KLVAE(autoencoder.Shape(32, (1, 2), 1, 4, 4), patch=2),
+  'sd_vae': kl_vae.KLVAE(autoencoder.Shape(32, (1, 2), 1, 4, 4), patch=2, latent_scale=(0.18215,)),
   'amused_vq': vq.VQGAN(autoencoder.Shape(32, (1, 1, 1), 1, 8, 8, is_gaussian=False), 50),
 }
 _TEXT = {'text.source': 't5', 'text.t5_size': 'small', 'text.feature_dim': 24}

@@ -94,13 +94,13 @@ import sys
 sys.path[0] = {str(tmp_path)!r}
 import fluid_jax
 from fluid_jax.data import emoji, records
-from fluid_jax.encoders import patches
+from fluid_jax.encoders import patches, trained
 assert fluid_jax.__file__.startswith({str(tmp_path)!r})
 for split in ('train', 'validation'):
   opened = records.Records(emoji.DIRECTORY, split)
   assert b'WEBP' in opened[0] and b'WEBP' in opened[len(opened) - 1]
 for path in patches.WEIGHTS.glob('*.safetensors'):
-  patches.load(path)
+  (patches.load if path.name.startswith('patch_') else trained.read)(path)
 from fluid_jax.data import pipeline
 stream = pipeline.Stream(
   'emoji_demo', 'train', batch_size=4, seed=0, image_size=32, text_length=24
