@@ -13,7 +13,7 @@ COMMAND = ('-m', 'fluid_jax.data.inspect', '--config=configs/tiny.py')
 
 def test_it_lists_what_the_step_reads_and_draws_it(tmp_path):
   out = tmp_path / 'batch.png'
-  printed = commands.run_ok(*COMMAND, '--step=9', f'--out={out}', '--num_pictures=5')
+  printed = commands.run_ok(*COMMAND, '--step=9', f'--picture={out}', '--num_pictures=5')
   stream = pipeline.Stream(
     'emoji_demo', 'train', batch_size=16, seed=0, image_size=32, text_length=24,
     languages=('en', 'fr'), captions=True,
@@ -38,7 +38,7 @@ def test_texts_are_cut_to_their_picture():
 
 
 def test_what_it_cannot_do_is_one_sentence(tmp_path):
-  done = commands.run(*COMMAND, f'--out={tmp_path}/absent/batch.png')
+  done = commands.run(*COMMAND, f'--picture={tmp_path}/absent/batch.png')
   assert (done.returncode, done.stderr.count('\n')) == (2, 1)
   assert 'is no PNG in a folder that exists' in done.stderr
   done = commands.run(*COMMAND, '--step=0')

@@ -1,6 +1,6 @@
 """Shows what a step of training reads: keys, texts and a picture of its global batch.
 
-  python -m fluid_jax.data.inspect --config=CONFIG --step=123 [--out=batch.png]
+  python -m fluid_jax.data.inspect --config=CONFIG --step=123 [--picture=batch.png]
 
 The batch is a pure function of the config and the step, so this is what the step saw, or will see,
 on whatever devices.
@@ -22,7 +22,7 @@ from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, tokenizers
 
 _STEP = flags.DEFINE_integer('step', 1, 'The step, counted from 1 as training does.', lower_bound=1)
-_OUT = flags.DEFINE_string('out', None, 'Write the pictures there, as PNG.')
+_PICTURE = flags.DEFINE_string('picture', None, 'Write the pictures there, as PNG.')
 _NUM_PICTURES = flags.DEFINE_integer(
   'num_pictures', 64, 'The first so many are in the picture.', lower_bound=1
 )
@@ -71,9 +71,9 @@ def draw(images: np.ndarray, texts: list[str]) -> Image.Image:
 
 def run() -> int:
   config = main.read_config(sys.argv)
-  out = pathlib.Path(_OUT.value) if _OUT.value else None
+  out = pathlib.Path(_PICTURE.value) if _PICTURE.value else None
   if out and (out.suffix.lower() != '.png' or not out.absolute().parent.is_dir()):
-    raise errors.UserError(f'--out={out} is no PNG in a folder that exists: name one.')
+    raise errors.UserError(f'--picture={out} is no PNG in a folder that exists: name one.')
   batch = read(config, _STEP.value)
   texts = [text.decode(errors='replace') for text in batch['text']]
   keys = [key.decode() for key in batch['key']]
