@@ -15,7 +15,7 @@ import safetensors
 from skimage import metrics
 
 from fluid_jax import errors, sharding, tokenizer_config, tokenizer_step, train_tokenizer
-from fluid_jax.encoders import kl_vae, patches, tokenizers, trained, vq
+from fluid_jax.encoders import kl_vae, patches, tokenizer_losses, tokenizers, trained, vq
 
 TRAIN = ('-m', 'fluid_jax.train_tokenizer')
 SMALL = {
@@ -149,6 +149,27 @@ def test_the_loss_is_the_sum_of_its_terms_and_falls(kind):
   assert last['l1'] < 0.8 * found[0]['l1']
   assert last['discriminator_loss'] < found[0]['discriminator_loss']
   assert (state.step, state.num_skipped) == (40, 0)
+
+
+def test_features_enter_the_loss_and_stay_as_they_are():
+  changes = {'losses.perceptual': 2.0, 'losses.vgg_path': 'vgg', 'network.kind': 'vq'}
+  _, mesh, program = make(changes)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = tokenizer_losses.perceptual_shapes(whole, has_linear=False)
+  rng = np.random.default_rng(0)
+  features = jax.tree.map(lambda a: jnp.float32(rng.normal(0, 0.05, a.shape)), shapes)
+  before = jax.device_get(features)
+  batch = sharding.put_batch({'images': pictures()}, mesh)
+  state, figures = program.train_step(program.init(), batch, features)
+  figures = jax.device_get(figures)
+  assert figures['perceptual'] > 0.01
+  terms = figures['l1'] + 0.25 * figures['commitment'] + 2 * figures['perceptual']
+  assert figures['loss'] == pytest.approx(terms, rel=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(features))
+  _, _, without = make({'network.kind': 'vq'})
+  other, _ = without.train_step(without.init(), batch, {})
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, other.params)
+  assert max(jax.tree.leaves(moved)) > 1e-4  # its gradient reaches the network
 
 
 def test_there_is_no_adversary_before_its_step():
