@@ -113,7 +113,7 @@ def prepared(config, encoders, batch):
 
 
 @pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
-@pytest.mark.parametrize('parts', [1, 2])
+@pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_encoding_in_the_step_is_as_if_prepared(make_config, small_networks, tokens, parts):
   settings = small_encoders.IN_THE_STEP[tokens] | {'optimizer.accumulation_steps': parts}
   config = make_config(settings)

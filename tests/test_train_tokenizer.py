@@ -346,6 +346,7 @@ def load(path):
   return network, trained.load(str(path), shapes)
 
 
+@pytest.mark.parametrize('whole', ['kl', pytest.param('vq', marks=pytest.mark.slow)], indirect=True)
 def test_fluid_trains_on_it_and_draws(whole, tmp_path):
   kind, workdir, _ = whole
   variant = {'kl': 'continuous', 'vq': 'discrete'}[kind]
