@@ -93,11 +93,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  task: str = 'webli'  # name of a seqio task
+  task: str = 'webli'  # name of a seqio task or mixture, or the path of a prepared set
   module: str = ''  # Python module that registers it, if it is yours
   languages: tuple[str, ...] = ()  # of the texts; empty: all
   # of a split's records, that may be broken before training ends; others take their places
   max_broken_share: float = 0.001
+  random_flip: bool = (
+    False  # mirrors half of the pictures; texts that say left or right do not follow
+  )
 
 
 @dataclasses.dataclass(frozen=True)

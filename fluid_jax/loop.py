@@ -247,8 +247,10 @@ def data_facts(data: Any) -> dict[str, str]:
   facts = {}
   for split in ('train', 'validation'):
     try:
-      records = tasks.open_records(tasks.get(data.task, data.module), split)
-      facts[split] = f'{len(records)} examples with digest {records.digest[:12]}'
+      facts[split] = ' and '.join(
+        f'{len(part.records)} examples with digest {part.records.digest[:12]} at rate {part.rate:g}'
+        for part in tasks.components(data.task, data.module, split)
+      )
     except errors.UserError as error:  # raised again, where all processes have it
       facts[split] = str(error)
   return facts

@@ -6,14 +6,14 @@ python -m fluid_jax.main --config=configs/demo.py --workdir=DIR
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, processes
+from fluid_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file in configs/; `file.py:order=raster,tokens=discrete` chooses a variant.'
@@ -31,14 +31,12 @@ PEER_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def read_config(argv: list[str], resolve: Callable[..., Any] = config_lib.resolve) -> Any:
-  """Reads the flags, overrides of the config among them; returns the config as `resolve` does."""
+def read_flags(argv: list[str]) -> Mapping[str, Any] | None:
+  """Reads the flags, overrides of the config among them; returns the config, if one is given."""
   app.define_help_flags()
   try:
     rest = flags.FLAGS(argv)
-    if _CONFIG.value is None:
-      raise errors.UserError('--config is missing: give a file, such as --config=configs/demo.py.')
-    config = _CONFIG.value.to_dict()
+    config = _CONFIG.value.to_dict() if _CONFIG.value is not None else None
   except OSError as error:
     path = config_flags.get_config_filename(flags.FLAGS['config'])
     raise errors.UserError(f'--config={path} cannot be read: give a file in configs/.') from error
@@ -50,6 +48,14 @@ def read_config(argv: list[str], resolve: Callable[..., Any] = config_lib.resolv
     raise errors.UserError(f'{": ".join(str(reason).splitlines())} (see --help)') from error
   if rest[1:]:
     raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with --.')
+  return config
+
+
+def read_config(argv: list[str], resolve: Callable[..., Any] = config_lib.resolve) -> Any:
+  """Reads the flags; returns the config as `resolve` does."""
+  config = read_flags(argv)
+  if config is None:
+    raise errors.UserError('--config is missing: give a file, such as --config=configs/demo.py.')
   return resolve(config)
 
 
@@ -65,6 +71,8 @@ def main() -> int:
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
+  from fluid_jax import processes
+
   with processes.joined(PEER_TIMEOUT_S.value):
     from fluid_jax import train
 

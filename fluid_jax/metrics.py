@@ -102,6 +102,27 @@ class Timer:
     return seconds, share
 
 
+class Progress:
+  """A line every few seconds: how much is done, how fast, and how long the rest takes."""
+
+  def __init__(self, what: str, done: int, total: int, unit: str, is_active: bool = True):
+    self._what, self._first, self._total, self._unit = what, done, total, unit
+    self._is_active = is_active
+    self._start = self._last = time.perf_counter()
+
+  def __call__(self, done: int, more: str = '') -> None:
+    done, now = min(done, self._total), time.perf_counter()
+    if now - self._last < 5 and done < self._total:
+      return
+    self._last = now
+    rate = max(done - self._first, 1) / (now - self._start)
+    say(
+      f'{self._what} {done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  '
+      f'ETA {duration((self._total - done) / rate)}{more}',
+      self._is_active,
+    )
+
+
 def duration(seconds: float) -> str:
   """'1:02:03' or '2:03'."""
   minutes, seconds = divmod(round(seconds), 60)

@@ -38,6 +38,7 @@ class Data:
   module: str = ''  # Python module that registers it, if it is yours
   image_size: int = 256  # pixels a side
   max_broken_share: float = 0.001  # of records, before training ends; others take their places
+  random_flip: bool = False  # mirrors half of the pictures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ def encoder_digests(config: config_lib.Config, loaded: dict[str, str]) -> dict[s
   Raises:
     UserError: the task's examples were made by others, or are of other shapes.
   """
-  made_by, arrays = tasks.encoders_of(config.data.task)
+  made_by, arrays = tasks.encoders_of(config.data.task, config.data.module)
   for name, digest in made_by.items():
     if loaded.get(name, digest) != digest:
       raise errors.UserError(

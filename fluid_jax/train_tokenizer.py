@@ -115,6 +115,7 @@ def _open_stream(
     text_length=0,
     module=config.data.module,
     max_broken_share=config.data.max_broken_share,
+    random_flip=config.data.random_flip,
     rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
   )

@@ -384,7 +384,8 @@ def test_an_error_of_one_process_ends_the_others(launch, tmp_path):
   run = launch(2, *args, last_options={'cwd': other})
   codes = run.wait()
   assert codes[1] == errors.CORRUPT, run.log(1)[-3000:]
-  assert 'error: ' in run.log(1) and f'shard {other}' in run.log(1)
+  assert 'error: ' in run.log(1)
+  assert f'shard {other}' in run.log(1)
   assert codes[0] in (errors.CRASH, -signal.SIGABRT), run.log(0)[-3000:]
 
 
@@ -396,12 +397,12 @@ sys.path.insert(0, 'tests')
 import jax, small_encoders
 from fluid_jax import config as config_lib
 from fluid_jax import processes
-from fluid_jax.data import prepare
+from fluid_jax.data import encode
 from fluid_jax.encoders import frozen, tokenizers
 from configs import tiny
 
 tokenizers.NETWORKS.update(small_encoders.NETWORKS)
-prepare.PART_EXAMPLES = 64
+encode.PART_EXAMPLES = 64
 values = tiny.get_config().to_dict()
 values['image'].update(size=16, tokenizer='sd_vae:vae')
 values['data'].update(task='emoji_demo', languages=('en',))
@@ -415,13 +416,13 @@ def load(config, mesh):
 
 frozen.load = load
 with processes.joined(60):
-  print(*prepare.encode(config, sys.argv[1]))
+  print(*encode.encode(config, sys.argv[1]))
 """
 
 
 @pytest.mark.slow
 def test_processes_encode_the_same_set_together(launch, tmp_path):
-  from test_prepare import read_set
+  from test_encode import read_set
 
   from fluid_jax.data import records
 

@@ -20,13 +20,14 @@ import zlib
 from collections.abc import Iterator
 
 from fluid_jax import errors
-from fluid_jax.data import records
+from fluid_jax.data import examples, records
 
 DIRECTORY = pathlib.Path(__file__).parent / 'emoji_set'
 SIZE = 128  # pixels
 QUALITY = 88  # of WebP: 36.6 dB; 90 would add 0.35 MB and 0.3 dB
 COVERAGE = 0.9  # share of the pictures that a language must name
 VALIDATION = 0.08  # share of the bases
+SHARD_BYTES = 1 << 20
 
 SOURCES = {  # tarball -> SHA-256
   'lobehub-fluent-emoji-3d-1.1.0.tgz': (
@@ -231,9 +232,9 @@ def build(source: pathlib.Path, out: pathlib.Path) -> None:
   )
 
   out.mkdir(parents=True, exist_ok=True)
-  for old in [*out.glob('*.tfrecord'), *out.glob(records.INDEX)]:
+  for old in [*out.glob('*.tfrecord'), *out.glob('*.json')]:
     old.unlink()
-  writer = records.Writer(out, shard_bytes=1 << 20)
+  parts = {'train': [[]], 'validation': [[]]}
   for key in sorted(pictures, key=_hash):
     langs = [language for language in languages if key in named[language]]
     example = {
@@ -243,8 +244,12 @@ def build(source: pathlib.Path, out: pathlib.Path) -> None:
       'height': SIZE,
       'names': pack_names({language: named[language][key] for language in langs}),
     }
-    writer.write(split(key), key, records.encode_example(example), langs)
-  writer.close(
+    shards = parts[split(key)]
+    if sum(len(payload) + 16 for _, payload, _ in shards[-1]) >= SHARD_BYTES:
+      shards.append([])
+    shards[-1].append((key, examples.encode(example), langs))
+  writer = records.Writer(
+    out,
     sources=SOURCES,
     tools={
       'pillow': PIL.__version__,
@@ -252,6 +257,10 @@ def build(source: pathlib.Path, out: pathlib.Path) -> None:
       'zlib': zlib.ZLIB_VERSION,
     },
   )
+  for name, shards in parts.items():
+    for number, shard in enumerate(shards):
+      writer.write(name, number, shard)
+  writer.close(parts)
   if out.resolve() != DIRECTORY.resolve():
     for path in [*DIRECTORY.glob('LICENSE.*'), DIRECTORY / 'README.md']:
       shutil.copy(path, out)

@@ -1,76 +1,44 @@
 """Batches as a pure function of (seed, step): whoever resumes at a step sees what would have come.
 
-Global example number n = step * batch_size + row. In training, epoch e = n // N, and n % N becomes
-an example by a permutation keyed by (seed, e), computed for the rows at hand alone: no state, no
-shuffle buffer, no dependence on the number of processes or on a random generator's version.
+Global example number n = step * batch_size + row. A mixture gives each number to a task by a fixed
+pattern of its rates, which numbers the task's own examples. Of a task with N examples, number n is
+in epoch e = n // N, and n % N becomes an example by a permutation keyed by (seed, e), computed for
+the rows at hand alone: no state, no shuffle buffer, no dependence on the number of processes or on
+a random generator's version. `data.prepare` shuffled the stored order, so windows of it are
+permuted, and what is within each: batches that follow one another read few shards.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors
-from fluid_jax.data import records, tasks
+from fluid_jax.data import order, records, tasks
 
 if TYPE_CHECKING:
   import tensorflow as tf
 
-_ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64
+_READERS = 16  # threads: a bucket takes tens of milliseconds to answer
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-  """Finaliser of SplitMix64 (https://doi.org/10.1145/2714064.2660195), uint64 to uint64."""
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
+class _Rows(NamedTuple):
+  """Of rows of a global batch: task, position in its split, and 64 random bits."""
 
-
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-  """Hash of integers, elementwise over arrays that broadcast; uint64 of at least one dimension."""
-  h = np.zeros(1, np.uint64)
-  for word in words:
-    h = _mix((h ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
-  return h
-
-
-def permute(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
-  """Image of each position under a permutation of range(size) given by the key.
-
-  A Feistel network permutes the next power of four; where it leads out of range it is applied again
-  (cycle walking), fewer than four times on average.
-
-  Args:
-    position: integers in [0, size), of one dimension.
-    size: number of elements.
-    *key: integers, or arrays like `position`.
-
-  Returns:
-    int64, like `position`.
-  """
-  half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-  mask = (np.uint64(1) << half) - np.uint64(1)
-  keys = np.broadcast_to(hash_words(*key), position.shape)
-  result = position.astype(np.uint64)
-  outside = np.ones(position.shape, bool)
-  while outside.any():
-    left, right, round_key = result[outside] >> half, result[outside] & mask, keys[outside]
-    for _ in range(_ROUNDS):
-      round_key = round_key + _GOLDEN
-      left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    result[outside] = left << half | right
-    outside = result >= size
-  return result.astype(np.int64)
+  task: np.ndarray
+  position: np.ndarray
+  bits: np.ndarray
 
 
 class Stream:
-  """Iterator over this process's rows of the global batches of a task.
+  """Iterator over this process's rows of the global batches of a task or mixture.
 
   With pictures and text, a batch has (b = len(rows))
 
@@ -112,11 +80,12 @@ class Stream:
     shuffle: bool = True,
     captions: bool = False,
     max_broken_share: float = 0.0,
+    random_flip: bool = False,
   ):
     """Opens the split; the first batch is that of `start_step`.
 
     Args:
-      task_name: name of a task, see `tasks.get`.
+      task_name: name of a task or mixture, see `tasks.get`.
       split: name of the split.
       batch_size: examples in a global batch.
       seed: seed of the order and of the languages.
@@ -128,64 +97,80 @@ class Stream:
       start_step: step of the first batch.
       rows: numbers of the rows of each global batch that are ours; all of them by default.
       shuffle: True for endless epochs, each in its own order and with its own languages; False for
-        one epoch in the stored order, with one language per example whatever the seed.
+        one epoch in the stored order, with one language per example whatever the seed, and of a
+        mixture all of one task after the other.
       captions: whether batches hold keys and texts.
       max_broken_share: share of the split's records that may be broken, or not decode, before this
         process gives up. Each of them is logged once, and the next whole record stands in its
         place, in every process and at every resumption alike. In the stored order, where all must
         be whole, the first ends it.
+      random_flip: whether half of the pictures are mirrored.
 
     Raises:
-      UserError: unknown task, split or language, or languages that leave an example without text.
+      UserError: unknown task, split or language, languages that leave an example without text, an
+        empty split, tasks of a mixture that hold different arrays, or none that could be mirrored.
     """
-    self._task = tasks.get(task_name, module)
-    self._records = tasks.open_records(self._task, split)
-    if vocabulary and 'text' in self._task.output_features:
-      self._task = tasks.with_vocabulary(self._task, vocabulary)
-    self._check_languages(languages)
+    self._name = task_name
+    components = tasks.components(task_name, module, split)
+    self._tasks = [part.task for part in components]
+    self._records = [part.records for part in components]
+    if vocabulary:
+      self._tasks = [
+        tasks.with_vocabulary(task, vocabulary) if 'text' in task.output_features else task
+        for task in self._tasks
+      ]
+    for task, found in zip(self._tasks, self._records, strict=True):
+      _check_languages(languages, found.languages)
+      if not len(found):
+        raise errors.UserError(f'split {split!r} of task {task.name!r} is empty: name another.')
+    self._sizes = np.array([len(found) for found in self._records])
+    self._pattern = order.interleave([part.rate for part in components])
+    one_hot = self._pattern[:, None] == np.arange(len(components))
+    self._shares = one_hot.sum(0)
+    self._ranks = (one_hot.cumsum(0) - one_hot)[np.arange(len(self._pattern)), self._pattern]
     self._languages = languages
     self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
     self._image_size, self._text_length = image_size, text_length
     self._captions = captions
     self._rows = np.arange(batch_size) if rows is None else rows
-    self.num_examples = len(self._records)
+    self.num_examples = int(self._sizes.sum())
     self.step = start_step
     self.num_cut = 0
     self._error = None
-    self._broken: set[int] = set()  # positions
+    self._random_flip = random_flip and shuffle
+    self._broken: set[tuple[int, int]] = set()  # tasks and positions
+    self._readers = futures.ThreadPoolExecutor(_READERS)
     allowed = math.ceil(max_broken_share * self.num_examples) if shuffle else 0
     self._max_broken = min(allowed, self.num_examples - 1)
     dataset = self._dataset()
     self.arrays = sorted(dataset.element_spec.keys() - {'is_cut'})
+    if random_flip and 'images' not in self.arrays:
+      raise errors.UserError(
+        f'examples of task {task_name!r} hold no pictures to mirror: leave data.random_flip off.'
+      )
     self._batches = iter(dataset.as_numpy_iterator())
-
-  def _check_languages(self, languages: tuple[str, ...]) -> None:
-    known = self._records.languages
-    unknown = sorted(set(languages) - known.keys())
-    if unknown:
-      raise errors.UserError(
-        f'unknown language {unknown[0]!r}: use some of {", ".join(known) or "none"}.'
-      )
-    if languages and max(known[name] for name in languages) < 1:
-      raise errors.UserError(
-        f'languages {", ".join(languages)} leave some examples without text: add one that names'
-        ' all, such as en in the embedded set, or prepare a set of them alone.'
-      )
 
   def _numbers(self, step: int) -> np.ndarray:
     """Global example numbers of the rows of a step's global batch, int64 [batch_size]."""
     return step * self._batch_size + np.arange(self._batch_size)
 
-  def _examples(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of examples in the split, and their 63 random bits, both int64 like `numbers`."""
-    if self._shuffle:
-      epoch = numbers // self.num_examples
-      example = permute(numbers % self.num_examples, self.num_examples, self._seed, epoch)
-      bits = hash_words(self._seed, epoch, example)
-    else:
-      example = np.minimum(numbers, self.num_examples - 1)
-      bits = hash_words(example)
-    return example, (bits >> np.uint64(1)).astype(np.int64)
+  def _examples(self, numbers: np.ndarray) -> _Rows:
+    """Which examples global example numbers are."""
+    if not self._shuffle:
+      ends = np.cumsum(self._sizes)
+      numbers = np.minimum(numbers, self.num_examples - 1)
+      task = np.searchsorted(ends, numbers, 'right')
+      position = numbers - (ends - self._sizes)[task]
+      return _Rows(task, position, order.hash_words(position))
+    cycle, slot = np.divmod(numbers, len(self._pattern))
+    task = self._pattern[slot]
+    own = cycle * self._shares[task] + self._ranks[slot]  # its number among those of its task
+    epoch, within = np.divmod(own, self._sizes[task])
+    position = np.empty_like(own)
+    for number, size in enumerate(self._sizes.tolist()):
+      ours = task == number
+      position[ours] = order.shuffle(within[ours], size, self._seed, epoch[ours])
+    return _Rows(task, position, order.hash_words(self._seed, epoch, position))
 
   def _valid(self, numbers: np.ndarray) -> np.ndarray:
     return (numbers < self.num_examples) | self._shuffle
@@ -193,81 +178,114 @@ class Stream:
   def keys_at(self, step: int) -> list[str]:
     """Keys of the examples in the global batch of a step, without reading them."""
     numbers = self._numbers(step)
-    example, _ = self._examples(numbers[self._valid(numbers)])
-    return [self._records.keys[i] for i in example]
+    task, position, _ = self._examples(numbers[self._valid(numbers)])
+    return [self._records[t].key(i) for t, i in zip(task, position.tolist(), strict=True)]
 
-  def _read(self) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the serialised examples of our rows and their draws, step by step."""
+  def _our_rows(self) -> Iterator[_Rows]:
+    """Our rows of each batch from the next on."""
     step = self.step
     while self._shuffle or step * self._batch_size < self.num_examples:
-      example, draw = self._examples(self._numbers(step)[self._rows])
+      yield self._examples(self._numbers(step)[self._rows])
+      step += 1
+
+  def _read(self, task: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the serialised examples of a task in our rows, and their draws, step by step."""
+    for rows in self._our_rows():
+      ours = np.flatnonzero(rows.task == task)
       try:
-        example, payloads = zip(*map(self._whole, example.tolist()), strict=True)
+        found = list(
+          self._readers.map(lambda i: self._whole(task, i), rows.position[ours].tolist())
+        )
       except errors.UserError as error:  # TensorFlow would not hand it through
         self._error = error
         raise
-      yield self._raw(example, payloads, draw)
-      step += 1
+      yield self._raw(task, found, rows.bits[ours])
 
   def _raw(
-    self, example: Sequence[int], payloads: Sequence[bytes], draw: np.ndarray
+    self, task: int, found: list[tuple[int, bytes]], bits: np.ndarray
   ) -> dict[str, np.ndarray]:
-    keys = [self._records.keys[i].encode() for i in example]
-    return {'record': np.array(payloads, object), 'draw': draw, 'key': np.array(keys, object)}
+    keys = [self._records[task].key(position).encode() for position, _ in found]
+    return {
+      'record': np.array([payload for _, payload in found], object),
+      'key': np.array(keys, object),
+      'draw': (bits >> np.uint64(1)).astype(np.int64),
+      'flip': (bits & np.uint64(1)).astype(bool) & self._random_flip,
+    }
 
-  def _whole(self, position: int) -> tuple[int, bytes]:
+  def _whole(self, task: int, position: int) -> tuple[int, bytes]:
     """The first record from `position` on that is not broken, and its bytes."""
     while True:
-      if position not in self._broken:
+      if (task, position) not in self._broken:
         try:
-          return position, self._records[position]
+          return position, self._records[task][position]
         except records.BrokenRecord as error:
-          self._set_aside(position, str(error))
-      position = (position + 1) % self.num_examples
+          self._set_aside(task, position, str(error))
+      position = (position + 1) % len(self._records[task])
 
-  def _set_aside(self, position: int, reason: str) -> None:
+  def _set_aside(self, task: int, position: int, reason: str) -> None:
     """Logs a broken record; UserError if there are too many."""
-    self._broken.add(position)
+    self._broken.add((task, position))
     if not self._max_broken:
       raise errors.UserError(reason, errors.CORRUPT)
     if len(self._broken) > self._max_broken:
       raise errors.UserError(
-        f'{len(self._broken)} of the {self.num_examples} examples of task {self._task.name!r} are '
+        f'{len(self._broken)} of the {self.num_examples} examples of task {self._name!r} are '
         f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
         errors.CORRUPT,
       )
-    logging.warning('Set aside record %s: %s', self._records.keys[position], reason)
+    logging.warning('Set aside record %s: %s', self._records[task].key(position), reason)
 
   def _dataset(self) -> tf.data.Dataset:
-    return self._decoded(self._read, len(self._rows)).prefetch(2)
-
-  def _decoded(
-    self, read: Callable[[], Iterable[dict[str, np.ndarray]]], share: int
-  ) -> tf.data.Dataset:
-    """Batches of `share` rows of what `read` yields, serialised as from `_read`."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')  # JAX's
+    datasets = [
+      self._decoded(number, functools.partial(self._read, number))
+      for number in range(len(self._tasks))
+    ]
+    dataset, *others = datasets
+    for task, other in zip(self._tasks[1:], others, strict=True):
+      if other.element_spec != dataset.element_spec:
+        raise errors.UserError(
+          f'tasks {self._tasks[0].name!r} and {task.name!r} of mixture {self._name!r} give '
+          f'different arrays ({", ".join(dataset.element_spec)} and '
+          f'{", ".join(other.element_spec)}): encode both, or neither.'
+        )
+    if others:
+      choices = tf.data.Dataset.from_generator(
+        lambda: (rows.task for rows in self._our_rows()),
+        output_signature=tf.TensorSpec([None], tf.int64),
+      )
+      dataset = tf.data.Dataset.choose_from_datasets(datasets, choices.unbatch(), False)
+    return dataset.batch(len(self._rows)).prefetch(2)
+
+  def _decoded(
+    self, number: int, read: Callable[[], Iterable[dict[str, np.ndarray]]]
+  ) -> tf.data.Dataset:
+    """Rows of a task from what `read` yields, serialised as from `_read`."""
+    import tensorflow as tf
+
+    task = self._tasks[number]
     dataset = tf.data.Dataset.from_generator(
       read,
       output_signature={
-        'record': tf.TensorSpec([share], tf.string),
-        'draw': tf.TensorSpec([share], tf.int64),
-        'key': tf.TensorSpec([share], tf.string),
+        'record': tf.TensorSpec([None], tf.string),
+        'key': tf.TensorSpec([None], tf.string),
+        'draw': tf.TensorSpec([None], tf.int64),
+        'flip': tf.TensorSpec([None], tf.bool),
       },
     ).unbatch()
     languages = tf.constant(self._languages, tf.string)
 
     def parse(example):
-      parsed = self._task.source.parse_fn(example['record'])
-      return {**parsed, **{k: example[k] for k in ('draw', 'key')}, 'languages': languages}
+      record = example.pop('record')
+      return {**task.source.parse_fn(record), **example, 'languages': languages}
 
     lengths = {'text': None}  # cut in `_finish`, which counts
     dataset = dataset.map(parse)
-    dataset = self._task.preprocess_precache(dataset, seed=0)
-    dataset = self._task.preprocess_postcache(dataset, sequence_length=lengths, seed=0)
-    dataset = dataset.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.batch(share)
+    dataset = task.preprocess_precache(dataset, seed=0)
+    dataset = task.preprocess_postcache(dataset, sequence_length=lengths, seed=0)
+    return dataset.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _finish(self, example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Decodes one example to the arrays of a batch's row."""
@@ -283,7 +301,10 @@ class Stream:
       row['image_codes'] = tf.cast(example['image_codes'], tf.int32)
     else:
       image = tf.io.decode_image(example['image'], channels=3, expand_animations=False)
-      row['images'] = _crop_and_resize(image, self._image_size)
+      image = _crop_and_resize(image, self._image_size)
+      row['images'] = tf.cond(
+        example['flip'], lambda: tf.image.flip_left_right(image), lambda: image
+      )
     if 'text_features' in example:
       features = tf.io.decode_raw(example['text_features'], tf.bfloat16)
       features = tf.reshape(features, example['text_features_shape'])[:length]
@@ -336,19 +357,22 @@ class Stream:
     """
     import tensorflow as tf
 
-    example, draw = self._examples(self._numbers(self.step)[self._rows])
     is_found = False
-    for position, one_draw in zip(example.tolist(), draw, strict=True):
-      position, payload = self._whole(position)
-      raw = self._raw([position], [payload], np.array([one_draw]))
+    for task, position, bits in zip(
+      *self._examples(self._numbers(self.step)[self._rows]), strict=True
+    ):
+      whole = self._whole(task, int(position))
+      raw = self._raw(task, [whole], bits[None])
       try:
-        next(iter(self._decoded(lambda raw=raw: [raw], 1)))
+        next(iter(self._decoded(task, lambda raw=raw: [raw])))
       except tf.errors.OpError as found:
         reason = found.message.split('}} ')[-1].splitlines()[0].rstrip('.')  # without the graph
+        key = self._records[task].key(whole[0])
         self._set_aside(
-          position,
-          f'example {self._records.keys[position]} of task {self._task.name!r} cannot be decoded '
-          f'({reason}): repair the set.',
+          task,
+          whole[0],
+          f'example {key} of task {self._tasks[task].name!r} cannot be decoded ({reason}): repair '
+          'the set.',
         )
         is_found = True
     if not is_found:
@@ -357,6 +381,21 @@ class Stream:
   def close(self) -> None:
     """Ends the reading threads."""
     self._batches = iter(())
+    self._readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_languages(languages: tuple[str, ...], known: dict[str, float]) -> None:
+  """UserError if a set, of which `known` gives the shares named, lacks some of the languages."""
+  unknown = sorted(set(languages) - known.keys())
+  if unknown:
+    raise errors.UserError(
+      f'unknown language {unknown[0]!r}: use some of {", ".join(known) or "none"}.'
+    )
+  if languages and max(known[name] for name in languages) < 1:
+    raise errors.UserError(
+      f'languages {", ".join(languages)} leave some examples without text: add one that names'
+      ' all, such as en in the embedded set, or prepare a set of them alone.'
+    )
 
 
 def open_config(config: config_lib.Config, split: str, **kwargs: Any) -> Stream:
@@ -369,6 +408,7 @@ def open_config(config: config_lib.Config, split: str, **kwargs: Any) -> Stream:
     'languages': config.data.languages,
     'module': config.data.module,
     'max_broken_share': config.data.max_broken_share,
+    'random_flip': config.data.random_flip,
     'vocabulary': config.text.vocabulary if config.text.source == 't5' else '',
   }
   return Stream(config.data.task, split, **{**given, **kwargs})

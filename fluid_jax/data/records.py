@@ -5,17 +5,26 @@ file, so TensorFlow and seqio read it too; per record it holds
 
   uint64 length, uint32 masked CRC of the length, payload, uint32 masked CRC of the payload
 
-(little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). `index.json` lists per
-split the shards in reading order: file name, SHA-256, and the payload lengths and keys of its
-records. A record's offset is the sum over its predecessors of length + 16.
+(little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). Beside a shard lies its
+entry, `SHARD.json`: the payload lengths and keys of its records; a record's offset is the sum over
+its predecessors of length + 16. `index.json` lists per split the shards in reading order with their
+numbers of records and the SHA-256 of shard and entry. Entries are read when their shards are, so
+that a set of any size opens at once.
+
+Directories are local, or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
 """
 
 import collections
+import functools
 import hashlib
 import json
+import os
+import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO
 
+import fsspec
 import google_crc32c
 import numpy as np
 from etils import epath
@@ -23,8 +32,9 @@ from etils import epath
 from fluid_jax import errors
 
 INDEX = 'index.json'
-FORMAT = 1
-_HEADER, _FOOTER = 12, 4
+FORMAT = 2
+HEADER, FOOTER = 12, 4  # bytes around a payload
+_CACHED_ENTRIES = 256  # more than training reads from at a time, see `order.WINDOW`
 
 
 def masked_crc(data: bytes) -> int:
@@ -44,7 +54,8 @@ def read_index(directory: epath.PathLike) -> dict:
     index = json.loads(path.read_text())
   except OSError as error:
     raise errors.UserError(
-      f'{path} cannot be read ({error.strerror}): name a directory that holds a record set.',
+      f'{path} cannot be read ({error.strerror or error}): name a directory that holds a record '
+      'set.',
       errors.CORRUPT,
     ) from error
   except ValueError as error:
@@ -59,15 +70,54 @@ def read_index(directory: epath.PathLike) -> dict:
   return index
 
 
+@functools.lru_cache
+def _remote(root: str) -> fsspec.AbstractFileSystem:
+  return fsspec.core.url_to_fs(root)[0]
+
+
+def read_range(path: epath.Path, offset: int, length: int) -> bytes:
+  """Bytes of a file from an offset on, fewer if it ends there; OSError if it cannot be read.
+
+  Of a file in a bucket no more than these travel, which `path.open` would not promise.
+  """
+  if '://' in os.fspath(path):
+    return _remote(os.fspath(path.parent)).cat_file(os.fspath(path), offset, offset + length)
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    return os.pread(descriptor, length, offset)
+  finally:
+    os.close(descriptor)
+
+
+def check_record(data: bytes, length: int) -> str | None:
+  """What is wrong with the bytes of a record whose payload has this length; None if nothing."""
+  if len(data) < HEADER + length + FOOTER:
+    return 'is truncated'
+  if data[:HEADER] != _header(length):
+    return 'has a corrupt header'
+  if data[-FOOTER:] != struct.pack('<I', masked_crc(data[HEADER:-FOOTER])):
+    return 'is corrupt'
+  return None
+
+
 class BrokenRecord(errors.UserError):
   """One record fails its checksums or ends too early; its neighbours may be whole."""
 
 
-class Records:
-  """The records of one split by position; opens a shard per read, so it is free of state.
+class _Entry:
+  """Keys and places of a shard's records."""
+
+  def __init__(self, text: bytes):
+    described = json.loads(text)
+    self.keys = described['keys'].split()
+    self.lengths = np.array(described['lengths'].split(), np.int64)
+    self.offsets = np.cumsum(self.lengths + HEADER + FOOTER) - self.lengths - HEADER - FOOTER
+
+
+class Records(Sequence):
+  """The payloads of one split by position; several threads may read.
 
   Attributes:
-    keys: the key of each record.
     digest: SHA-256 of what the index says of these records: files, their SHA-256, keys, languages.
     languages: share of the split's records that have a text in each language.
   """
@@ -81,9 +131,10 @@ class Records:
     """Reads the index.
 
     Args:
-      directory: where the set is; a local path, or a bucket that `epath` can read.
+      directory: where the set is, local or in a bucket.
       split: the split's name.
-      select: keeps the records whose key it is true of; None keeps all.
+      select: keeps the records whose key it is true of, for which it reads all entries; None keeps
+        all.
 
     Raises:
       UserError: the index is missing or broken, or knows no such split.
@@ -94,55 +145,81 @@ class Records:
       raise errors.UserError(
         f'{self._directory} has no split {split!r}: use one of {", ".join(index["splits"])}.'
       )
-    shards = index['splits'][split]
-    keys = [key for shard in shards for key in shard['keys'].split()]
-    lengths = [np.array(shard['lengths'].split(), np.int64) for shard in shards]
-    ends = [np.cumsum(n + _HEADER + _FOOTER) for n in lengths]
-    kept = [i for i, key in enumerate(keys) if select is None or select(key)]
-    self.keys = [keys[i] for i in kept]
-    self.languages = {name: n / len(keys) for name, n in index['languages'][split].items()}
-    described = json.dumps([shards, self.languages, self.keys])
-    self.digest = hashlib.sha256(described.encode()).hexdigest()
-    self._files = [shard['file'] for shard in shards]
-    self._shards = np.repeat(np.arange(len(shards)), [len(n) for n in lengths])[kept]
-    self._lengths = np.concatenate(lengths)[kept]
-    self._offsets = np.concatenate(ends)[kept] - self._lengths - _HEADER - _FOOTER
+    self._shards = index['splits'][split]
+    self._starts = np.cumsum([0] + [shard['records'] for shard in self._shards])
+    self._entry = functools.lru_cache(_CACHED_ENTRIES)(self._read_entry)
+    self._selected = None
+    total = max(1, int(self._starts[-1]))
+    self.languages = {name: n / total for name, n in index['languages'][split].items()}
+    described = [self._shards, self.languages]
+    if select:
+      whole = [self.key(i) for i in range(len(self))]
+      self._selected = [i for i, key in enumerate(whole) if select(key)]
+      described.append(self.keys)
+    self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+  def _read_entry(self, number: int) -> _Entry:
+    shard = self._shards[number]
+    path = self._directory / entry_name(shard['file'])
+    try:
+      text = path.read_bytes()
+    except OSError as error:
+      raise errors.UserError(
+        f'{path} cannot be read ({error.strerror or error}): restore it or rebuild the set.',
+        errors.CORRUPT,
+      ) from error
+    if hashlib.sha256(text).hexdigest() != shard['entry_sha256']:
+      raise errors.UserError(
+        f'{path} is not the one that {INDEX} was written with: restore it or rebuild the set.',
+        errors.CORRUPT,
+      )
+    return _Entry(text)
+
+  def _find(self, i: int) -> tuple[int, int]:
+    """Shard, and number in it, of record `i`."""
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    position = i if self._selected is None else self._selected[i]
+    shard = int(np.searchsorted(self._starts, position, 'right')) - 1
+    return shard, position - int(self._starts[shard])
 
   def __len__(self) -> int:
-    return len(self.keys)
+    return int(self._starts[-1]) if self._selected is None else len(self._selected)
+
+  def key(self, i: int) -> str:
+    """Key of record `i`."""
+    shard, number = self._find(i)
+    return self._entry(shard).keys[number]
+
+  @functools.cached_property
+  def keys(self) -> list[str]:
+    """All keys in order, for which it reads all entries."""
+    return [self.key(i) for i in range(len(self))]
 
   def __getitem__(self, i: int) -> bytes:
     """Payload of record `i`.
 
     Raises:
-      UserError: the shard is missing.
+      UserError: the shard or its entry cannot be read.
       BrokenRecord: it ends too early, or the record fails one of its checksums.
     """
-    length, offset = int(self._lengths[i]), int(self._offsets[i])
-    path = self._directory / self._files[self._shards[i]]
+    shard, number = self._find(i)
+    entry, path = self._entry(shard), self._directory / self._shards[shard]['file']
+    length, offset = int(entry.lengths[number]), int(entry.offsets[number])
     try:
-      with path.open('rb') as f:
-        f.seek(offset)
-        data = f.read(_HEADER + length + _FOOTER)
+      data = read_range(path, offset, HEADER + length + FOOTER)
     except OSError as error:
       raise errors.UserError(
-        f'shard {path} cannot be read ({error.strerror}): restore it or rebuild the set.',
+        f'shard {path} cannot be read ({error.strerror or error}): restore it or rebuild the set.',
         errors.CORRUPT,
       ) from error
-    payload = data[_HEADER:-_FOOTER]
-    if len(data) < _HEADER + length + _FOOTER:
-      fault = 'is truncated'
-    elif data[:_HEADER] != _header(length):
-      fault = 'has a corrupt header'
-    elif data[-_FOOTER:] != struct.pack('<I', masked_crc(payload)):
-      fault = 'is corrupt'
-    else:
-      return payload
-    raise BrokenRecord(
-      f'shard {path} {fault} at byte {offset} (record {self.keys[i]}): restore it or rebuild the'
-      ' set.',
-      errors.CORRUPT,
-    )
+    if fault := check_record(data, length):
+      raise BrokenRecord(
+        f'shard {path} {fault} at byte {offset} (record {entry.keys[number]}): restore it or '
+        'rebuild the set.',
+        errors.CORRUPT,
+      )
+    return data[HEADER:-FOOTER]
 
 
 def _header(length: int) -> bytes:
@@ -150,105 +227,87 @@ def _header(length: int) -> bytes:
   return header + struct.pack('<I', masked_crc(header))
 
 
-class _Shard:
-  """A shard while it is written."""
+def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
+  """Offsets and payloads of a TFRecord file's records; of a broken one, what is wrong in place.
+
+  A corrupt payload costs its record. So does a corrupt header: the next one is searched for.
+  """
+  with path.open('rb') as f:
+    offset = 0
+    while header := f.read(HEADER):
+      length = int.from_bytes(header[:8], 'little')
+      if len(header) == HEADER and header != _header(length):
+        yield offset, 'record has a corrupt header'
+        offset = _find_header(f, offset + 1)
+        f.seek(offset)
+      elif length > max_bytes:
+        yield offset, 'file is too large'
+        offset += HEADER + length + FOOTER
+        f.seek(offset)
+      else:
+        data = header + f.read(length + FOOTER)
+        fault = check_record(data, length)
+        yield offset, f'record {fault}' if fault else data[HEADER:-FOOTER]
+        offset += len(data)
+
+
+def _find_header(f: BinaryIO, start: int) -> int:
+  """Where the next record's header begins, or the end of the file."""
+  block_start, block = start, b''
+  while True:
+    f.seek(block_start)
+    block = f.read(1 << 20)
+    at = -1
+    # Lengths are below 4 GiB: half of each is zeros, which skips most places.
+    while 0 <= (at := block.find(bytes(4), at + 1)) <= len(block) - 8:
+      begin = at - 4
+      if begin >= 0:
+        header = block[begin : begin + HEADER]
+        if header == _header(int.from_bytes(header[:8], 'little')):
+          return block_start + begin
+    if len(block) < 1 << 20:
+      return block_start + len(block)
+    block_start += len(block) - HEADER
+
+
+def entry_name(shard: str) -> str:
+  return shard.removesuffix('.tfrecord') + '.json'
+
+
+class Shard:
+  """A TFRecord file while it is written, and where its records lie."""
 
   def __init__(self, path: epath.Path):
-    self.file = path.open('wb')
-    self.name = path.name
+    self._file = path.open('wb')
     self.size = 0
-    self.digest = hashlib.sha256()
-    self.lengths, self.keys = [], []
+    self._digest = hashlib.sha256()
+    self.lengths = []
 
-  def write(self, key: str, payload: bytes) -> None:
+  def write(self, payload: bytes) -> None:
     data = _header(len(payload)) + payload + struct.pack('<I', masked_crc(payload))
-    self.file.write(data)
-    self.digest.update(data)
+    self._file.write(data)
+    self._digest.update(data)
     self.size += len(data)
     self.lengths.append(len(payload))
-    self.keys.append(key)
 
-  def close(self) -> dict:
-    """Closes the file and returns its entry in the index."""
-    self.file.close()
-    return {
-      'file': self.name,
-      'records': len(self.keys),
-      'sha256': self.digest.hexdigest(),
-      'lengths': ' '.join(map(str, self.lengths)),
-      'keys': ' '.join(self.keys),
-    }
+  def close(self) -> str:
+    """Closes the file and returns its SHA-256."""
+    self._file.close()
+    return self._digest.hexdigest()
 
 
 class Writer:
-  """Writes a record set; the index comes last, so that an unfinished set is not taken for whole."""
-
-  def __init__(self, directory: epath.PathLike, *, shard_bytes: int = 256 << 20):
-    """Starts a set in `directory`, which is created.
-
-    Args:
-      directory: a local path, or a bucket that `epath` can write.
-      shard_bytes: a shard that has reached this size is closed and the next one begun.
-
-    Raises:
-      UserError: the directory holds a set already.
-    """
-    self._directory = epath.Path(directory)
-    self._shard_bytes = shard_bytes
-    self._open: dict[str, _Shard] = {}
-    self._closed = collections.defaultdict(list)
-    self._languages = collections.defaultdict(collections.Counter)
-    self._directory.mkdir(parents=True, exist_ok=True)
-    if (self._directory / INDEX).exists():
-      raise errors.UserError(f'{directory} holds a record set already: name an empty directory.')
-
-  def write(self, split: str, key: str, payload: bytes, langs: Iterable[str] = ()) -> None:
-    """Appends a record.
-
-    Args:
-      split: the split's name.
-      key: what the record is called in messages and logs; without white space.
-      payload: the bytes, for seqio a serialised `tf.train.Example`.
-      langs: the languages of its texts.
-
-    Raises:
-      ValueError: the key is empty or contains white space.
-    """
-    if key.split() != [key]:
-      raise ValueError(f'key {key!r} is empty or contains white space')
-    if split not in self._open:
-      name = f'{split}-{len(self._closed[split]):05d}.tfrecord'
-      self._open[split] = _Shard(self._directory / name)
-    self._open[split].write(key, payload)
-    self._languages[split].update(set(langs))
-    if self._open[split].size >= self._shard_bytes:
-      self._closed[split].append(self._open.pop(split).close())
-
-  def close(self, **metadata) -> None:
-    """Closes the shards and writes the index with `metadata` (JSON values) in it."""
-    for split, shard in self._open.items():
-      self._closed[split].append(shard.close())
-    index = {
-      'format': FORMAT,
-      **metadata,
-      'languages': {s: dict(sorted(n.items())) for s, n in sorted(self._languages.items())},
-      'splits': dict(sorted(self._closed.items())),
-    }
-    (self._directory / INDEX).write_text(json.dumps(index, indent=1) + '\n')
-
-
-class Parts:
   """Writes a record set in numbered parts, each whole or not there.
 
   What was cut off goes on where it was, and processes that share a directory write parts of their
-  own. A part is a shard and, once that is whole, its entry of the index beside it.
+  own. A part is a shard and, once that is whole, its entry beside it.
   """
 
   def __init__(self, directory: epath.PathLike, **metadata):
     """Starts a set in `directory`, or takes one up that was begun with the same metadata.
 
     Args:
-      directory: a local path, or a bucket that `epath` can write.
+      directory: where the set goes, local or in a bucket; created.
       **metadata: JSON values for the index.
 
     Raises:
@@ -260,74 +319,94 @@ class Parts:
       raise errors.UserError(f'{directory} holds a record set already: name an empty directory.')
     begun, text = self._directory / 'begun.json', json.dumps(metadata, sort_keys=True)
     if not begun.exists():
-      _write_whole(begun, text)
+      write_whole(begun, text)
     elif begun.read_text() != text:
       raise errors.UserError(
-        f'{directory} holds the beginnings of another set: give the same config, data and number '
+        f'{directory} holds the beginnings of another set: give the same settings, data and number '
         'of processes, or name an empty directory.',
         errors.MISMATCH,
       )
 
   def has(self, split: str, number: int) -> bool:
     """Whether a part is whole."""
-    return self._entry(split, number).exists()
+    return (self._directory / f'{_part(split, number)}.json').exists()
 
   def write(
-    self, split: str, number: int, examples: Iterable[tuple[str, bytes]], **metadata
+    self,
+    split: str,
+    number: int,
+    examples: Iterable[tuple[str, bytes, Iterable[str]]],
+    **metadata,
   ) -> None:
-    """Writes a part of keys (without white space) and payloads; `close` gathers `metadata`."""
-    shard = _Shard(self._directory / f'{_part(split, number)}.tfrecord')
-    for key, payload in examples:
-      shard.write(key, payload)
-    _write_whole(self._entry(split, number), json.dumps({'shard': shard.close(), **metadata}))
+    """Writes a part.
 
-  def entries(self, split: str) -> list[dict]:
-    """The metadata of the parts that are whole, in order; `shard` describes their records."""
-    paths = sorted(self._directory.glob(f'{split}-*.json'))
-    return [json.loads(path.read_text()) for path in paths]
+    Args:
+      split: the split's name, a word.
+      number: the part's number; parts are read in this order.
+      examples: key (without white space, what the record is called in messages and logs), payload
+        (for seqio a serialised `tf.train.Example`) and the languages of its texts.
+      **metadata: JSON values for the part's entry.
+
+    Raises:
+      ValueError: a key is empty or contains white space.
+    """
+    shard = Shard(self._directory / f'{_part(split, number)}.tfrecord')
+    keys, languages = [], collections.Counter()
+    for key, payload, langs in examples:
+      if key.split() != [key]:
+        raise ValueError(f'key {key!r} is empty or contains white space')
+      shard.write(payload)
+      keys.append(key)
+      languages.update(set(langs))
+    entry = {
+      'records': len(keys),
+      'bytes': shard.size,
+      'sha256': shard.close(),
+      'languages': dict(sorted(languages.items())),
+      **metadata,
+      'lengths': ' '.join(map(str, shard.lengths)),
+      'keys': ' '.join(keys),
+    }
+    write_whole(self._directory / f'{_part(split, number)}.json', json.dumps(entry))
+
+  def entries(self, split: str) -> Iterator[tuple[str, dict]]:
+    """Shards (file names) of the parts that are whole, in order, and what `write` noted of each."""
+    pattern = re.compile(rf'{split}-(\d+)\.json')
+    names = [path.name for path in self._directory.glob(f'{split}-*.json')]
+    numbers = sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+    for part in (_part(split, number) for number in numbers):
+      yield f'{part}.tfrecord', json.loads((self._directory / f'{part}.json').read_bytes())
 
   def close(self, splits: Iterable[str], **metadata) -> None:
     """Writes the index of the parts of `splits`, with more metadata."""
-    shards = {split: [entry['shard'] for entry in self.entries(split)] for split in splits}
-    index = {
-      'format': FORMAT,
-      **self._metadata,
-      **metadata,
-      'languages': {split: {} for split in shards},
-      'splits': {
-        split: [shard for shard in parts if shard['records']] for split, parts in shards.items()
-      },
-    }
-    _write_whole(self._directory / INDEX, json.dumps(index, indent=1) + '\n')
-    for path in [self._directory / 'begun.json', *self._directory.glob('*-*.json')]:
-      path.unlink()
-
-  def _entry(self, split: str, number: int) -> epath.Path:
-    return self._directory / f'{_part(split, number)}.json'
+    index = {'format': FORMAT, **self._metadata, **metadata, 'languages': {}, 'splits': {}}
+    for split in splits:
+      shards, languages = [], collections.Counter()
+      for file, entry in self.entries(split):
+        languages.update(entry['languages'])
+        text = (self._directory / entry_name(file)).read_bytes()
+        if entry['records']:
+          shards.append(
+            {
+              'file': file,
+              'records': entry['records'],
+              'bytes': entry['bytes'],
+              'sha256': entry['sha256'],
+              'entry_sha256': hashlib.sha256(text).hexdigest(),
+            }
+          )
+      index['splits'][split] = shards
+      index['languages'][split] = dict(sorted(languages.items()))
+    write_whole(self._directory / INDEX, json.dumps(index, indent=1) + '\n')
+    (self._directory / 'begun.json').unlink()
 
 
 def _part(split: str, number: int) -> str:
   return f'{split}-{number:05d}'
 
 
-def _write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file that is whole or not there."""
   temporary = path.parent / f'{path.name}.tmp'
   temporary.write_text(text)
   temporary.rename(path)
-
-
-def encode_example(features: dict[str, bytes | str | int | list]) -> bytes:
-  """Serialises a `tf.train.Example`, the same bytes for the same features.
-
-  Args:
-    features: bytes, text and integers, or lists of them.
-  """
-  import tensorflow as tf
-
-  example = tf.train.Example()
-  for name, value in features.items():
-    values = value if isinstance(value, list) else [value]
-    values = [v.encode() if isinstance(v, str) else v for v in values]
-    feature = example.features.feature[name]
-    (feature.int64_list if isinstance(values[0], int) else feature.bytes_list).value.extend(values)
-  return example.SerializeToString(deterministic=True)

@@ -1,8 +1,8 @@
-"""seqio tasks by name, for `seqio.get_dataset` and for `pipeline.Stream` alike.
+"""seqio tasks and mixtures by name, for `seqio.get_dataset` and for `pipeline.Stream` alike.
 
 `pipeline.Stream` asks of a task of your own that its source is a `seqio.TFExampleDataSource` over
-shards that `records.Writer` wrote, and that its preprocessors map each example to one example and
-draw at random only through `draw_text`.
+shards that `records.Writer` wrote (`data.prepare` turns other data into such), and that its
+preprocessors map each example to one example and draw at random only through `draw_text`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 _EMOJI = {'emoji': None, 'emoji_demo': emoji.is_demo}  # task -> which keys; None for all
 
 
-def get(name: str, module: str = '') -> seqio.Task:
-  """Returns a registered task.
+def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
+  """Returns a registered task or mixture.
 
   Args:
-    name: the task's name; or the path, with a / in it, of a set that `data.prepare` encoded.
+    name: its name; or the path, with a / in it, of a set that `data.prepare` wrote.
     module: a module that registers tasks of your own when imported, such as `my_package.my_tasks`.
 
   Raises:
-    UserError: the module cannot be imported, or no task has this name.
+    UserError: the module cannot be imported, or nothing has this name.
   """
   import seqio
 
@@ -47,13 +48,52 @@ def get(name: str, module: str = '') -> seqio.Task:
         f'module {module!r} cannot be imported ({error}): install it or mend its name.'
       ) from error
   if '/' in name:
-    return _encoded(name)
-  known = sorted(seqio.TaskRegistry.names())
+    return _of_set(f'set_{zlib.crc32(name.encode()):08x}', name)
+  tasks, mixtures = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
+  known = sorted({*tasks, *mixtures})
   if name not in known:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise errors.UserError(f'there is no task {name!r}{hint}: use one of {", ".join(known)}.')
-  return seqio.TaskRegistry.get(name)
+  return seqio.get_mixture_or_task(name)
+
+
+def add_set(name: str, path: epath.PathLike) -> None:
+  """Registers a set that `data.prepare` wrote under a name, for mixtures."""
+  import seqio
+
+  seqio.TaskRegistry.add_provider(name, _of_set(name, path))
+
+
+class Component(NamedTuple):
+  """A part of what is trained on."""
+
+  task: seqio.Task
+  records: records.Records
+  rate: float  # relative to the others'
+
+
+def components(name: str, module: str, split: str) -> list[Component]:
+  """Tasks and rates of a mixture, see `get`, or one task, with their records of a split.
+
+  Raises:
+    UserError: see `get` and `open_records`; or a rate is not above 0.
+  """
+  import seqio
+
+  found = get(name, module)
+  if not isinstance(found, seqio.Mixture):
+    return [Component(found, open_records(found, split), 1.0)]
+  parts = [
+    Component(task, open_records(task, split), float(found.get_rate(task))) for task in found.tasks
+  ]
+  for part in parts:
+    if not 0 < part.rate < math.inf:
+      raise errors.UserError(
+        f'task {part.task.name!r} has rate {part.rate} in mixture {name!r}: give one above 0, or '
+        'leave it out.'
+      )
+  return parts
 
 
 def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
@@ -87,60 +127,102 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
     raise errors.UserError(
       f'task {task.name!r} has no split {split!r}: use one of {", ".join(task.splits)}.'
     )
-  shards = task.source.list_shards(split)
-  if not shards:
-    raise errors.UserError(
-      f'task {task.name!r} finds no shard of split {split!r}: restore them or mend its paths.',
-      errors.CORRUPT,
-    )
-  return records.Records(epath.Path(shards[0]).parent, split, _EMOJI.get(task.name))
+  directory = getattr(task.source, 'directory', None)
+  if directory is None:
+    shards = task.source.list_shards(split)
+    if not shards:
+      raise errors.UserError(
+        f'task {task.name!r} finds no shard of split {split!r}: restore them or mend its paths.',
+        errors.CORRUPT,
+      )
+    directory = epath.Path(shards[0]).parent
+  return records.Records(directory, split, _EMOJI.get(task.name))
 
 
-def encoders_of(name: str) -> tuple[dict[str, str], dict[str, list[int]]]:
-  """Of a set that `data.prepare` encoded: digests of the encoders, and shapes of what they made.
+def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, list[int]]]:
+  """Of sets that `data.prepare` encoded: digests of the encoders, and shapes of what they made.
 
   Both are empty for other tasks.
+
+  Raises:
+    UserError: see `get`; or the sets of a mixture were made by different encoders.
   """
-  if '/' not in name:
-    return {}, {}
-  index = records.read_index(name)
-  return index.get('encoders', {}), index.get('arrays', {})
+  import seqio
+
+  found = get(name, module)
+  digests, arrays = {}, {}
+  for task in found.tasks if isinstance(found, seqio.Mixture) else [found]:
+    if directory := getattr(task.source, 'directory', None):
+      index = records.read_index(directory)
+      for known, said in ((digests, 'encoders'), (arrays, 'arrays')):
+        for key, value in index.get(said, {}).items():
+          if known.setdefault(key, value) != value:
+            raise errors.UserError(
+              f'sets of mixture {name!r} differ in their {said} ({key}): encode them by the same '
+              'networks.',
+              errors.MISMATCH,
+            )
+  return digests, arrays
 
 
-def _encoded(path: str) -> seqio.Task:
+def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
   """The task of a set that says itself what its examples hold, see `data.prepare`."""
   import seqio
   import tensorflow as tf
 
   index = records.read_index(path)
-  if 'arrays' not in index:
-    raise errors.UserError(
-      f'{path} does not say what its examples hold, as what data.prepare --stage=encode wrote '
-      'does: register a task for it in a module of yours, and give --config.data.module.'
-    )
   scalar, shape = tf.io.FixedLenFeature([], tf.string), tf.io.FixedLenFeature([2], tf.int64)
-  described = {'text': scalar}
-  for name, sizes in index['arrays'].items():
-    if name == 'image_codes':
-      described[name] = tf.io.FixedLenFeature(sizes, tf.int64)
-    else:
-      described |= {name: scalar, f'{name}_shape': shape}
-  has_features = 'text_features' in described
+  several = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
   tokenized = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
-  features = {} if has_features else {'text': seqio.Feature(seqio.ByteVocabulary())}
+  text = seqio.Feature(seqio.ByteVocabulary())
+  if 'arrays' in index:
+    described, preprocessors, features = {'text': scalar}, tokenized, {'text': text}
+    for array, sizes in index['arrays'].items():
+      if array == 'image_codes':
+        described[array] = tf.io.FixedLenFeature(sizes, tf.int64)
+      else:
+        described |= {array: scalar, f'{array}_shape': shape}
+    if 'text_features' in described:
+      preprocessors, features = [], {}
+  elif 'ingest' in index:
+    described = {'image': scalar, 'key': scalar, 'text': several, 'lang': several}
+    preprocessors = [seqio.map_over_dataset(draw_text, num_seeds=1), *tokenized]
+    features = {'image': _picture(), 'text': text}
+  else:
+    raise errors.UserError(
+      f'{path} does not say what its examples hold, as what data.prepare wrote does: register a '
+      'task for it in a module of yours, and give --config.data.module.'
+    )
+
+  class Source(seqio.TFExampleDataSource):
+    """Knows its directory, which TensorFlow need not be able to list."""
+
+    directory = epath.Path(path)
+
+  splits = {
+    split: [str(epath.Path(path) / shard['file']) for shard in shards]
+    for split, shards in index['splits'].items()
+  }
   return seqio.Task(
-    f'encoded_{zlib.crc32(path.encode()):08x}',
-    source=seqio.TFExampleDataSource(
-      {split: str(epath.Path(path) / f'{split}-*.tfrecord') for split in index['splits']},
+    name,
+    source=Source(
+      splits,
       described,
       num_input_examples={
         split: sum(shard['records'] for shard in shards)
         for split, shards in index['splits'].items()
       },
     ),
-    preprocessors=[] if has_features else tokenized,
+    preprocessors=preprocessors,
     output_features=features,
   )
+
+
+def _picture() -> seqio.Feature:
+  import seqio
+  import tensorflow as tf
+
+  return seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0, dtype=tf.string)
 
 
 def _add_emoji(name: str) -> None:
@@ -149,13 +231,12 @@ def _add_emoji(name: str) -> None:
 
   select = _EMOJI[name]
   splits = {s: records.Records(emoji.DIRECTORY, s, select) for s in ('train', 'validation')}
-  keys = [key for split in splits.values() for key in split.keys]
+  keys = [key for split in splits.values() for key in split.keys] if select else []
 
   def keep_subset(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.filter(lambda example: tf.reduce_any(example['key'] == keys))
 
   scalar = tf.io.FixedLenFeature([], tf.string)
-  picture = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0, dtype=tf.string)
   seqio.TaskRegistry.add(
     name,
     source=seqio.TFExampleDataSource(
@@ -170,7 +251,7 @@ def _add_emoji(name: str) -> None:
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={'image': picture, 'text': seqio.Feature(seqio.ByteVocabulary())},
+    output_features={'image': _picture(), 'text': seqio.Feature(seqio.ByteVocabulary())},
   )
 
 

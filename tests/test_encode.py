@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 import commands
 import jax
@@ -12,7 +13,7 @@ import pytest
 import small_encoders
 
 from fluid_jax import errors, sharding, train
-from fluid_jax.data import pipeline, prepare, records
+from fluid_jax.data import encode, pipeline, records
 from fluid_jax.encoders import frozen
 
 DEMO = {'data.task': 'emoji_demo', 'data.languages': ('en',), 'text.length': 12}
@@ -38,8 +39,9 @@ def read_set(path, split):
 
   index, found = records.read_index(path), {}
   for shard in index['splits'][split]:
+    keys = json.loads((path / records.entry_name(shard['file'])).read_text())['keys'].split()
     rows = tf.data.TFRecordDataset(str(path / shard['file'])).as_numpy_iterator()
-    for key, row in zip(shard['keys'].split(), rows, strict=True):
+    for key, row in zip(keys, rows, strict=True):
       features = tf.train.Example.FromString(row).features.feature
       found[key] = {k: list(getattr(v, v.WhichOneof('kind')).value) for k, v in features.items()}
   return found
@@ -64,7 +66,7 @@ def raw_batch(config, split):
 @pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
 def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
   config, params = encoding(tokens)
-  flags = prepare.encode(config, str(tmp_path))
+  flags = encode.encode(config, str(tmp_path))
   assert flags[0] == f'--config.data.task={tmp_path}'
   index, encoders = records.read_index(tmp_path), frozen.make(config)
   drawn = []
@@ -95,7 +97,7 @@ def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
     scaled = (drawn - index['latent_mean']) * index['latent_scale']
     np.testing.assert_allclose(scaled.mean(0), 0, atol=0.02)
     np.testing.assert_allclose(scaled.std(0), 1, atol=0.02)
-    measured = prepare.measure(config, 10_000)
+    measured = encode.measure(config, 10_000)
     for name in ('latent_mean', 'latent_scale'):
       np.testing.assert_allclose(measured[name], index[name], rtol=1e-4, atol=1e-5)
   # A stream of the set gives what the model reads, and the step takes it.
@@ -113,11 +115,11 @@ def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
 
 
 def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, 'PART_EXAMPLES', 24)
+  monkeypatch.setattr(encode, 'PART_EXAMPLES', 24)
   config, _ = encoding('continuous')
-  prepare.encode(config, str(tmp_path / 'straight'))
-  assert len(digest_of(tmp_path / 'straight')) == 1 + -(-63 // 24) - (-150 // 24)
-  write, made = records.Parts.write, []
+  encode.encode(config, str(tmp_path / 'straight'))
+  assert len(digest_of(tmp_path / 'straight')) == 1 + 2 * (-(-63 // 24) - (-150 // 24))
+  write, made = records.Writer.write, []
 
   def cut_off(self, split, number, *args, **kwargs):
     if len(made) == 2:
@@ -127,29 +129,29 @@ def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
     write(self, split, number, *args, **kwargs)
 
   with monkeypatch.context() as patch:
-    patch.setattr(records.Parts, 'write', cut_off)
+    patch.setattr(records.Writer, 'write', cut_off)
     with pytest.raises(KeyboardInterrupt):
-      prepare.encode(config, str(tmp_path / 'cut'))
+      encode.encode(config, str(tmp_path / 'cut'))
   with pytest.raises(errors.UserError, match='cannot be read'):
     records.read_index(tmp_path / 'cut')  # half a set is none
   other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
   with pytest.raises(errors.UserError, match='holds the beginnings of another set'):
-    prepare.encode(other, str(tmp_path / 'cut'))
+    encode.encode(other, str(tmp_path / 'cut'))
 
   def not_again(self, split, number, *args, **kwargs):
     assert (split, number) not in made
     write(self, split, number, *args, **kwargs)
 
-  monkeypatch.setattr(records.Parts, 'write', not_again)
-  prepare.encode(config, str(tmp_path / 'cut'))
+  monkeypatch.setattr(records.Writer, 'write', not_again)
+  encode.encode(config, str(tmp_path / 'cut'))
   assert digest_of(tmp_path / 'cut') == digest_of(tmp_path / 'straight')
   with pytest.raises(errors.UserError, match='holds a record set already'):
-    prepare.encode(config, str(tmp_path / 'cut'))
+    encode.encode(config, str(tmp_path / 'cut'))
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp_path):
   config, params = encoding('continuous')
-  prepare.encode(config, str(tmp_path))
+  encode.encode(config, str(tmp_path))
 
   def changed(**groups):
     groups = {k: dataclasses.replace(getattr(config, k), **v) for k, v in groups.items()}
@@ -184,9 +186,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
   refused('give image_moments, text_features', train.open_stream, inside, mesh, 'train')
   # Nothing to encode.
   out = str(tmp_path / 'other')
-  refused("'prepared' is no network", prepare.encode, outside, out)
-  refused("source='features' is what", prepare.encode, changed(text={'source': 'features'}), out)
-  refused('codes have no mean', prepare.measure, encoding('discrete')[0], 10)
+  refused("'prepared' is no network", encode.encode, outside, out)
+  refused("source='features' is what", encode.encode, changed(text={'source': 'features'}), out)
+  refused('codes have no mean', encode.measure, encoding('discrete')[0], 10)
   pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
   refused('does not say what its examples hold', pipeline.Stream, pictures['task'], 'train',
           batch_size=8, seed=0, image_size=16, text_length=8)  # fmt: skip

@@ -1,0 +1,278 @@
+"""Runs the frozen encoders over a task once, so that training need not.
+
+Written is, for every example of every split, what the config's encoders make of it: moments
+(float16) or codes of its picture, features of its text (bfloat16, real tokens only) if T5 reads it,
+and the text. What was cut off goes on where it was. The means and scales that bring latents to mean
+0 and variance 1 are kept in the index.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fluid_jax import config as config_lib
+from fluid_jax import errors, metrics, processes, sharding
+from fluid_jax.data import examples, pipeline, records, tasks
+from fluid_jax.encoders import frozen, tokenizers
+
+PART_EXAMPLES = 1024  # about 160 MB with T5-XXL's features of 20 tokens a text
+
+
+class Encode:
+  """The encoders of a config as one program over all devices."""
+
+  def __init__(self, config: config_lib.Config):
+    """Loads the encoders.
+
+    Raises:
+      UserError: they are not of the config's shapes, cannot be read, or there is nothing to encode.
+    """
+    image = tokenizers.make(config)
+    if config.is_image_prepared or not isinstance(image, tokenizers.Network):
+      raise errors.UserError(
+        f'image.tokenizer={config.image.tokenizer!r} is no network to encode pictures with: name '
+        f'one with its weights, as in sd_vae:vae.safetensors ({", ".join(tokenizers.NETWORKS)}).'
+      )
+    if config.text.source == 'features':
+      raise errors.UserError(
+        "text.source='features' is what comes out: set it to 't5', or to 'bytes' to keep texts."
+      )
+    # Every device holds rows of its own, which its process writes.
+    self.config = config = dataclasses.replace(config, mesh=config_lib.Mesh(replica=1))
+    self.mesh = sharding.make_mesh(config)
+    self.batch_size = self.mesh.size * max(1, config.train.batch_size // self.mesh.size)
+    self._params = frozen.load(config, self.mesh)
+    self.digests = frozen.digests(self._params, self.mesh)
+    self._program = jax.jit(
+      functools.partial(_encode, config, self.mesh, frozen.make(config)),
+      out_shardings=(
+        sharding.batch_sharding(self.mesh),
+        NamedSharding(self.mesh, PartitionSpec()),
+      ),
+    )
+
+  def stream(self, split: str, start_step: int = 0) -> pipeline.Stream:
+    return pipeline.open_config(
+      self.config,
+      split,
+      batch_size=self.batch_size,
+      start_step=start_step,
+      rows=sharding.local_rows(self.mesh, self.batch_size),
+      shuffle=False,
+      captions=True,
+    )
+
+  def __call__(
+    self, batches: Iterator[dict[str, np.ndarray]]
+  ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Batches of our rows with what was made of them, and the sums over the global batch.
+
+    While the arrays of one batch come from the devices these work on the next.
+    """
+    pending = None
+    for batch in batches:
+      arrays = {k: batch[k] for k in ('images', 'text_ids', 'valid')}
+      made = self._program(self._params, sharding.put_batch(arrays, self.mesh))
+      if pending is not None:
+        yield self._fetch(*pending)
+      pending = batch, made
+    if pending is not None:
+      yield self._fetch(*pending)
+
+  def _fetch(self, batch: dict[str, np.ndarray], made: Any) -> Any:
+    arrays, sums = made
+    return batch | {name: _local(array) for name, array in arrays.items()}, jax.device_get(sums)
+
+
+def _encode(
+  config: config_lib.Config,
+  mesh: Mesh,
+  encoders: frozen.Encoders,
+  params: frozen.Params,
+  batch: dict[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Arrays by example, and sums over examples and tokens for the statistics of latents."""
+  with sharding.axis_rules(config, mesh):
+    arrays = encoders.image.encode_images(params['image'], batch['images'])
+    if config.text.source == 't5':
+      features_BxTxE, _ = encoders.encode_text(params, batch)
+      arrays['text_features'] = features_BxTxE.astype(jnp.bfloat16)
+  sums = {}
+  if 'image_moments' in arrays:
+    mean_BxLxC, log_variance_BxLxC = jnp.split(arrays['image_moments'], 2, axis=-1)
+    weight_Bx1x1 = batch['valid'][:, None, None].astype(jnp.float32)
+    second_BxLxC = jnp.square(mean_BxLxC) + jnp.exp(log_variance_BxLxC)
+    sums = {
+      'count': weight_Bx1x1.sum() * mean_BxLxC.shape[1],
+      'first': (weight_Bx1x1 * mean_BxLxC).sum((0, 1)),
+      'second': (weight_Bx1x1 * second_BxLxC).sum((0, 1)),
+    }
+    arrays['image_moments'] = arrays['image_moments'].astype(jnp.float16)
+  return arrays, sums
+
+
+def _local(array: jax.Array) -> np.ndarray:
+  """The rows that this process's devices hold, in order."""
+  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def statistics(sums: list[dict[str, Any]]) -> dict[str, list[float]]:
+  """`latent_mean` and `latent_scale` of drawn latents from the sums of all batches."""
+  total = {
+    name: sum(np.asarray(part[name], np.float64) for part in sums)
+    for name in ('count', 'first', 'second')
+  }
+  mean_C = total['first'] / total['count']
+  scale_C = 1 / np.sqrt(total['second'] / total['count'] - mean_C**2)
+  return {
+    'latent_mean': [float(f'{value:.6g}') for value in mean_C],
+    'latent_scale': [float(f'{value:.6g}') for value in scale_C],
+  }
+
+
+def as_flags(found: dict[str, list[float]]) -> list[str]:
+  """As a user gives them."""
+  return [f"--config.image.{name}='{tuple(values)}'" for name, values in found.items()]
+
+
+def check_processes(config: config_lib.Config) -> None:
+  """UserError in all processes of a run if they do not encode the same."""
+  if processes.count() > 1:
+    facts = {'config': dataclasses.asdict(config), 'code': processes.code_facts()}
+    processes.agree(facts | {'encoders': frozen.file_facts(config)})
+
+
+def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[float]]:
+  """Statistics of the latents of the first training examples, as `statistics` gives them.
+
+  Raises:
+    UserError: see `Encode`; or tokens are discrete.
+  """
+  if not config.is_continuous:
+    raise errors.UserError('codes have no mean and no scale: measure continuous tokens.')
+  encode = Encode(config)
+  stream, sums = encode.stream('train'), []
+  total = min(num_examples, stream.num_examples)
+  progress = metrics.Progress('measure', 0, total, 'examples', jax.process_index() == 0)
+  num_steps = -(-total // encode.batch_size)
+  for _, part in encode(itertools.islice(stream, num_steps)):
+    sums.append(part)
+    progress(len(sums) * encode.batch_size)
+  stream.close()
+  return statistics(sums)
+
+
+def encode(config: config_lib.Config, out: str) -> list[str]:
+  """Writes the encoded set, or what is missing of it; returns the flags to train on it.
+
+  Raises:
+    UserError: see `Encode` and `records.Writer`.
+  """
+  import seqio
+
+  task = tasks.get(config.data.task, config.data.module)
+  if not isinstance(task, seqio.Task):
+    raise errors.UserError(
+      f'data.task={config.data.task!r} is a mixture: encode each of its tasks, and mix those sets.'
+    )
+  program = Encode(config)
+  length, text = config.image.num_tokens, config.text
+  arrays = {'image_codes': [length]}
+  if config.is_continuous:
+    arrays = {'image_moments': [length, 2 * config.image.channels]}
+  if text.source == 't5':
+    arrays['text_features'] = [text.length, text.feature_dim]
+  facts = {
+    'arrays': arrays,
+    'encoders': program.digests,
+    'encoded_by': {
+      'image': f'{config.image.tokenizer.partition(":")[0]} at {config.image.size} pixels',
+      'text': f't5 {text.t5_size}' if text.source == 't5' else 'none',
+    },
+    'source': {
+      'task': config.data.task,
+      'languages': list(config.data.languages),
+      'digests': {split: tasks.open_records(task, split).digest for split in task.splits},
+    },
+    'batch_size': program.batch_size,
+    'processes': jax.process_count(),
+  }
+  if jax.process_index() == 0:
+    records.Writer(out, **facts)
+  processes.meet('begun')
+  parts = records.Writer(out, **facts)
+  for split in task.splits:
+    _encode_split(program, parts, split)
+  processes.meet('encoded')
+  sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
+  found = statistics(sums) if config.is_continuous and sums else {}
+  if jax.process_index() == 0:
+    parts.close(task.splits, **found)
+  others = ['--config.text.source=features'] if text.source == 't5' else []
+  if config.data.languages:  # of each example one text was drawn; its language is not kept
+    others.append("--config.data.languages='()'")
+  tokenizer = f'--config.image.tokenizer=prepared:{config.image.tokenizer}'
+  path = out if '/' in out else f'./{out}'  # or it would be a task's name
+  return [f'--config.data.task={path}', tokenizer, *others, *as_flags(found)]
+
+
+def _encode_split(program: Encode, parts: records.Writer, split: str) -> None:
+  """Writes this process's parts of a split, each of `steps` global batches."""
+  stream = program.stream(split)
+  num_examples = stream.num_examples
+  stream.close()
+  steps = max(1, PART_EXAMPLES // program.batch_size)
+  num_parts = -(-num_examples // (steps * program.batch_size))
+  count, process = jax.process_count(), jax.process_index()
+  # All processes make the parts together, so what one of them lacks all make again.
+  missing = [
+    number
+    for number in range(num_parts)
+    if not all(parts.has(split, number * count + other) for other in range(count))
+  ]
+  processes.meet(f'found_{split}')
+  progress = None
+  for number in missing:
+    first = number * steps
+    progress = progress or metrics.Progress(
+      f'encode {split}',
+      first * program.batch_size,
+      num_examples,
+      'examples',
+      jax.process_index() == 0,
+    )
+    stream = program.stream(split, first)
+    written, sums = [], []
+    for index, (batch, part) in enumerate(program(itertools.islice(stream, steps)), first + 1):
+      written += _examples(batch)
+      sums.append(part)
+      progress(index * program.batch_size)
+    stream.close()
+    total = {name: sum(np.float64(s[name]) for s in sums).tolist() for name in sums[0]}
+    parts.write(split, number * count + process, written, sums=total if process == 0 else {})
+
+
+def _examples(batch: dict[str, np.ndarray]) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
+  """Keys and records of the rows that are examples."""
+  for row in np.flatnonzero(batch['valid']):
+    example = {'text': batch['text'][row]}
+    if 'image_codes' in batch:
+      example['image_codes'] = batch['image_codes'][row].tolist()
+    else:
+      example |= _bytes('image_moments', batch['image_moments'][row])
+    if 'text_features' in batch:
+      num_tokens = (batch['text_ids'][row] > 0).sum()
+      example |= _bytes('text_features', batch['text_features'][row, :num_tokens])
+    yield batch['key'][row].decode(), examples.encode(example), ()
+
+
+def _bytes(name: str, array: np.ndarray) -> dict[str, bytes | list[int]]:
+  return {name: array.tobytes(), f'{name}_shape': list(array.shape)}

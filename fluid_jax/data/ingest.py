@@ -1,0 +1,505 @@
+"""Turns pairs of pictures and captions into a record set: checked, filtered, shuffled once.
+
+Two passes over processes of one machine. The first examines the source's units and writes of each a
+run: what is kept, in the order it came, and where. Then the order of all that is kept is fixed, by
+a hash of the keys, and what shows twice is left out. The second pass gathers each shard of the set
+from the runs. Runs and shards are whole or not there, so what was cut off goes on where it was. The
+same source and options give the same bytes, with any number of workers, and through `data.beam`.
+
+Memory is bounded by workers, about 100 MB each and the pictures of `max_pixels` that they decode,
+and 40 bytes for each pair that is kept.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import resource
+import unicodedata
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import process as process_pool
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from fluid_jax import errors
+from fluid_jax.data import examples, pictures, records, sources, tables
+
+MAX_DISTANCE = 7  # bits of perceptual hashes; more would compare nearly all with all
+_LONGEST_KEY = 200
+_SPLITS = ('train', 'validation')
+_ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower ends of the histogram's bins
+QUARANTINE = 'quarantine.jsonl'
+# Directions that a text could impose on its surroundings, and the byte-order mark.
+_INVISIBLE = re.compile('[\u202a-\u202e\u2066-\u2069\ufeff]')
+_UNPRINTED = re.compile(
+  '[%\\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is read, and what of it is kept; `prepare` has a flag for each."""
+
+  source: str
+  path: str
+  captions: str = ''
+  columns: tuple[str, ...] = ()
+  language: str = tables.UNKNOWN
+  split: str = 'train'
+  validation_share: float = 0.0
+  min_side: int = 1
+  max_aspect: float = 0.0
+  store_side: int = 0
+  max_pixels: int = 50_000_000
+  max_bytes: int = 50_000_000
+  min_caption: int = 1
+  max_caption: int = 2000
+  languages: tuple[str, ...] = ()
+  min_score: float | None = None
+  near_duplicates: int = -1
+  shard_bytes: int = 256 << 20
+
+  def check(self) -> None:
+    """UserError if the values cannot be meant."""
+    if self.min_score is not None and 'score' not in [c.partition('=')[0] for c in self.columns]:
+      raise errors.UserError('--min_score needs the column: give --columns=score=NAME.')
+    if not self.split.isidentifier():
+      raise errors.UserError(f'--split={self.split} is no word: name it train or validation.')
+    if self.validation_share and self.split != 'train':
+      raise errors.UserError('--validation_share is of --split=train: leave one of them out.')
+
+  def open_source(self) -> Any:
+    columns = tables.Columns.parse(self.columns, self.language)
+    return sources.make(self.source, self.path, self.captions, columns, self.max_bytes)
+
+
+class Kept(NamedTuple):
+  """A pair that is kept, and what places it in the set."""
+
+  split: str
+  key: str
+  order: int  # its place in the set, a hash of the key
+  payload: bytes  # `tf.train.Example`
+  perceptual: int  # hash of its picture; 0 if that is not asked for
+
+
+class Counts:
+  """What became of pairs; sums of counts are counts."""
+
+  def __init__(self, values: Mapping[str, Mapping[str, int]] | None = None):
+    self.values = collections.defaultdict(collections.Counter)
+    for name, counter in (values or {}).items():
+      self.values[name].update(counter)
+
+  def add(self, name: str, what: Any, number: int = 1) -> None:
+    self.values[name][str(what)] += number
+
+  def merge(self, values: Mapping[str, Mapping[str, int]]) -> None:
+    for name, counter in values.items():
+      self.values[name].update(counter)
+
+  def asdict(self) -> dict[str, dict[str, int]]:
+    return {name: dict(sorted(counter.items())) for name, counter in sorted(self.values.items())}
+
+
+def clean_caption(text: str | bytes) -> str:
+  """A caption in NFC on one line, without control characters.
+
+  Raises:
+    Refused: it is not UTF-8.
+  """
+  try:
+    text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+  except UnicodeError as error:
+    raise pictures.Refused('caption is not UTF-8') from error
+  text = _INVISIBLE.sub('', unicodedata.normalize('NFC', text))
+  text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in text)
+  return ' '.join(text.split())
+
+
+def clean_key(key: str) -> str:
+  """A key of at most 200 characters, those percent-encoded that would hide or part it in a log."""
+  key = _UNPRINTED.sub(lambda c: urllib.parse.quote(c[0], safe='', errors='surrogatepass'), key)
+  if len(key) > _LONGEST_KEY:
+    key = f'{key[: _LONGEST_KEY - 33]}-{hashlib.sha256(key.encode()).hexdigest()[:32]}'
+  return key
+
+
+def _captions(pair: sources.Pair, options: Options, counts: Counts) -> tuple[list[str], list[str]]:
+  """The captions that are kept, and their languages; Refused with the last reason if none is."""
+  texts, langs, refused = [], [], pictures.Refused('no caption')
+  for text, lang in zip(pair.texts, pair.langs, strict=True):
+    try:
+      lang = lang.strip() or options.language
+      if options.languages and lang not in options.languages:
+        raise pictures.Refused('languages')
+      if len(text) > 16 * options.max_caption:  # whatever is cleaned away
+        raise pictures.Refused('max_caption')
+      text = clean_caption(text)
+      if len(text) < options.min_caption:
+        raise pictures.Refused('min_caption' if text else 'no caption')
+      if len(text) > options.max_caption:
+        raise pictures.Refused('max_caption')
+    except pictures.Refused as error:
+      refused = error
+      counts.add('captions left out', error.reason)
+      continue
+    texts.append(text)
+    langs.append(clean_key(lang))
+  if not texts:
+    raise refused
+  return texts, langs
+
+
+def examine(pair: sources.Pair, options: Options, counts: Counts) -> Kept:
+  """Checks, filters and repairs a pair.
+
+  Raises:
+    Refused: it is not kept.
+  """
+  texts, langs = _captions(pair, options, counts)
+  if options.min_score is not None and not (pair.score or -math.inf) >= options.min_score:
+    raise pictures.Refused('min_score')
+  picture = pictures.read(pair.image, max_pixels=options.max_pixels, store_side=options.store_side)
+  shorter, longer = sorted((picture.width, picture.height))
+  if shorter < options.min_side:
+    raise pictures.Refused('min_side')
+  if options.max_aspect and longer > options.max_aspect * shorter:
+    raise pictures.Refused('max_aspect')
+  key = clean_key(pair.key)
+  digest = hashlib.sha256(key.encode()).digest()
+  is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_share * 2**64
+  features = {
+    'image': picture.data,
+    'key': key,
+    'text': texts,
+    'lang': langs,
+    'width': picture.width,
+    'height': picture.height,
+  }
+  if pair.score is not None:
+    features['score'] = pair.score
+  for repair in picture.repairs:
+    counts.add('pictures repaired', repair)
+  counts.add('shorter side, pixels', 1 << int(math.log2(shorter)))
+  counts.add('aspect', max(edge for edge in _ASPECTS if edge * shorter <= longer))
+  counts.add('captions of a picture', len(texts))
+  for text, lang in zip(texts, langs, strict=True):
+    counts.add('characters of a caption', 1 << int(math.log2(len(text))))
+    counts.add('languages', lang)
+  return Kept(
+    split='validation' if is_held_out else options.split,
+    key=key,
+    order=int.from_bytes(digest[:8], 'big'),
+    payload=examples.encode(features),
+    perceptual=pictures.perceptual_hash(picture.image) if options.near_duplicates >= 0 else 0,
+  )
+
+
+_FILTERS = ('languages', 'min_caption', 'max_caption', 'min_score', 'min_side', 'max_aspect')
+
+
+def read_unit(
+  unit: Any, options: Options, counts: Counts, quarantine: list[dict[str, str]]
+) -> Iterator[Kept]:
+  """What is kept of a unit; faults are appended to `quarantine`, with where they lie."""
+  for item in options.open_source().read(unit):
+    counts.add('pairs', 'read')
+    if isinstance(item, sources.Fault):
+      reason, why = item.reason.partition(' (')[0], item.reason
+    else:
+      try:
+        yield examine(item, options, counts)
+        continue
+      except pictures.Refused as error:
+        reason, why = error.reason, str(error)
+    counts.add('pairs left out', reason)
+    if reason not in _FILTERS:
+      quarantine.append({'where': item.where, 'why': why})
+
+
+# ---- First pass: runs ----
+
+_ENTRY = np.dtype(
+  [('order', '<u8'), ('perceptual', '<u8'), ('offset', '<i8'), ('length', '<i4'), ('split', 'i1')]
+)
+
+
+def _run_path(work: epath.Path, number: int, suffix: str) -> epath.Path:
+  return work / f'run-{number:06d}.{suffix}'
+
+
+def write_run(work: str, number: int, unit: Any, digest: str, options: Options) -> None:
+  """Examines a unit and writes its run: payloads, where they lie, and what became of the rest."""
+  directory = epath.Path(work)
+  counts, quarantine, entries = Counts(), [], []
+  shard = records.Shard(_run_path(directory, number, 'tfrecord'))
+  splits = (options.split, *_SPLITS)
+  for kept in read_unit(unit, options, counts, quarantine):
+    split = splits.index(kept.split)
+    entries.append((kept.order, kept.perceptual, shard.size, len(kept.payload), split))
+    shard.write(kept.payload)
+  shard.close()
+  with _run_path(directory, number, 'npy').open('wb') as f:
+    np.save(f, np.array(entries, _ENTRY))
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MB
+  found = {'digest': digest, 'counts': counts.asdict(), 'quarantine': quarantine, 'peak': peak}
+  records.write_whole(_run_path(directory, number, 'json'), json.dumps(found))
+
+
+def _digest(unit: Any) -> str:
+  return hashlib.sha256(json.dumps(unit, default=repr).encode('utf-8', 'replace')).hexdigest()[:16]
+
+
+def in_processes(
+  function: Callable[..., None], calls: Iterable[tuple], workers: int
+) -> Iterator[None]:
+  """Calls a function in other processes, a few calls ahead; yields as they end."""
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pending = set()
+    try:
+      for call in calls:
+        if len(pending) > 2 * workers:
+          done, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
+          for future in done:
+            yield future.result()
+        pending.add(pool.submit(function, *call))
+      for future in futures.as_completed(pending):
+        yield future.result()
+    except process_pool.BrokenProcessPool as error:
+      raise errors.UserError(
+        'a worker was killed, perhaps for want of memory: give fewer --workers or a smaller '
+        '--max_pixels, and the same command goes on where it was.',
+        errors.CRASH,
+      ) from error
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+# ---- Between: the order, and what shows twice ----
+
+
+def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) -> np.ndarray:
+  """Which pictures are left out because one before them in the order looks alike; bool [N].
+
+  Alike are hashes that differ in at most `distance` bits. If so, cut into distance + 1 pieces, they
+  agree in one, so only pictures that share a piece are compared. What is like one that is left out
+  is left out too if it comes later, so the answer does not depend on how pairs are found.
+
+  Args:
+    order: uint64 [N], places that differ.
+    perceptual: uint64 [N], their hashes.
+    distance: bits.
+  """
+  hashes, inverse = np.unique(perceptual, return_inverse=True)
+  latest = np.iinfo(np.uint64).max
+  first = np.full(len(hashes), latest)
+  np.minimum.at(first, inverse, order)
+  earliest = first.copy()  # of a hash and of those like it
+  for piece in pieces(hashes, distance) if distance else ():
+    by_piece = np.argsort(piece, kind='stable')
+    for group in np.split(by_piece, np.flatnonzero(np.diff(piece[by_piece])) + 1):
+      size = max(1, (1 << 22) // len(group))  # or a frequent piece would take all memory
+      for block in range(0, len(group), size) if len(group) > 1 else ():
+        rows = group[block : block + size]
+        is_near = np.bitwise_count(hashes[rows, None] ^ hashes[group]) <= distance
+        earliest[rows] = np.minimum(earliest[rows], np.where(is_near, first[group], latest).min(1))
+  return order > earliest[inverse]
+
+
+def pieces(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
+  """The hashes' bits in distance + 1 pieces, each uint64 like the hashes."""
+  bounds = np.linspace(0, 64, distance + 2).astype(int).tolist()
+  if not distance:
+    return [hashes]
+  return [
+    (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+    for low, high in itertools.pairwise(bounds)
+  ]
+
+
+class Plan:
+  """Where everything that is kept lies in the runs, in the order of the set."""
+
+  def __init__(self, entries: list[np.ndarray], options: Options, counts: Counts):
+    """Orders the entries of all runs, and leaves out what shows twice."""
+    run = np.repeat(np.arange(len(entries)), [len(e) for e in entries])
+    table = np.concatenate([*entries, np.empty(0, _ENTRY)])
+    by_order = np.argsort(table['order'], kind='stable')  # runs and their own order decide ties
+    table, run = table[by_order], run[by_order]
+    is_twin = np.zeros(len(table), bool)
+    is_twin[1:] = table['order'][1:] == table['order'][:-1]
+    counts.add('pairs left out', 'duplicate key', int(is_twin.sum()))
+    table, run = table[~is_twin], run[~is_twin]
+    if options.near_duplicates >= 0:
+      is_alike = near_duplicates(table['order'], table['perceptual'], options.near_duplicates)
+      counts.add('pairs left out', 'near duplicate', int(is_alike.sum()))
+      table, run = table[~is_alike], run[~is_alike]
+    counts.add('pairs', 'kept', len(table))
+    names = (options.split, *_SPLITS)
+    self._table, self._run = table, run
+    self.shards = []  # split, number, and the rows of the table
+    for split in sorted(set(names)):
+      rows = np.flatnonzero(np.isin(table['split'], [i for i, n in enumerate(names) if n == split]))
+      count = num_shards(int(table['length'][rows].sum()), options.shard_bytes)
+      place = shard_of(table['order'][rows], count)
+      edges = np.searchsorted(place, np.arange(count + 1))
+      self.shards += [
+        (split, number, rows[edges[number] : edges[number + 1]])
+        for number in range(count)
+        if len(rows)
+      ]
+
+  def sources(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
+    """Run, offset and length of each row."""
+    table = self._table[rows]
+    places = self._run[rows], table['offset'], table['length']
+    return list(zip(*(column.tolist() for column in places), strict=True))
+
+
+def num_shards(num_bytes: int, shard_bytes: int) -> int:
+  return max(1, math.ceil(num_bytes / shard_bytes))
+
+
+def shard_of(order: np.ndarray, count: int) -> np.ndarray:
+  """The shard of each place in the order, equal parts of [0, 2**64) to each."""
+  return (order // np.uint64(-(-(2**64) // count))).astype(np.int64) if count > 1 else order * 0
+
+
+# ---- Second pass: shards ----
+
+
+def write_shard(
+  out: str, work: str, facts: dict, split: str, number: int, places: list[tuple[int, int, int]]
+) -> None:
+  """Gathers a shard of the set from the runs."""
+
+  def kept() -> Iterator[tuple[str, bytes, list[str]]]:
+    for run, offset, length in places:
+      path = _run_path(epath.Path(work), run, 'tfrecord')
+      data = records.read_range(path, offset, records.HEADER + length + records.FOOTER)
+      if fault := records.check_record(data, length):
+        raise errors.UserError(
+          f'{path} {fault} at byte {offset}: remove it and the files named like it, and the same '
+          'command makes them again.',
+          errors.CORRUPT,
+        )
+      yield as_written(data[records.HEADER : -records.FOOTER])
+
+  records.Writer(out, **facts).write(split, number, kept())
+
+
+def as_written(payload: bytes) -> tuple[str, bytes, list[str]]:
+  """Key, payload and languages, for `records.Writer.write`."""
+  features = examples.decode(payload)
+  return features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
+
+
+def facts_of(options: Options) -> dict[str, Any]:
+  """What the index says of the set's making, and what another making must share to go on."""
+  return {'ingest': dataclasses.asdict(options)}
+
+
+def run(options: Options, out: str, workers: int, progress: Callable[[str, int, int], None]) -> int:
+  """Writes the set, or what is missing of it.
+
+  Args:
+    options: checked.
+    out: the set's directory; while it works, `work` in it holds the runs.
+    workers: processes.
+    progress: is told a pass, how much of it is done, and of how much.
+
+  Returns:
+    The peak memory of a worker in MB.
+
+  Raises:
+    UserError: the source is not there, or the directory holds another set.
+  """
+  source, facts = options.open_source(), facts_of(options)
+  writer = records.Writer(out, **facts)
+  work = epath.Path(out) / 'work'
+  work.mkdir(exist_ok=True)
+  digests = []
+
+  def missing_runs() -> Iterator[tuple]:
+    for number, unit in enumerate(source.units()):
+      digests.append(_digest(unit))
+      path = _run_path(work, number, 'json')
+      if not path.exists():
+        yield str(work), number, unit, digests[-1], options
+      elif json.loads(path.read_text())['digest'] != digests[-1]:
+        raise errors.UserError(
+          f'{options.path} has changed since {out} was begun: name an empty directory.',
+          errors.MISMATCH,
+        )
+
+  expected = source.num_units()
+  progress('examine', 0, expected)
+  for done, _ in enumerate(in_processes(write_run, missing_runs(), workers), 1):
+    progress('examine', max(done, len(digests) - 2 * workers), max(expected, len(digests)))
+  counts, entries, peak = Counts(), [], 0
+  with (epath.Path(out) / QUARANTINE).open('w') as quarantine:
+    for number in range(len(digests)):
+      found = json.loads(_run_path(work, number, 'json').read_text())
+      counts.merge(found['counts'])
+      quarantine.writelines(json.dumps(entry) + '\n' for entry in found['quarantine'])
+      peak = max(peak, found['peak'])
+      with _run_path(work, number, 'npy').open('rb') as f:
+        entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
+  plan = Plan(entries, options, counts)
+  if not plan.shards:
+    raise errors.UserError(
+      f'nothing of {options.path} is kept ({_reasons(counts)}): look at {work}/run-*.json and '
+      'loosen what left it out.'
+    )
+  progress('gather', 0, len(plan.shards))
+  calls = (
+    (out, str(work), facts, split, number, plan.sources(rows))
+    for split, number, rows in plan.shards
+    if not writer.has(split, number)
+  )
+  before = sum(writer.has(split, number) for split, number, _ in plan.shards)
+  for done, _ in enumerate(in_processes(write_shard, calls, workers), before + 1):
+    progress('gather', done, len(plan.shards))
+  close(writer, sorted({split for split, _, _ in plan.shards}), options, source, counts)
+  with contextlib.suppress(OSError):  # the set is whole; what is left here is only in the way
+    work.rmtree()
+  return peak
+
+
+def close(
+  writer: records.Writer, splits: list[str], options: Options, source: Any, counts: Counts
+) -> None:
+  """Writes the index.
+
+  Raises:
+    UserError: an evaluation set of a fixed number of pictures lacks some.
+  """
+  kept, facts = counts.values['pairs']['kept'], {'counts': counts.asdict()}
+  if wanted := sources.COCO_SETS.get(options.source):
+    if kept != wanted.num_images:
+      raise errors.UserError(
+        f'{options.source} has {wanted.num_images} pictures and {kept} of them can be had '
+        f'({_reasons(counts)}; see {QUARANTINE}): get the others again, and name an empty '
+        'directory.',
+        errors.CORRUPT,
+      )
+    facts['captions_sha256'] = source.captions_digest()
+  writer.close(splits, **facts)
+
+
+def _reasons(counts: Counts) -> str:
+  found = counts.values['pairs left out'].most_common()
+  return ', '.join(f'{reason} {number}' for reason, number in found if number) or 'none was there'

@@ -1,0 +1,131 @@
+"""What becomes of a picture of unknown origin before it is stored: checks, repairs, a hash.
+
+Nothing is decoded whose header does not allow it, so that the memory of one picture is bounded by
+`max_pixels`.
+"""
+
+import io
+import struct
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Image.MAX_IMAGE_PIXELS = None  # `read` has a limit of its own, and refuses before decoding
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+_STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO: a JPEG with more pictures behind it
+_LOSSY = ('JPEG', 'MPO', 'WEBP')
+_ORIENTATION = 0x0112  # of EXIF
+# What Pillow raises on broken files, of which it documents OSError alone.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError)
+_BROKEN += (TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError)
+
+
+class Refused(Exception):
+  """Why a pair is not taken: a few words to count by, and what was found."""
+
+  def __init__(self, reason: str, found: str = ''):
+    super().__init__(f'{reason} ({found})' if found else reason)
+    self.reason = reason
+
+
+class Picture(NamedTuple):
+  """A picture as it is stored: upright, 8 bits, gray or RGB, without alpha."""
+
+  data: bytes  # JPEG, PNG or WebP
+  width: int
+  height: int
+  repairs: tuple[str, ...]  # what had to be changed
+  image: Image.Image  # decoded
+
+
+def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
+  """Checks a picture and makes it one that every decoder shows alike.
+
+  Args:
+    data: the file's bytes.
+    max_pixels: width times height that may be decoded.
+    store_side: if not 0, pictures whose shorter side is longer are made so small.
+
+  Raises:
+    Refused: it is no picture, broken, animated or too large.
+  """
+  if not data:
+    raise Refused('picture is empty')
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # of damaged metadata, which is not kept
+      image = Image.open(io.BytesIO(data), formats=_FORMATS)
+      if image.width * image.height > max_pixels:
+        raise Refused('picture has too many pixels', f'{image.width} x {image.height}')
+      if image.format not in ('JPEG', 'MPO') and getattr(image, 'is_animated', False):
+        raise Refused('picture is animated', f'{image.n_frames} frames')
+      if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
+        image.draft(None, (2 * store_side, 2 * store_side))
+      repairs, has_lossy_source = [], image.format in _LOSSY
+      if image.format not in _STORED:
+        repairs.append(f'from {image.format}')
+      orientation = _orientation(image)
+      image.load()
+  except Refused:
+    raise
+  except MemoryError as error:
+    raise Refused('picture has too many pixels', str(error)) from error
+  except _BROKEN as error:
+    raise Refused('picture cannot be decoded', str(error)) from error
+  if orientation != 1:
+    image = ImageOps.exif_transpose(image)
+    repairs.append('turned')
+  if image.mode.startswith('I'):
+    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    repairs.append('16 bits')
+  if image.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in image.info:
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image).convert('RGB')
+    repairs.append('alpha')
+  if image.mode not in ('RGB', 'L'):
+    repairs.append(image.mode)
+    image = image.convert('RGB')
+  shorter = min(image.size)
+  if store_side and shorter > store_side:
+    size = [max(1, round(side * store_side / shorter)) for side in image.size]
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    repairs.append('made smaller')
+  if repairs:
+    out = io.BytesIO()
+    if has_lossy_source:
+      image.save(out, 'JPEG', quality=95, subsampling=0)
+    else:
+      image.save(out, 'PNG')
+    data = out.getvalue()
+  return Picture(data, *image.size, tuple(repairs), image)
+
+
+def _orientation(image: Image.Image) -> int:
+  try:
+    return image.getexif().get(_ORIENTATION, 1)
+  except _BROKEN:
+    return 1
+
+
+def _cosines(size: int = 32, count: int = 8) -> np.ndarray:
+  """The first rows of the discrete cosine transform (II), float64 [count, size]."""
+  k, n = np.arange(count)[:, None], np.arange(size)
+  return np.cos(np.pi * k * (2 * n + 1) / (2 * size))
+
+
+_COSINES = _cosines()
+
+
+def perceptual_hash(image: Image.Image) -> int:
+  """64 bits that change little when a picture is resized or compressed again.
+
+  The signs, about their median, of the 8 x 8 lowest frequencies of the picture at 32 x 32 pixels in
+  gray (the widespread pHash; https://www.phash.org/docs/pubs/thesis_zauner.pdf, section 3.2.1).
+  """
+  gray = image.convert('L').resize((32, 32), Image.Resampling.LANCZOS)
+  low = _COSINES @ np.asarray(gray, np.float64) @ _COSINES.T
+  bits = np.packbits(low.ravel() > np.median(low))
+  return int.from_bytes(bits.tobytes(), 'big')
