@@ -25,14 +25,18 @@ setuptools.setup(
     'clu>=0.0.12',
     'etils[epath]>=1.15',
     'flax>=0.12.8',
+    'fsspec>=2026.9',
     'google-crc32c>=1.9',
+    'importlib-resources>=7',  # tensorflow-datasets prepares nothing without it
     'jax>=0.10.2',
     'ml-collections>=1.1',
     'msgpack>=1.2.4',
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
-    'pillow>=13.0',
+    'pillow>=12.3',  # Beam refuses 13
+    'protobuf>=6.33',
+    'pyarrow>=25',
     'safetensors>=0.8',
     'seqio>=0.0.20',
     'tensorboard>=2.21',
@@ -45,7 +49,21 @@ setuptools.setup(
     # jax chooses the libtpu that it was built for; another one crashes.
     'tpu': ['jax[tpu]>=0.10.2'],
     'int8': ['qwix>=0.1.8'],
+    # Beam needs protobuf 6, which sentencepiece 0.2.3 does not know.
+    'beam': ['apache-beam>=2.77', 'sentencepiece<0.2.3'],
+    'gcs': ['gcsfs>=2026.9'],
+    's3': ['s3fs>=2026.9'],
     't5x': ['t5x @ git+https://github.com/google-research/t5x'],
-    'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'qwix>=0.1.8', 'ruff>=0.17', 'scikit-image>=0.26'],
+    'test': [
+      'flask-cors>=6',
+      'flask>=3.1',
+      'moto[s3]>=5.2',
+      'pytest-xdist>=3.8',
+      'pytest>=9.2',
+      'qwix>=0.1.8',
+      'ruff>=0.17',
+      's3fs>=2026.9',
+      'scikit-image>=0.26',
+    ],
   },
 )

@@ -244,12 +244,12 @@ seqio.TaskRegistry.add(
   monkeypatch.setitem(commands._ENVIRONMENT, 'PYTHONPATH', f'{commands.ROOT}:{tmp_path}')
   args = ['-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "run"}']
   args += ['--config.data.task=mine', '--config.data.module=my_tasks']
-  for shard in shards.glob('train-*'):
+  for shard in shards.glob('train-*.tfrecord'):
     data = bytearray(shard.read_bytes())
     data[100::1000] = (byte ^ 1 for byte in data[100::1000])  # a bit in every record
     shard.write_bytes(data)
   expect(5, 'is corrupt at byte', *args)
-  for shard in shards.glob('train-*'):
+  for shard in shards.glob('train-*.tfrecord'):
     shard.unlink()
   expect(5, "finds no shard of split 'train'", *args)
 

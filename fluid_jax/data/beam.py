@@ -19,7 +19,7 @@ import numpy as np
 from apache_beam.options import pipeline_options
 from etils import epath
 
-from fluid_jax.data import ingest, records
+from fluid_jax.data import ingest, pictures, records
 
 # A pair that is kept: its unit and place there, and all of `ingest.Kept`.
 _Row = tuple[int, int, tuple]
@@ -69,7 +69,7 @@ def _first(rows: Iterable[_Row]) -> _Row:
 def _pieces(row: _Row, distance: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
   """(which piece, its bits) and what is to be compared: order and perceptual hash."""
   kept = ingest.Kept(*row[2])
-  for number, piece in enumerate(ingest.pieces(np.array([kept.perceptual], np.uint64), distance)):
+  for number, piece in enumerate(pictures.pieces(np.array([kept.perceptual], np.uint64), distance)):
     yield (number, int(piece[0])), (kept.order, kept.perceptual)
 
 
@@ -78,7 +78,7 @@ def _alike(
 ) -> Iterator[tuple[int, None]]:
   """The places in the order of those that are like an earlier one of their group."""
   order, perceptual = np.array(sorted(set(group[1])), np.uint64).T
-  for dropped in order[ingest.near_duplicates(order, perceptual, distance)].tolist():
+  for dropped in order[pictures.near_duplicates(order, perceptual, distance)].tolist():
     yield dropped, None
 
 

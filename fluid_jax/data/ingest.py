@@ -34,7 +34,6 @@ from etils import epath
 from fluid_jax import errors
 from fluid_jax.data import examples, pictures, records, sources, tables
 
-MAX_DISTANCE = 7  # bits of perceptual hashes; more would compare nearly all with all
 _LONGEST_KEY = 200
 _SPLITS = ('train', 'validation')
 _ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower ends of the histogram's bins
@@ -168,7 +167,8 @@ def examine(pair: sources.Pair, options: Options, counts: Counts) -> Kept:
     Refused: it is not kept.
   """
   texts, langs = _captions(pair, options, counts)
-  if options.min_score is not None and not (pair.score or -math.inf) >= options.min_score:
+  score = math.nan if pair.score is None else pair.score
+  if options.min_score is not None and not score >= options.min_score:
     raise pictures.Refused('min_score')
   picture = pictures.read(pair.image, max_pixels=options.max_pixels, store_side=options.store_side)
   shorter, longer = sorted((picture.width, picture.height))
@@ -257,7 +257,7 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: Options) 
   records.write_whole(_run_path(directory, number, 'json'), json.dumps(found))
 
 
-def _digest(unit: Any) -> str:
+def digest_of(unit: Any) -> str:
   return hashlib.sha256(json.dumps(unit, default=repr).encode('utf-8', 'replace')).hexdigest()[:16]
 
 
@@ -288,46 +288,7 @@ def in_processes(
       raise
 
 
-# ---- Between: the order, and what shows twice ----
-
-
-def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) -> np.ndarray:
-  """Which pictures are left out because one before them in the order looks alike; bool [N].
-
-  Alike are hashes that differ in at most `distance` bits. If so, cut into distance + 1 pieces, they
-  agree in one, so only pictures that share a piece are compared. What is like one that is left out
-  is left out too if it comes later, so the answer does not depend on how pairs are found.
-
-  Args:
-    order: uint64 [N], places that differ.
-    perceptual: uint64 [N], their hashes.
-    distance: bits.
-  """
-  hashes, inverse = np.unique(perceptual, return_inverse=True)
-  latest = np.iinfo(np.uint64).max
-  first = np.full(len(hashes), latest)
-  np.minimum.at(first, inverse, order)
-  earliest = first.copy()  # of a hash and of those like it
-  for piece in pieces(hashes, distance) if distance else ():
-    by_piece = np.argsort(piece, kind='stable')
-    for group in np.split(by_piece, np.flatnonzero(np.diff(piece[by_piece])) + 1):
-      size = max(1, (1 << 22) // len(group))  # or a frequent piece would take all memory
-      for block in range(0, len(group), size) if len(group) > 1 else ():
-        rows = group[block : block + size]
-        is_near = np.bitwise_count(hashes[rows, None] ^ hashes[group]) <= distance
-        earliest[rows] = np.minimum(earliest[rows], np.where(is_near, first[group], latest).min(1))
-  return order > earliest[inverse]
-
-
-def pieces(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
-  """The hashes' bits in distance + 1 pieces, each uint64 like the hashes."""
-  bounds = np.linspace(0, 64, distance + 2).astype(int).tolist()
-  if not distance:
-    return [hashes]
-  return [
-    (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-    for low, high in itertools.pairwise(bounds)
-  ]
+# ---- Between: the order ----
 
 
 class Plan:
@@ -344,7 +305,9 @@ class Plan:
     counts.add('pairs left out', 'duplicate key', int(is_twin.sum()))
     table, run = table[~is_twin], run[~is_twin]
     if options.near_duplicates >= 0:
-      is_alike = near_duplicates(table['order'], table['perceptual'], options.near_duplicates)
+      is_alike = pictures.near_duplicates(
+        table['order'], table['perceptual'], options.near_duplicates
+      )
       counts.add('pairs left out', 'near duplicate', int(is_alike.sum()))
       table, run = table[~is_alike], run[~is_alike]
     counts.add('pairs', 'kept', len(table))
@@ -428,14 +391,16 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
     UserError: the source is not there, or the directory holds another set.
   """
   source, facts = options.open_source(), facts_of(options)
+  expected, units = source.num_units(), enumerate(source.units())
+  first = list(itertools.islice(units, 1))  # what is wrong with a table shows before it is begun
   writer = records.Writer(out, **facts)
   work = epath.Path(out) / 'work'
   work.mkdir(exist_ok=True)
   digests = []
 
   def missing_runs() -> Iterator[tuple]:
-    for number, unit in enumerate(source.units()):
-      digests.append(_digest(unit))
+    for number, unit in itertools.chain(first, units):
+      digests.append(digest_of(unit))
       path = _run_path(work, number, 'json')
       if not path.exists():
         yield str(work), number, unit, digests[-1], options
@@ -445,7 +410,6 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
           errors.MISMATCH,
         )
 
-  expected = source.num_units()
   progress('examine', 0, expected)
   for done, _ in enumerate(in_processes(write_run, missing_runs(), workers), 1):
     progress('examine', max(done, len(digests) - 2 * workers), max(expected, len(digests)))
@@ -461,8 +425,8 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
   plan = Plan(entries, options, counts)
   if not plan.shards:
     raise errors.UserError(
-      f'nothing of {options.path} is kept ({_reasons(counts)}): look at {work}/run-*.json and '
-      'loosen what left it out.'
+      f'nothing of {options.path} is kept ({_reasons(counts)}): see {QUARANTINE}, loosen what left '
+      'it out, and name another directory.'
     )
   progress('gather', 0, len(plan.shards))
   calls = (

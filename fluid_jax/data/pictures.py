@@ -5,6 +5,7 @@ Nothing is decoded whose header does not allow it, so that the memory of one pic
 """
 
 import io
+import itertools
 import struct
 import warnings
 from typing import NamedTuple
@@ -16,6 +17,7 @@ Image.MAX_IMAGE_PIXELS = None  # `read` has a limit of its own, and refuses befo
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 _STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO: a JPEG with more pictures behind it
 _LOSSY = ('JPEG', 'MPO', 'WEBP')
+MAX_DISTANCE = 7  # bits of perceptual hashes; more would compare nearly all with all
 _ORIENTATION = 0x0112  # of EXIF
 # What Pillow raises on broken files, of which it documents OSError alone.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError)
@@ -129,3 +131,42 @@ def perceptual_hash(image: Image.Image) -> int:
   low = _COSINES @ np.asarray(gray, np.float64) @ _COSINES.T
   bits = np.packbits(low.ravel() > np.median(low))
   return int.from_bytes(bits.tobytes(), 'big')
+
+
+def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) -> np.ndarray:
+  """Which pictures are left out because one before them in the order looks alike; bool [N].
+
+  Alike are hashes that differ in at most `distance` bits. If so, cut into distance + 1 pieces, they
+  agree in one, so only pictures that share a piece are compared. What is like one that is left out
+  is left out too if it comes later, so the answer does not depend on how pairs are found.
+
+  Args:
+    order: uint64 [N], places that differ.
+    perceptual: uint64 [N], their hashes.
+    distance: bits.
+  """
+  hashes, inverse = np.unique(perceptual, return_inverse=True)
+  latest = np.iinfo(np.uint64).max
+  first = np.full(len(hashes), latest)
+  np.minimum.at(first, inverse, order)
+  earliest = first.copy()  # of a hash and of those like it
+  for piece in pieces(hashes, distance) if distance else ():
+    by_piece = np.argsort(piece, kind='stable')
+    for group in np.split(by_piece, np.flatnonzero(np.diff(piece[by_piece])) + 1):
+      size = max(1, (1 << 22) // len(group))  # or a frequent piece would take all memory
+      for block in range(0, len(group), size) if len(group) > 1 else ():
+        rows = group[block : block + size]
+        is_near = np.bitwise_count(hashes[rows, None] ^ hashes[group]) <= distance
+        earliest[rows] = np.minimum(earliest[rows], np.where(is_near, first[group], latest).min(1))
+  return order > earliest[inverse]
+
+
+def pieces(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
+  """The hashes' bits in distance + 1 pieces, each uint64 like the hashes."""
+  bounds = np.linspace(0, 64, distance + 2).astype(int).tolist()
+  if not distance:
+    return [hashes]
+  return [
+    (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+    for low, high in itertools.pairwise(bounds)
+  ]

@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 
 from fluid_jax import errors, main, metrics
-from fluid_jax.data import ingest, records, report, sources, tables
+from fluid_jax.data import ingest, pictures, records, report, sources, tables
 
 _STAGE = flags.DEFINE_enum('stage', None, ['ingest', 'encode', 'measure'], 'What to do.')
 _OUT = flags.DEFINE_string('out', None, 'Where the set goes: a folder, or in a bucket.')
@@ -61,7 +61,7 @@ flags.DEFINE_integer(
   -1,
   'ingest: keeps one of pictures whose 64-bit perceptual hashes differ in so few bits; -1: all.',
   lower_bound=-1,
-  upper_bound=ingest.MAX_DISTANCE,
+  upper_bound=pictures.MAX_DISTANCE,
 )
 flags.DEFINE_integer('shard_bytes', 256 << 20, 'ingest: of a shard, about.', lower_bound=1)
 _WORKERS = flags.DEFINE_integer('workers', os.cpu_count(), 'ingest: processes.', lower_bound=1)
@@ -101,8 +101,10 @@ def _ingest(out: str) -> None:
     peak = ingest.run(options, out, _WORKERS.value, progress)
     metrics.say(f'peak memory of a worker {peak} MB')
   else:
-    from fluid_jax.data import beam
-
+    try:
+      from fluid_jax.data import beam
+    except ImportError as error:
+      raise errors.UserError(f'--beam needs the extra [beam] ({error}): install it.') from error
     beam.run(options, out, _BEAM.value.split())
   index = records.read_index(out)
   counts = index['counts']

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,7 +133,7 @@ def read(path: epath.Path, columns: Columns) -> Iterator[dict[str, Any]]:
       yield from batch.to_pylist()
   elif path.suffix in ('.csv', '.tsv'):
     csv.field_size_limit(_MAX_LINE)
-    with path.open('r', encoding='utf-8', errors='surrogateescape', newline='') as f:
+    with io.TextIOWrapper(path.open('rb'), 'utf-8', 'surrogateescape', newline='') as f:
       reader = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
       columns.check(reader.fieldnames or [], path)
       while True:

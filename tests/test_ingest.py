@@ -1,0 +1,552 @@
+"""From pairs as others store them to a record set: sources, filters, order, and going on."""
+
+import collections
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import commands
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.ndimage
+from PIL import Image
+
+from fluid_jax import errors
+from fluid_jax.data import examples, ingest, pictures, pipeline, records, report, sources, tables
+
+LANGS = ('en', 'fr', 'und')
+
+
+def png(seed, size=(40, 30)):
+  pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(pixels).save(out, 'PNG')
+  return out.getvalue()
+
+
+PICTURES = {f'p{i:02}': png(i) for i in range(24)}
+
+
+def options(source, path, **kwargs):
+  return ingest.Options(source=source, path=str(path), **kwargs)
+
+
+def run(out, chosen, workers=2):
+  told = collections.defaultdict(list)
+  chosen.check()
+  ingest.run(chosen, str(out), workers, lambda what, done, total: told[what].append((done, total)))
+  return told
+
+
+def read_set(path, split='train'):
+  """{key: (picture, [(language, text)])} of a set in its order, by TensorFlow's own reader."""
+  import tensorflow as tf
+
+  found = {}
+  for shard in records.read_index(path)['splits'][split]:
+    for row in tf.data.TFRecordDataset(str(path / shard['file'])).as_numpy_iterator():
+      features = tf.train.Example.FromString(row).features.feature
+      values = {k: list(getattr(v, v.WhichOneof('kind')).value) for k, v in features.items()}
+      texts = zip(values['lang'], values['text'], strict=True)
+      pairs = [(lang.decode(), text.decode()) for lang, text in texts]
+      found[values['key'][0].decode()] = values['image'][0], pairs
+  return found
+
+
+def add(tar, name, data):
+  member = tarfile.TarInfo(name)
+  member.size = len(data)
+  tar.addfile(member, io.BytesIO(data))
+
+
+# ---- Sources: the same pairs out of each ----
+
+
+def write_folder(path, table):
+  for name, data in PICTURES.items():
+    (path / 'in').mkdir(exist_ok=True)
+    (path / f'in/{name}.png').write_bytes(data)
+  rows = [
+    {'image': f'{name}.png', 'key': name, 'caption': f'{name}, a "picture"', 'fr': f'une {name}'}
+    for name in PICTURES
+  ]
+  captions = path / f'captions.{table}'
+  if table in ('csv', 'tsv'):
+    import csv
+
+    with captions.open('w', newline='') as f:
+      writer = csv.DictWriter(f, rows[0], delimiter='\t' if table == 'tsv' else ',')
+      writer.writeheader()
+      writer.writerows(rows)
+  elif table == 'jsonl':
+    captions.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  elif table == 'parquet':
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), captions)
+  columns = ('text=caption', 'text.fr=fr')
+  return options('folder', path / 'in', captions=str(captions), columns=columns, language='en')
+
+
+def write_beside(path):
+  (path / 'in/deep').mkdir(parents=True)
+  for name, data in PICTURES.items():
+    (path / f'in/{name}.png').write_bytes(data)
+    (path / f'in/{name}.txt').write_text(f'{name}, a "picture"\nfr.utf8=une {name}\n')
+  return options('folder', path / 'in', language='en')
+
+
+def write_webdataset(path):
+  for number, part in enumerate(np.array_split(list(PICTURES), 3)):
+    with tarfile.open(path / f'{number:05}.tar', 'w') as tar:
+      for name in map(str, part):
+        row = {'caption': [f'{name}, a "picture"', f'une {name}'], 'language': ['en', 'fr']}
+        add(tar, f'{name}.json', json.dumps(row).encode())
+        add(tar, f'{name}.png', PICTURES[name])
+  return options('webdataset', path / '*.tar')
+
+
+def write_tfrecord(path):
+  import tensorflow as tf
+
+  for number, part in enumerate(np.array_split(list(PICTURES), 2)):
+    with tf.io.TFRecordWriter(str(path / f'{number}.tfrecord')) as writer:
+      for name in map(str, part):
+        example = tf.train.Example()
+        values = {
+          'image/encoded': [PICTURES[name]],
+          'id': [name.encode()],
+          'caption': [f'{name}, a "picture"'.encode(), f'une {name}'.encode()],
+          'lang': [b'en', b'fr'],
+        }
+        for feature, value in values.items():
+          example.features.feature[feature].bytes_list.value.extend(value)
+        writer.write(example.SerializeToString())
+  return options('tfrecord', path)
+
+
+def write_tfds(path):
+  import tensorflow_datasets as tfds
+
+  texts = tfds.features.Sequence(tfds.features.Text())
+  image, key = tfds.features.Image(shape=(None, None, 3)), tfds.features.Text()
+  rows = {
+    name: {
+      'image': io.BytesIO(data),
+      'key': name,
+      'caption': [f'{name}, a "picture"', f'une {name}'],
+      'lang': ['en', 'fr'],
+    }
+    for name, data in PICTURES.items()
+  }
+  tfds.dataset_builders.store_as_tfds_dataset(
+    name='pairs',
+    version='1.0.0',
+    data_dir=path / 'sets',
+    features=tfds.features.FeaturesDict(
+      {'image': image, 'key': key, 'caption': texts, 'lang': texts}
+    ),
+    split_datasets={'train': rows.items()},
+  )
+  return options('tfds', 'pairs:train')
+
+
+@pytest.mark.parametrize(
+  'kind', ['csv', 'tsv', 'jsonl', 'parquet', 'beside', 'tar', 'tfrecord', 'tfds']
+)
+def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'sets'))
+  others = {
+    'beside': write_beside,
+    'tar': write_webdataset,
+    'tfrecord': write_tfrecord,
+    'tfds': write_tfds,
+  }
+  chosen = others[kind](tmp_path) if kind in others else write_folder(tmp_path, kind)
+  run(tmp_path / 'out', chosen)
+  expected = {
+    name: (data, [('en', f'{name}, a "picture"'), ('fr', f'une {name}')])
+    for name, data in PICTURES.items()
+  }
+  found = read_set(tmp_path / 'out')
+  assert found == expected
+  assert list(found) == sorted(found, key=lambda key: hashlib.sha256(key.encode()).digest())
+  index = records.read_index(tmp_path / 'out')
+  assert index['languages'] == {'train': {'en': 24, 'fr': 24}}
+  assert index['counts']['pairs'] == {'kept': 24, 'read': 24}
+  assert index['ingest']['source'] == chosen.source
+  assert (tmp_path / 'out' / ingest.QUARANTINE).read_text() == ''
+  assert not (tmp_path / 'out/work').exists()
+
+
+def test_a_set_is_trained_on_by_its_path(tmp_path):
+  run(tmp_path / 'out', write_webdataset(tmp_path))
+  stream = pipeline.Stream(
+    str(tmp_path / 'out'), 'train', batch_size=8, seed=0, image_size=30, text_length=32,
+    languages=('fr',), captions=True,
+  )  # fmt: skip
+  batch = next(stream)
+  stream.close()
+  for key, text, image, ids in zip(
+    batch['key'], batch['text'], batch['images'], batch['text_ids'], strict=True
+  ):
+    assert text == b'une ' + key
+    assert bytes(i - 3 for i in ids[ids > 1].tolist()) == text
+    whole = np.asarray(Image.open(io.BytesIO(PICTURES[key.decode()])))
+    np.testing.assert_array_equal(image, whole[:, 5:35])  # its central square, at its own size
+
+
+def test_tables_tell_what_they_lack(tmp_path):
+  chosen = write_folder(tmp_path, 'csv')
+  for change, message in (
+    ({'columns': ('text=legend',)}, "has no column 'legend': choose among image, key, caption"),
+    ({'columns': ('legend',)}, '--columns=legend is none of image='),
+    ({'captions': str(tmp_path / 'absent.csv')}, 'does not exist'),
+    ({'captions': str(tmp_path / 'in/p00.png')}, 'is none of .csv'),
+    ({'path': str(tmp_path / 'absent')}, 'is no folder'),
+    ({'min_score': 1.0}, 'needs the column'),
+    ({'source': 'webdataset'}, r'names no \.tar file'),
+    ({'source': 'tfds', 'path': 'no_such_set'}, 'has no prepared'),
+    ({'source': 'coco', 'captions': ''}, '--captions is missing'),
+  ):
+    values = {f: getattr(chosen, f) for f in ('source', 'path', 'captions', 'columns')} | change
+    with pytest.raises(errors.UserError, match=message):
+      run(tmp_path / 'other', ingest.Options(**values))
+
+
+# ---- Filters ----
+
+
+def examine(image, texts, chosen=None, langs=None, score=None, key='k'):
+  counts = ingest.Counts()
+  pair = sources.Pair('here', key, image, texts, langs or ['en'] * len(texts), score)
+  chosen = chosen or options('folder', '.')
+  try:
+    return examples.decode(ingest.examine(pair, chosen, counts).payload), counts.asdict()
+  except pictures.Refused as error:
+    return error.reason, counts.asdict()
+
+
+@pytest.mark.parametrize(
+  ('settings', 'kept', 'left_out'),
+  [
+    ({'min_side': 30}, {'size': (30, 90)}, {'size': (29, 90)}),
+    ({'max_aspect': 2.0}, {'size': (60, 30)}, {'size': (30, 61)}),
+    ({'min_caption': 3}, {'texts': ['abc']}, {'texts': [' ab ']}),
+    ({'max_caption': 3}, {'texts': ['äöü']}, {'texts': ['abcd']}),
+    ({'languages': ('fr', 'de')}, {'langs': ['fr']}, {'langs': ['en']}),
+    ({'min_score': 0.25}, {'score': 0.25}, {'score': 0.2}),
+    ({'min_score': 0.25}, {'score': 1.0}, {'score': None}),
+    ({'min_score': -1.0}, {'score': 0.0}, {'score': float('nan')}),
+  ],
+)
+def test_each_filter_at_its_edge(settings, kept, left_out):
+  chosen = options('folder', '.', columns=('score=score',), **settings)
+
+  def outcome(size=(40, 40), texts=('fine',), **others):
+    return examine(png(0, size), list(texts), chosen, **others)[0]
+
+  assert isinstance(outcome(**kept), dict)
+  assert outcome(**left_out) == next(iter(settings))
+
+
+def test_captions_are_kept_one_by_one():
+  chosen = options('folder', '.', languages=('en', 'fr'), max_caption=20)
+  texts = ['a cat', 'x' * 30, 'eine Katze', b'\xff\xfe', '', 'un  chat\n']
+  found, counts = examine(png(0), texts, chosen, ['en', 'en', 'de', 'en', 'en', 'fr'])
+  assert found['text'] == [b'a cat', b'un chat']
+  assert found['lang'] == [b'en', b'fr']
+  assert counts['captions left out'] == {
+    'caption is not UTF-8': 1, 'languages': 1, 'max_caption': 1, 'no caption': 1,
+  }  # fmt: skip
+  assert counts['captions of a picture'] == {'2': 1}
+
+
+def test_what_a_caption_may_hold():
+  # Composed, without controls, overrides of direction and the mark of the byte order.
+  assert ingest.clean_caption(b'e\xcc\x81t\xc3\xa9\0 \r\n\ttwo') == 'été two'
+  assert ingest.clean_caption('\ufeffa\u202eb\u2066c') == 'abc'
+  kept = 'שלום \u200fעולם می\u200cخواهم 👩\u200d🍳'  # letters, marks and joiners that texts need
+  assert ingest.clean_caption(kept) == kept
+  for bad in (b'\xff', '\udcff'):
+    with pytest.raises(pictures.Refused, match='UTF-8'):
+      ingest.clean_caption(bad)
+
+
+def test_keys_are_words_and_differ():
+  keys = ['a b', 'a%20b', 'a\nb', 'a\u202eb', 'äpfel/1.jpg', 'x' * 300, 'x' * 301, '\udcff']
+  clean = [ingest.clean_key(key) for key in keys]
+  assert len(set(clean)) == len(keys)
+  assert all(key.split() == [key] and len(key) <= 200 and key.isprintable() for key in clean)
+  assert ingest.clean_key('äpfel/1.jpg') == 'äpfel/1.jpg'
+
+
+def test_store_side_makes_large_pictures_smaller():
+  chosen = options('folder', '.', store_side=20)
+  found, counts = examine(png(0, (90, 60)), ['a'], chosen)
+  assert (found['width'], found['height']) == ([30], [20])
+  assert Image.open(io.BytesIO(found['image'][0])).size == (30, 20)
+  assert counts['pictures repaired'] == {'made smaller': 1}
+  found, _ = examine(png(0, (20, 60)), ['a'], chosen)
+  assert found['image'] == [png(0, (20, 60))]  # the very bytes
+
+
+def test_held_out_pairs_are_a_share_and_the_same_whatever_the_order(tmp_path):
+  chosen = write_webdataset(tmp_path)
+  values = {f: getattr(chosen, f) for f in ('source', 'path')} | {'validation_share': 0.25}
+  run(tmp_path / 'out', ingest.Options(**values))
+  train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
+  assert not train.keys() & validation.keys()
+  assert train.keys() | validation.keys() == PICTURES.keys()
+  held_out = {
+    key
+    for key in PICTURES
+    if int.from_bytes(hashlib.sha256(key.encode()).digest()[8:16], 'big') < 2**62
+  }
+  assert validation.keys() == held_out
+
+
+# ---- What shows twice ----
+
+
+def test_perceptual_hash_is_that_of_its_definition():
+  photo = scipy.ndimage.gaussian_filter(
+    np.random.default_rng(3).normal(size=(200, 300, 3)), (9, 9, 0)
+  )
+  photo = Image.fromarray(np.uint8(255 * (photo - photo.min()) / np.ptp(photo)))
+  gray = np.asarray(photo.convert('L').resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+  low = scipy.fft.dct(scipy.fft.dct(gray, axis=0), axis=1)[:8, :8].ravel()
+  bits = ''.join('01'[int(value > np.median(low))] for value in low)
+  assert pictures.perceptual_hash(photo) == int(bits, 2)
+
+  def distance(other):
+    return (pictures.perceptual_hash(photo) ^ pictures.perceptual_hash(other)).bit_count()
+
+  out = io.BytesIO()
+  photo.save(out, 'JPEG', quality=30)
+  assert distance(Image.open(out)) <= 3
+  assert distance(photo.resize((150, 100))) <= 3
+  assert distance(photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) > 20
+
+
+@pytest.mark.parametrize('distance', [0, 1, 3, 7])
+def test_near_duplicates_are_those_of_all_pairs(distance):
+  rng = np.random.default_rng(distance)
+  centres = rng.integers(0, 2**63, 40, np.uint64)
+  hashes = np.repeat(centres, 8)
+  for _ in range(6):  # up to so many bits change
+    flips = np.uint64(1) << rng.integers(0, 64, len(hashes)).astype(np.uint64)
+    hashes ^= np.where(rng.random(len(hashes)) < 0.4, flips, np.uint64(0))
+  order = (
+    rng.permutation(2**32)[: len(hashes)].astype(np.uint64)
+    if False
+    else rng.choice(2**20, len(hashes), replace=False).astype(np.uint64)
+  )
+  near = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
+  expected = (near & (order < order[:, None])).any(1)
+  np.testing.assert_array_equal(pictures.near_duplicates(order, hashes, distance), expected)
+  assert 0 < expected.sum() < len(expected) - 40 * (distance > 2)
+
+
+def test_twins_by_key_and_by_look_are_left_out_once(tmp_path):
+  with tarfile.open(tmp_path / '0.tar', 'w') as tar:
+    for key, data in (('a', png(1)), ('b', png(2)), ('c', png(1)), ('d', png(3))):
+      add(tar, f'{key}.png', data)
+      add(tar, f'{key}.txt', f'first {key}'.encode())
+  with tarfile.open(tmp_path / '1.tar', 'w') as tar:
+    add(tar, 'b.png', png(9))
+    add(tar, 'b.txt', b'second b')
+  run(tmp_path / 'out', options('webdataset', tmp_path, near_duplicates=0))
+  found = read_set(tmp_path / 'out')
+  first = min('ac', key=lambda key: hashlib.sha256(key.encode()).digest())
+  assert found.keys() == {first, 'b', 'd'}
+  assert found['b'][1] == [('und', 'first b')]
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['pairs left out'] == {'duplicate key': 1, 'near duplicate': 1}
+  assert counts['pairs'] == {'kept': 3, 'read': 5}
+
+
+# ---- Going on, and the same bytes ----
+
+
+def digests(path):
+  return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir() if p.is_file()}
+
+
+def test_workers_and_shards_do_not_change_the_order(tmp_path):
+  chosen = write_webdataset(tmp_path)
+  for workers in (1, 3):
+    run(tmp_path / f'out{workers}', chosen, workers)
+  assert digests(tmp_path / 'out1') == digests(tmp_path / 'out3')
+  small = ingest.Options(source=chosen.source, path=chosen.path, shard_bytes=10_000)
+  told = run(tmp_path / 'small', small)
+  shards = records.read_index(tmp_path / 'small')['splits']['train']
+  assert len(shards) > 4
+  assert told['gather'][-1] == (len(shards), len(shards))
+  assert told['examine'][-1] == (3, 3)
+  assert list(read_set(tmp_path / 'small')) == list(read_set(tmp_path / 'out1'))
+  with pytest.raises(errors.UserError, match='holds a record set already'):
+    run(tmp_path / 'small', small)
+
+
+COMMAND = ('-m', 'fluid_jax.data.prepare', '--stage=ingest', '--source=webdataset')
+
+
+def test_killed_it_goes_on_where_it_was(tmp_path):
+  chosen = write_webdataset(tmp_path)
+  command = (*COMMAND, f'--path={chosen.path}', '--shard_bytes=10000', '--workers=1')
+  commands.run_ok(*command, f'--out={tmp_path / "straight"}')
+  out, kills = tmp_path / 'cut', 0
+  for pattern in ('run-*.json', 'train-*.json'):  # in the first pass, and in the second
+    run = subprocess.Popen(
+      [sys.executable, *command, f'--out={out}'], cwd=commands.ROOT, start_new_session=True,
+      stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while run.poll() is None and not [*out.rglob(pattern)]:
+      time.sleep(0.002)
+    kills += run.poll() is None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (out / records.INDEX).exists() or run.returncode == 0
+  assert kills >= 1
+  # Another source is not mixed in, nor a changed one taken for the same.
+  done = commands.run(*command, f'--out={out}', '--min_side=2')
+  assert (done.returncode, done.stderr.count('\n')) == (errors.MISMATCH, 1)
+  assert 'holds the beginnings of another set' in done.stderr
+  commands.run_ok(*command, f'--out={out}')
+  assert digests(out) == digests(tmp_path / 'straight')
+
+
+def test_a_source_that_changed_is_refused(tmp_path):
+  chosen = write_folder(tmp_path, 'jsonl')
+  out = tmp_path / 'out'
+  table = tmp_path / 'captions.jsonl'
+  unit = next(iter(chosen.open_source().units()))
+  records.Writer(out, **ingest.facts_of(chosen))
+  (out / 'work').mkdir()
+  ingest.write_run(str(out / 'work'), 0, unit, ingest.digest_of(unit), chosen)
+  table.write_text(table.read_text().replace('une p03', 'une autre'))
+  with pytest.raises(errors.UserError, match='has changed since') as error:
+    run(out, chosen)
+  assert error.value.exit_code == errors.MISMATCH
+
+
+def test_the_command_tells_what_it_did(tmp_path):
+  chosen = write_webdataset(tmp_path)
+  with tarfile.open(tmp_path / '9.tar', 'w') as tar:
+    add(tar, 'x.png', b'no picture')
+    add(tar, 'x.txt', b'a caption')
+  printed = commands.run_ok(*COMMAND, f'--path={chosen.path}', f'--out={tmp_path / "out"}')
+  assert 'kept 24 of 25 pairs' in printed
+  assert 'pairs left out: 1  picture cannot be decoded' in printed
+  assert 'ETA 0:00' in printed
+  assert 'peak memory of a worker' in printed
+  assert f'--config.data.task={tmp_path / "out"}' in printed
+  (line,) = (tmp_path / 'out' / ingest.QUARANTINE).read_text().splitlines()
+  assert json.loads(line)['where'].startswith(f'{tmp_path}/9.tar: x.png at 0')
+  picture = np.asarray(Image.open(tmp_path / 'out/report.png'))
+  assert (picture == (0x4A, 0x7A, 0xB5)).all(-1).any()
+  for flags, message in (
+    (('--stage=ingest',), '--out is missing'),
+    ((*COMMAND[2:], f'--out={tmp_path}/o'), '--path is missing'),
+    (('--stage=ingest', f'--out={tmp_path}/o', '--path=x'), '--source is missing'),
+    ((), '--stage is missing'),
+    (('--stage=measure',), '--config is missing'),
+    (('--stage=ingest', '--near_duplicates=9'), 'near_duplicates'),
+  ):
+    done = commands.run('-m', 'fluid_jax.data.prepare', *flags)
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
+    assert message in done.stderr
+
+
+def test_when_nothing_is_kept_it_says_why(tmp_path):
+  chosen = write_webdataset(tmp_path)
+  with pytest.raises(errors.UserError, match=r'nothing of .* is kept \(min_side 24\)'):
+    run(tmp_path / 'out', ingest.Options(source='webdataset', path=chosen.path, min_side=99))
+
+
+def test_the_report_shows_each_counter():
+  counts = {'languages': {f'l{i}': 20 - i for i in range(20)}, 'aspect': {'1.0': 5, '2.0': 10}}
+  blue = (np.asarray(report.draw('täxt\u202e', counts)) == (0x4A, 0x7A, 0xB5)).all(-1)
+  columns = np.split(blue, [16 + 420, 16 + 840], axis=1)
+  lengths = [np.flatnonzero(c.any(1)).size for c in columns]
+  assert lengths[2] == 11 * 12  # bars of eleven languages; the twelfth line counts the others
+  assert columns[0].sum() == 0
+  aspect = columns[1].sum(1)
+  assert aspect.max() == pytest.approx(2 * aspect[aspect > 0].min(), abs=2)
+
+
+# ---- MS-COCO ----
+
+
+def write_coco(path, number=12):
+  (path / 'val2014').mkdir()
+  images, annotations = [], []
+  for i in range(number):
+    name = f'COCO_val2014_{i:012}.png'
+    (path / 'val2014' / name).write_bytes(png(i))
+    images.append({'id': i, 'file_name': name, 'height': 30, 'width': 40, 'license': 1})
+    annotations += [{'id': 100 * i + j, 'image_id': i, 'caption': f'{i} {j}'} for j in range(5)]
+  captions = path / 'captions_val2014.json'
+  captions.write_text(json.dumps({'info': {}, 'images': images, 'annotations': annotations[::-1]}))
+  return captions
+
+
+def test_coco_has_five_captions_of_a_picture(tmp_path):
+  captions = write_coco(tmp_path)
+  run(tmp_path / 'out', options('coco', tmp_path / 'val2014', captions=str(captions)))
+  found = read_set(tmp_path / 'out')
+  assert found == {
+    str(i): (png(i), [('en', f'{i} {j}') for j in range(5)]) for i in range(12)
+  }  # fmt: skip
+
+
+def test_an_evaluation_set_is_drawn_by_hashes_and_complete(tmp_path, monkeypatch):
+  captions = write_coco(tmp_path)
+
+  def rank(number):
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+  drawn = sorted(sorted(range(12), key=rank)[:5])
+  digest = hashlib.sha256(''.join(f'{n}\n' for n in drawn).encode()).hexdigest()
+  monkeypatch.setitem(sources.COCO_SETS, 'coco_mini', sources.CocoSet(5, digest))
+  chosen = options('coco_mini', tmp_path / 'val2014', captions=str(captions), split='validation')
+  with monkeypatch.context() as patch:  # workers would not know of it
+    patch.setattr(ingest, 'in_processes', lambda f, calls, n: (f(*call) for call in calls))
+    run(tmp_path / 'out', chosen)
+    found = read_set(tmp_path / 'out', 'validation')
+    texts = {n: f'{n} {min(range(5), key=lambda j: rank(100 * n + j))}' for n in drawn}
+    assert {int(k): v[1] for k, v in found.items()} == {n: [('en', t)] for n, t in texts.items()}
+    lines = ''.join(f'{n}\t{texts[n]}\n' for n in drawn)
+    index = records.read_index(tmp_path / 'out')
+    assert index['captions_sha256'] == hashlib.sha256(lines.encode()).hexdigest()
+
+    (tmp_path / 'val2014' / f'COCO_val2014_{drawn[2]:012}.png').write_bytes(b'broken')
+    with pytest.raises(errors.UserError, match='has 5 pictures and 4 of them can be had') as error:
+      run(tmp_path / 'less', chosen)
+    assert error.value.exit_code == errors.CORRUPT
+    assert not (tmp_path / 'less' / records.INDEX).exists()
+  monkeypatch.setitem(sources.COCO_SETS, 'coco_mini', sources.CocoSet(6, digest))
+  with pytest.raises(errors.UserError, match='gives other pictures'):
+    chosen.open_source().rows()
+  captions.write_text('[]')
+  with pytest.raises(errors.UserError, match='is no file of captions of MS-COCO'):
+    chosen.open_source().rows()
+
+
+def test_columns_take_the_usual_names_first():
+  columns = tables.Columns.parse(['text.de=titel', 'key=url'], language='en')
+  row = {'caption': ['a', None], 'titel': 'ein', 'id': 3, 'url': 7, 'language': None}
+  assert columns.captions(row) == (['a', 'ein'], ['en', 'de'])
+  assert columns.value(row, 'key') == 7
+  assert tables.tagged_lines(b'one\n\n pt_BR.utf8=dois \nfr=deux\nx=1', 'en') == (
+    [b'one', b'dois', b'deux', b'x=1'], ['en', 'pt-BR', 'fr', 'en'],
+  )  # fmt: skip
