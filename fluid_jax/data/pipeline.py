@@ -57,6 +57,7 @@ class Stream:
   bytes.
 
   Attributes:
+    records: of each task.
     num_examples: number of examples of the split.
     step: the step of the next batch.
     arrays: names of the arrays of a batch but for `valid`.
@@ -113,17 +114,17 @@ class Stream:
     self._name = task_name
     components = tasks.components(task_name, module, split)
     self._tasks = [part.task for part in components]
-    self._records = [part.records for part in components]
+    self.records = [part.records for part in components]
     if vocabulary:
       self._tasks = [
         tasks.with_vocabulary(task, vocabulary) if 'text' in task.output_features else task
         for task in self._tasks
       ]
-    for task, found in zip(self._tasks, self._records, strict=True):
+    for task, found in zip(self._tasks, self.records, strict=True):
       _check_languages(languages, found.languages)
       if not len(found):
         raise errors.UserError(f'split {split!r} of task {task.name!r} is empty: name another.')
-    self._sizes = np.array([len(found) for found in self._records])
+    self._sizes = np.array([len(found) for found in self.records])
     self._pattern = order.interleave([part.rate for part in components])
     one_hot = self._pattern[:, None] == np.arange(len(components))
     self._shares = one_hot.sum(0)
@@ -179,7 +180,7 @@ class Stream:
     """Keys of the examples in the global batch of a step, without reading them."""
     numbers = self._numbers(step)
     task, position, _ = self._examples(numbers[self._valid(numbers)])
-    return [self._records[t].key(i) for t, i in zip(task, position.tolist(), strict=True)]
+    return [self.records[t].key(i) for t, i in zip(task, position.tolist(), strict=True)]
 
   def _our_rows(self) -> Iterator[_Rows]:
     """Our rows of each batch from the next on."""
@@ -204,7 +205,7 @@ class Stream:
   def _raw(
     self, task: int, found: list[tuple[int, bytes]], bits: np.ndarray
   ) -> dict[str, np.ndarray]:
-    keys = [self._records[task].key(position).encode() for position, _ in found]
+    keys = [self.records[task].key(position).encode() for position, _ in found]
     return {
       'record': np.array([payload for _, payload in found], object),
       'key': np.array(keys, object),
@@ -217,10 +218,10 @@ class Stream:
     while True:
       if (task, position) not in self._broken:
         try:
-          return position, self._records[task][position]
+          return position, self.records[task][position]
         except records.BrokenRecord as error:
           self._set_aside(task, position, str(error))
-      position = (position + 1) % len(self._records[task])
+      position = (position + 1) % len(self.records[task])
 
   def _set_aside(self, task: int, position: int, reason: str) -> None:
     """Logs a broken record; UserError if there are too many."""
@@ -233,7 +234,7 @@ class Stream:
         f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
         errors.CORRUPT,
       )
-    logging.warning('Set aside record %s: %s', self._records[task].key(position), reason)
+    logging.warning('Set aside record %s: %s', self.records[task].key(position), reason)
 
   def _dataset(self) -> tf.data.Dataset:
     import tensorflow as tf
@@ -367,7 +368,7 @@ class Stream:
         next(iter(self._decoded(task, lambda raw=raw: [raw])))
       except tf.errors.OpError as found:
         reason = found.message.split('}} ')[-1].splitlines()[0].rstrip('.')  # without the graph
-        key = self._records[task].key(whole[0])
+        key = self.records[task].key(whole[0])
         self._set_aside(
           task,
           whole[0],

@@ -36,6 +36,9 @@ FORMAT = 2
 HEADER, FOOTER = 12, 4  # bytes around a payload
 _CACHED_ENTRIES = 256  # more than training reads from at a time, see `order.WINDOW`
 
+for _protocol in ('gcs', 's3'):  # other processes write where this one lists
+  fsspec.config.conf.setdefault(_protocol, {}).setdefault('use_listings_cache', False)
+
 
 def masked_crc(data: bytes) -> int:
   """CRC-32C rotated right by 15 bits plus a constant, as the TFRecord format stores it."""
@@ -81,7 +84,9 @@ def read_range(path: epath.Path, offset: int, length: int) -> bytes:
   Of a file in a bucket no more than these travel, which `path.open` would not promise.
   """
   if '://' in os.fspath(path):
-    return _remote(os.fspath(path.parent)).cat_file(os.fspath(path), offset, offset + length)
+    return _remote(os.fspath(path.parent)).cat_file(
+      os.fspath(path), start=offset, end=offset + length
+    )
   descriptor = os.open(path, os.O_RDONLY)
   try:
     return os.pread(descriptor, length, offset)
@@ -409,4 +414,4 @@ def write_whole(path: epath.Path, text: str) -> None:
   """Writes a file that is whole or not there."""
   temporary = path.parent / f'{path.name}.tmp'
   temporary.write_text(text)
-  temporary.rename(path)
+  temporary.replace(path)

@@ -148,7 +148,9 @@ def _beside(path: epath.Path, language: str) -> tuple[list[bytes], list[str]]:
   beside = path.with_suffix('.txt')
   if not beside.exists():
     return [], []
-  return tables.tagged_lines(records.read_range(beside, 0, _MAX_TEXT), language)
+  if beside.stat().length > _MAX_TEXT:
+    raise ValueError('too much text')
+  return tables.tagged_lines(beside.read_bytes(), language)
 
 
 class WebDataset:

@@ -1,0 +1,618 @@
+"""Hostile input for `data.ingest`: broken, lying and malicious files, as bytes or as folders.
+
+KINDS and HEAVY hold each kind by name; both the tests and `benchmarks/hostile.py` go through them.
+"""
+
+import io
+import json
+import os
+import pathlib
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fluid_jax.data import examples, records
+
+CANARY = b'CANARY-7f3a: what lies beside the input'
+BOTH = frozenset({'before', 'after'})
+ANY = 'any'  # a reason of whatever name
+
+
+class Kind(NamedTuple):
+  """Input with something hostile between the good pairs `before` and `after`."""
+
+  make: Callable[[pathlib.Path], dict[str, Any]]  # writes it in a folder; fields of Options
+  reason: str | None  # under which the hostile pair must be counted; None: it is kept
+  kept: frozenset[str] = BOTH  # keys
+  place: str = ''  # pattern of where in the file the fault is said to lie
+
+
+# ---- Pictures ----
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (32, 24), mode: str = 'RGB') -> Image.Image:
+  """A smooth one, which JPEG changes little."""
+  rng = np.random.default_rng(seed)
+  return Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size).convert(mode)
+
+
+def encode(image: Image.Image, kind: str = 'JPEG', **options: Any) -> bytes:
+  out = io.BytesIO()
+  image.save(out, kind, **options)
+  return out.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+  """A chunk of PNG."""
+  checksum = struct.pack('>I', zlib.crc32(name + data))
+  return struct.pack('>I', len(data)) + name + data + checksum
+
+
+def png_claims(width: int, height: int, bits: int = 8, color: int = 2, rows: int = 0) -> bytes:
+  """A PNG whose header claims a size, with some rows of zeros."""
+  header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
+  row = 1 + -(-width * bits * {0: 1, 2: 3}[color] // 8)
+  packer = zlib.compressobj(9)
+  data = b''.join(packer.compress(bytes(row)) for _ in range(rows)) + packer.flush()
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+
+
+def png_with(*chunks: bytes) -> bytes:
+  """A good PNG with more chunks behind its header."""
+  data = encode(picture(), 'PNG')
+  return data[:33] + b''.join(chunks) + data[33:]
+
+
+def zip_bomb(size: int) -> bytes:
+  return zlib.compress(bytes(size), 9)
+
+
+def animated(kind: str) -> bytes:
+  return encode(picture(), kind, save_all=True, append_images=[picture(1)])
+
+
+def exif(orientation: int, *entries: tuple[int, int, int, bytes]) -> bytes:
+  """EXIF with an orientation, and entries of tag, type, count and 4 bytes of value."""
+  entries = ((0x0112, 3, 1, struct.pack('<HH', orientation, 0)), *entries)
+  fields = b''.join(struct.pack('<HHI', *e[:3]) + e[3] for e in sorted(entries))
+  return b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + fields + bytes(4)
+
+
+def bmp_claims(width: int, height: int) -> bytes:
+  data = bytearray(encode(picture(), 'BMP'))
+  data[2:6] = struct.pack('<I', 7)  # the file's size
+  data[18:26] = struct.pack('<ii', width, height)
+  return bytes(data)
+
+
+def gif_claims(width: int, height: int) -> bytes:
+  """A GIF of 1 x 1 pixels with a frame of more."""
+  data = bytearray(encode(Image.new('P', (1, 1)), 'GIF'))
+  frame = data.index(b',', 13 + 3 * (2 << (data[10] & 7)) * (data[10] >> 7))
+  data[frame + 5 : frame + 9] = struct.pack('<HH', width, height)
+  return bytes(data)
+
+
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+  """A progressive JPEG whose last scan comes many times: a few bytes, and all pixels each time."""
+  data = encode(Image.new('L', (side, side)), progressive=True)
+  last = data[data.rindex(b'\xff\xda') : -2]
+  return data[:-2] + scans * last + data[-2:]
+
+
+_JPEG = encode(picture())
+_UNDECODED, _MANY = 'picture cannot be decoded', 'picture has too many pixels'
+PICTURES = {  # name: makes the bytes, the reason it is refused for
+  'truncated JPEG': (lambda: _JPEG[: len(_JPEG) // 2], _UNDECODED),
+  'JPEG header only': (lambda: _JPEG[:20], _UNDECODED),
+  'JPEG with garbage inside': (lambda: _JPEG[:160] + bytes(range(256)) * 4, _UNDECODED),
+  'garbage named JPEG': (lambda: np.random.default_rng(0).bytes(5000), _UNDECODED),
+  'JPEG of 0xFF': (lambda: b'\xff\xd8' + b'\xff' * 100_000, _UNDECODED),
+  'empty file': (lambda: b'', 'picture is empty'),
+  'text named JPEG': (lambda: b'<svg onload=alert(1)>', _UNDECODED),
+  'truncated PNG': (lambda: encode(picture(), 'PNG')[:-60], _UNDECODED),
+  'truncated PNG with EXIF': (
+    lambda: encode(picture(size=(300, 200)), 'PNG', exif=exif(6))[:400],
+    _UNDECODED,
+  ),
+  'truncated WebP': (lambda: encode(picture(), 'WEBP')[:-20], _UNDECODED),
+  'animated GIF': (lambda: animated('GIF'), 'picture is animated'),
+  'animated PNG': (lambda: animated('PNG'), 'picture is animated'),
+  'animated WebP': (lambda: animated('WEBP'), 'picture is animated'),
+  'PNG bomb, 1 bit': (lambda: png_claims(30_000, 30_000, 1, 0, 30_000), _MANY),
+  'PNG bomb, RGB': (lambda: png_claims(30_000, 30_000, rows=3_000), _MANY),
+  'PNG that claims 2**31 pixels a side': (lambda: png_claims(2**31 - 1, 2**31 - 1), _MANY),
+  'BMP that claims 100000 pixels a side': (lambda: bmp_claims(100_000, 100_000), _MANY),
+  'BMP with half of its pixels': (lambda: bmp_claims(32, 48), _UNDECODED),
+  'GIF with a frame of 60000 pixels a side': (lambda: gif_claims(60_000, 60_000), _MANY),
+  'PNG with a zTXt bomb': (
+    lambda: png_with(chunk(b'zTXt', b'Comment\0\0' + zip_bomb(200 << 20))),
+    _UNDECODED,
+  ),
+  'PNG with an iCCP bomb': (
+    lambda: png_with(chunk(b'iCCP', b'profile\0\0' + zip_bomb(200 << 20))),
+    _UNDECODED,
+  ),
+  'PNG with 200 zTXt chunks': (
+    lambda: png_with(*[chunk(b'zTXt', b'Comment\0\0' + zip_bomb(1_000_000))] * 200),
+    _UNDECODED,
+  ),
+  'PNG with a chunk that claims 2 GB': (
+    lambda: png_with(struct.pack('>I', 2**31 - 1) + b'iTXt'),
+    _UNDECODED,
+  ),
+}
+# Turned, with EXIF that Pillow reads and cannot write again.
+UNWRITABLE_EXIF = {
+  'text as numbers': (0x010E, 5, 1, struct.pack('<I', 8)),
+  'offset as text': (0x8769, 2, 4, b'abc\0'),
+  'numbers as text': (0x0100, 2, 4, b'abc\0'),
+  'fraction as bytes': (0x011A, 7, 4, b'abcd'),
+}
+
+
+# ---- Tar ----
+
+
+def header(name: bytes, size: int, kind: bytes = b'0', link: bytes = b'') -> bytes:
+  """A member's header, which may say what `tarfile` would not write."""
+  block = bytearray(tarfile.TarInfo('x').tobuf(tarfile.USTAR_FORMAT))
+  block[:100] = name[:100].ljust(100, b'\0')
+  is_plain = 0 <= size < 8**11
+  block[124:136] = b'%011o\0' % size if is_plain else (2**95 | size % 2**95).to_bytes(12, 'big')
+  if size < 0:
+    block[124] = 0xFF
+  block[156:157], block[157:257] = kind, link[:100].ljust(100, b'\0')
+  block[148:156] = b' ' * 8
+  block[148:156] = b'%06o\0 ' % sum(block)
+  return bytes(block)
+
+
+def member(name: bytes, data: bytes = b'', kind: bytes = b'0', link: bytes = b'') -> bytes:
+  return header(name, len(data), kind, link) + data + bytes(-len(data) % 512)
+
+
+def pax(**values: bytes) -> bytes:
+  """A header that overrides what the next one says."""
+  lines = []
+  for name, value in values.items():
+    rest = b' %s=%s\n' % (name.encode(), value)
+    length = len(rest) + 1
+    while length != len(b'%d' % length + rest):
+      length += 1
+    lines.append(b'%d' % length + rest)
+  return member(b'pax', b''.join(lines), b'x')
+
+
+def pair(name: str, image: bytes = _JPEG, text: bytes = b'a caption') -> bytes:
+  """A picture and its caption as members."""
+  return member(f'{name}.jpg'.encode(), image) + member(f'{name}.txt'.encode(), text)
+
+
+BEFORE, AFTER = pair('before', encode(picture(8))), pair('after', encode(picture(9)))
+
+
+def _start(folder: pathlib.Path) -> pathlib.Path:
+  """A folder for the input; beside it lie files that none may read or write."""
+  (folder / 'canary.txt').write_bytes(CANARY)
+  (folder / 'canary.jpg').write_bytes(encode(picture(), comment=CANARY))
+  (folder / 'in').mkdir()
+  return folder / 'in'
+
+
+def _tar(
+  inner: bytes | Callable[[], bytes], reason: str | None, kept: Iterable[str] = BOTH, **options: Any
+) -> Kind:
+  """A tar with something between two good pairs."""
+
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder) / 'shard.tar'
+    path.write_bytes(
+      BEFORE + (inner if isinstance(inner, bytes) else inner()) + AFTER + bytes(1024)
+    )
+    return {'source': 'webdataset', 'path': str(path), **options}
+
+  return Kind(make, reason, frozenset(kept), r'shard\.tar: .*\bat \d+')
+
+
+def _tar_of(data: bytes, kept: Iterable[str]) -> Kind:
+  """A broken tar."""
+
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder) / 'shard.tar'
+    path.write_bytes(data)
+    return {'source': 'webdataset', 'path': str(path)}
+
+  return Kind(make, ANY, frozenset(kept), r'shard\.tar: .*\bat \d+')
+
+
+def _json(text: str, reason: str | None, kept: Iterable[str] = BOTH, **options: Any) -> Kind:
+  """A pair whose JSON says something."""
+  inner = member(b'odd.jpg', _JPEG) + member(b'odd.json', text.encode())
+  return _tar(inner, reason, kept, **options)
+
+
+ODD = BOTH | {'odd'}
+LONG = b'n' * 1_000_000
+TARS = {
+  **{
+    f'tar: {name}': _tar(pair('odd', make()), reason) for name, (make, reason) in PICTURES.items()
+  },
+  'tar: picture larger than max_bytes': _tar(
+    pair('odd', bytes(100_001)), 'file is too large', max_bytes=100_000
+  ),
+  'tar: name with ..': _tar(member(b'../canary.jpg', _JPEG), 'unsafe name'),
+  'tar: name with .. inside': _tar(member(b'a/../../canary.jpg', _JPEG), 'unsafe name'),
+  'tar: name with ..\\': _tar(member(b'..\\canary.jpg', _JPEG), 'unsafe name'),
+  'tar: absolute name': _tar(member(b'/tmp/absolute-canary.jpg', _JPEG), 'unsafe name'),
+  'tar: NUL in a name': _tar(pax(path=b'a\0b.jpg') + member(b'x', _JPEG), 'unsafe name'),
+  'tar: symbolic link out': _tar(
+    member(b'odd.txt', kind=b'2', link=b'../canary.txt'), 'not a file'
+  ),
+  'tar: symbolic link to /etc/passwd': _tar(
+    member(b'odd.txt', kind=b'2', link=b'/etc/passwd'), 'not a file'
+  ),
+  'tar: link, then a file through it': _tar(
+    member(b'd.jpg', kind=b'2', link=b'..') + member(b'd.jpg/canary.jpg', _JPEG), ANY
+  ),
+  'tar: hard link out': _tar(member(b'odd.txt', kind=b'1', link=b'../canary.txt'), 'not a file'),
+  'tar: character device': _tar(member(b'odd.jpg', kind=b'3'), 'not a file'),
+  'tar: block device': _tar(member(b'odd.jpg', kind=b'4'), 'not a file'),
+  'tar: named pipe': _tar(member(b'odd.jpg', kind=b'6'), 'not a file'),
+  'tar: unknown kind of member': _tar(member(b'odd.jpg', _JPEG, kind=b'~'), 'not a file'),
+  'tar: newline in a name': _tar(pair('odd\nname'), None, BOTH | {'odd%0Aname'}),
+  'tar: name that is not UTF-8': _tar(
+    member(b'\xff.jpg', _JPEG) + member(b'\xff.txt', b'x'), None, BOTH | {'%ED%B3%BF'}
+  ),
+  'tar: name of a million characters': _tar(
+    pax(path=LONG + b'.jpg') + member(b'x', _JPEG), 'no caption'
+  ),
+  'tar: unsafe name of a million characters': _tar(
+    pax(path=b'../' + LONG + b'.jpg') + member(b'x', _JPEG), 'unsafe name'
+  ),
+  'tar: no name but the suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
+  'tar: picture alone': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
+  'tar: caption alone': _tar(member(b'odd.txt', b'caption'), 'no picture'),
+  'tar: JSON nested 100000 deep': _json('{"a":' + '[' * 100_000, 'row cannot be parsed'),
+  'tar: JSON that is a list': _json('[1]', 'row cannot be parsed'),
+  'tar: JSON that is not UTF-8': _tar(
+    member(b'odd.jpg', _JPEG) + member(b'odd.json', b'{"caption": "\xff\xfe"}'),
+    'row cannot be parsed',
+  ),
+  'tar: JSON with a number of 10000 digits': _json(
+    '{"caption": "c", "a": ' + '9' * 10_000 + '}', 'row cannot be parsed'
+  ),
+  'tar: score NaN': _json(
+    '{"caption": "c", "s": NaN}', 'min_score', min_score=-1e9, columns=('score=s',)
+  ),
+  **{
+    f'tar: score {value[:20]}': _json(
+      f'{{"caption": "c", "s": {value}}}', None, ODD, columns=('score=s',)
+    )
+    for value in ('{}', '[[1]]', '1' + '0' * 400, '"x"', '1e300', 'null')
+  },
+  'tar: header says a negative size': _tar(header(b'odd.jpg', -512), ANY, {'before'}),
+  'tar: header says 2**60 bytes': _tar(header(b'odd.jpg', 2**60), ANY, {'before'}),
+  'tar: pax says 10**30 bytes': _tar(
+    pax(size=b'1' + b'0' * 30) + header(b'odd.jpg', 0), ANY, {'before'}
+  ),
+  'tar: pax says -512 bytes': _tar(pax(size=b'-512') + header(b'odd.jpg', 0), ANY, {'before'}),
+  'tar: 2000 pax headers in a row': _tar(header(b'x', 0, b'x') * 2000, ANY, {'before'}),
+  'tar: 2000 long-name headers in a row': _tar(header(b'x', 0, b'L') * 2000, ANY, {'before'}),
+  'tar: garbage header': _tar(b'garbage!' * 64, ANY, {'before'}),
+  'tar: wrong checksum': _tar(pair('odd').replace(b'odd', b'ODD', 1), ANY, {'before'}),
+  'tar: cut in a member': _tar_of(BEFORE + pair('odd')[:700], {'before'}),
+  'tar: cut in a header': _tar_of(BEFORE + pair('odd')[:300], {'before'}),
+  'tar: empty file': _tar_of(b'', ()),
+  'tar: garbage': _tar_of(np.random.default_rng(0).bytes(50_000), ()),
+}
+
+
+# ---- Folders and tables ----
+
+
+def _folder(setup: Callable[[pathlib.Path], Any], reason: str | None) -> Kind:
+  """A folder of pictures with texts beside them, and something more."""
+
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder)
+    for name, seed in (('before', 8), ('after', 9)):
+      (path / f'{name}.jpg').write_bytes(encode(picture(seed)))
+      (path / f'{name}.txt').write_bytes(b'a caption')
+    setup(path)
+    return {'source': 'folder', 'path': str(path)}
+
+  return Kind(make, reason, BOTH, r'in: |/in')
+
+
+def _odd(image: bytes = _JPEG, text: bytes = b'a caption') -> Callable[[pathlib.Path], None]:
+  def setup(path: pathlib.Path) -> None:
+    (path / 'odd.jpg').write_bytes(image)
+    (path / 'odd.txt').write_bytes(text)
+
+  return setup
+
+
+def _link(name: str, target: str, beside: str) -> Callable[[pathlib.Path], None]:
+  def setup(path: pathlib.Path) -> None:
+    (path / name).symlink_to(target)
+    (path / beside).write_bytes(_JPEG if beside.endswith('.jpg') else b'a caption')
+
+  return setup
+
+
+def _pipe(name: str, beside: str) -> Callable[[pathlib.Path], None]:
+  def setup(path: pathlib.Path) -> None:
+    os.mkfifo(path / name)
+    (path / beside).write_bytes(_JPEG if beside.endswith('.jpg') else b'a caption')
+
+  return setup
+
+
+def _loops(path: pathlib.Path) -> None:
+  for name in ('one', 'two', 'three'):
+    (path / name).symlink_to('.')
+
+
+def _table(rows: bytes, reason: str | None, suffix: str = '.jsonl', place: str = '') -> Kind:
+  return _table_by(lambda path: path.write_bytes(_ROWS[suffix](rows)), reason, suffix, place)
+
+
+def _table_by(
+  write: Callable[[pathlib.Path], Any], reason: str | None, suffix: str, place: str = ''
+) -> Kind:
+  """A folder of pictures and a table of captions."""
+
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder)
+    for name, seed in (('before', 8), ('after', 9), ('odd', 0), ('', 0)):
+      (path / f'{name}.jpg').write_bytes(encode(picture(seed)))
+    (path / 'folder.jpg').mkdir()
+    (path / 'link.jpg').symlink_to('../canary.jpg')
+    table = folder / f'table{suffix}'
+    write(table)
+    return {'source': 'folder', 'path': str(path), 'captions': str(table)}
+
+  return Kind(make, reason, BOTH, rf'table\{suffix}: .*{place}')
+
+
+def _row(name: str) -> bytes:
+  return b'{"image": "%s.jpg", "caption": "a caption"}\n' % name.encode()
+
+
+_ROWS = {
+  '.jsonl': lambda rows: _row('before') + rows + b'\n' + _row('after'),
+  '.csv': lambda rows: b'image,caption\nbefore.jpg,c\n' + rows + b'\nafter.jpg,c\n',
+}
+
+
+def _parquet(path: pathlib.Path, columns: dict[str, Any], **options: Any) -> None:
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  parquet.write_table(pa.table(columns), path, **options)
+
+
+def _bad_utf8(path: pathlib.Path) -> None:
+  import pyarrow as pa
+
+  ends = pa.py_buffer(struct.pack('<4i', 0, 4, 7, 11))
+  texts = pa.Array.from_buffers(pa.string(), 3, [None, ends, pa.py_buffer(b'good\xff\xfe\xfdgood')])
+  _parquet(path, {'image': ['before.jpg', 'odd.jpg', 'after.jpg'], 'caption': texts})
+
+
+def _dates(path: pathlib.Path) -> None:
+  import pyarrow as pa
+
+  names = ['before.jpg', 'odd.jpg', 'after.jpg']
+  dates = pa.array([0, 2**62, 0], pa.timestamp('us'))  # of which Python has no year
+  _parquet(path, {'image': names, 'caption': ['c'] * 3, 'date': dates})
+
+
+def _bad_page(path: pathlib.Path) -> None:
+  names = ['before.jpg', 'after.jpg'] * 1000
+  _parquet(path, {'image': names, 'caption': ['c'] * 2000}, row_group_size=1000)
+  data = path.read_bytes()
+  second = data.index(b'before.jpg', data.index(b'before.jpg') + 30)
+  path.write_bytes(data[: second - 40] + b'\xff' * 60 + data[second + 20 :])
+
+
+def _paths(names: dict[str, tuple[str, str]]) -> dict[str, Kind]:
+  kinds = {}
+  for name, (path, reason) in names.items():
+    row = json.dumps({'image': path, 'caption': 'c'}).encode()
+    kinds[f'JSONL: {name}'] = _table(row, reason)
+  return kinds
+
+
+_UNREAD = 'file cannot be read'
+FOLDERS = {
+  'folder: truncated JPEG': _folder(_odd(_JPEG[:300]), _UNDECODED),
+  'folder: text that is not UTF-8': _folder(_odd(text=b'\xff\xfe\xfd'), 'caption is not UTF-8'),
+  'folder: picture is a link out': _folder(
+    _link('odd.jpg', '../canary.jpg', 'odd.txt'), 'unsafe name'
+  ),
+  'folder: picture is a link to itself': _folder(_link('odd.jpg', 'odd.jpg', 'odd.txt'), ANY),
+  'folder: text is a link out': _folder(_link('odd.txt', '../canary.txt', 'odd.jpg'), ANY),
+  'folder: text is a link to /etc/passwd': _folder(_link('odd.txt', '/etc/passwd', 'odd.jpg'), ANY),
+  'folder: text is a folder': _folder(
+    lambda path: ((path / 'odd.jpg').write_bytes(_JPEG), (path / 'odd.txt').mkdir()), _UNREAD
+  ),
+  'folder: picture is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
+  'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), ANY),
+  'folder: links to the folder itself': _folder(_loops, None),
+  'folder: link to the folder above': _folder(lambda path: (path / 'up').symlink_to('..'), None),
+  **_paths(
+    {
+      'path with ..': ('../canary.jpg', 'unsafe name'),
+      'absolute path': ('/etc/passwd', 'unsafe name'),
+      'path of a link out': ('link.jpg', 'unsafe name'),
+      'missing file': ('missing.jpg', _UNREAD),
+      'path of a folder': ('folder.jpg', _UNREAD),
+      'path with NUL': ('a\0b.jpg', 'unsafe name'),
+      'path of 5000 characters': ('x' * 5000, _UNREAD),
+      'path with a surrogate': ('\ud800.jpg', _UNREAD),
+      'empty path': ('', 'no picture'),
+      'path without a stem': ('.jpg', ANY),
+    }
+  ),
+  'JSONL: broken rows': _table(
+    b'{\n[1]\n"x"\n5\nnull\n\xff\xfe\n{"a": ' + b'[' * 100_000,
+    'row cannot be parsed',
+    place=r'line \d',
+  ),
+  **{
+    f'JSONL: row nested {depth} deep': _table(
+      b'{"image": "missing.jpg", "caption": "c", "a": %s}' % (b'[' * depth + b']' * depth), ANY
+    )
+    for depth in (500, 980)
+  },
+  'JSONL: column named fault': _table(
+    b'{"fault": "x", "image": "missing.jpg", "caption": "c"}', ANY
+  ),
+  'CSV: path with ..': _table(b'../canary.jpg,c', 'unsafe name', '.csv'),
+  'CSV: caption that is not UTF-8': _table(b'odd.jpg,\xff\xfe', 'caption is not UTF-8', '.csv'),
+  'CSV: NUL in a path': _table(b'a\0b.jpg,c', 'unsafe name', '.csv'),
+  'CSV: row too short': _table(b'odd.jpg', 'no caption', '.csv'),
+  'CSV: row too long': _table(b'missing.jpg,a,b,c,d', _UNREAD, '.csv'),
+  'Parquet: caption that is not UTF-8': _table_by(_bad_utf8, 'caption is not UTF-8', '.parquet'),
+  'Parquet: date without a year': _table_by(_dates, ANY, '.parquet'),
+  'Parquet: broken page': _table_by(_bad_page, ANY, '.parquet'),
+}
+
+
+# ---- TFRecord ----
+
+
+def record(payload: bytes) -> bytes:
+  checksum = struct.pack('<I', records.masked_crc(payload))
+  return record_header(len(payload)) + payload + checksum
+
+
+def record_header(length: int) -> bytes:
+  packed = struct.pack('<Q', length)
+  return packed + struct.pack('<I', records.masked_crc(packed))
+
+
+def example(key: str, seed: int = 0, **features: Any) -> bytes:
+  values = {'image': encode(picture(seed)), 'text': 'a caption', 'key': key} | features
+  return examples.encode(values)
+
+
+def field(number: int, data: bytes) -> bytes:
+  """A field of a message of protobuf, with a length."""
+  length, packed = len(data), b''
+  while length > 127:
+    packed, length = packed + bytes([length & 127 | 128]), length >> 7
+  return bytes([number << 3 | 2]) + packed + bytes([length]) + data
+
+
+def _tfrecord(
+  inner: bytes, reason: str | None, kept: Iterable[str] = BOTH, end: bool = True
+) -> Kind:
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder) / 'shard.tfrecord'
+    after = record(example('after', 9)) if end else b''
+    path.write_bytes(record(example('before', 8)) + inner + after)
+    return {'source': 'tfrecord', 'path': str(path)}
+
+  return Kind(make, reason, frozenset(kept), r'shard\.tfrecord: byte \d+')
+
+
+_WHOLE = record(example('odd'))
+TFRECORDS = {
+  'TFRecord: bit flipped in the picture': _tfrecord(
+    _WHOLE[:200] + bytes([_WHOLE[200] ^ 1]) + _WHOLE[201:], 'record is corrupt'
+  ),
+  'TFRecord: bit flipped in a length': _tfrecord(
+    bytes([_WHOLE[0] ^ 1]) + _WHOLE[1:], 'record has a corrupt header'
+  ),
+  'TFRecord: cut in the last record': _tfrecord(
+    _WHOLE[:-9], 'record is truncated', {'before'}, end=False
+  ),
+  'TFRecord: ends with 8 bytes 0xFF': _tfrecord(b'\xff' * 8, ANY, {'before'}, end=False),
+  'TFRecord: garbage between records': _tfrecord(
+    np.random.default_rng(0).bytes(9999), 'record has a corrupt header'
+  ),
+  'TFRecord: garbage within a record': _tfrecord(_WHOLE[:99] + b'garbage' + _WHOLE[99:], ANY),
+  'TFRecord: bytes of a record missing': _tfrecord(_WHOLE[:99] + _WHOLE[140:], ANY),
+  'TFRecord: length 2**63': _tfrecord(record_header(2**63), ANY),
+  'TFRecord: length 2**40': _tfrecord(record_header(2**40), ANY),
+  'TFRecord: length of a million': _tfrecord(record_header(10**6), ANY),
+  'TFRecord: no Example': _tfrecord(record(b'\xff' * 99), 'no tf.train.Example'),
+  'TFRecord: empty record': _tfrecord(record(b''), 'no picture'),
+  'TFRecord: picture is a number': _tfrecord(record(example('odd', image=5)), 'no picture'),
+  'TFRecord: caption that is not UTF-8': _tfrecord(
+    record(example('odd', text=b'\xff\xfe')), 'caption is not UTF-8'
+  ),
+  'TFRecord: caption is a number': _tfrecord(record(example('odd', text=5, image=b'')), ANY),
+}
+KINDS = {**TARS, **FOLDERS, **TFRECORDS}
+
+
+# ---- What would take all memory, or all time ----
+
+
+def _sparse_header(kind: bytes) -> Kind:
+  """A tar whose header of some kind is 256 MB of zeros, which take no room on disk."""
+
+  def make(folder: pathlib.Path) -> dict[str, Any]:
+    path = _start(folder) / 'shard.tar'
+    path.write_bytes(BEFORE + header(b'x', 256 << 20, kind))
+    os.truncate(path, path.stat().st_size + (256 << 20))
+    return {'source': 'webdataset', 'path': str(path)}
+
+  return Kind(make, ANY, frozenset({'before'}))
+
+
+def _many_captions(path: pathlib.Path) -> None:
+  with path.open('wb') as f:
+    f.write(_row('before') + _row('after'))
+    for _ in range(800):
+      f.write(b'{"image": "odd.jpg", "caption": "' + b'x' * 1_000_000 + b'"}\n')
+
+
+def _repeated_caption(path: pathlib.Path) -> None:
+  import pyarrow as pa
+
+  texts = pa.DictionaryArray.from_arrays(
+    pa.array([1, 1] + [0] * 500, pa.int32()), ['x' * 10**6, 'c']
+  )
+  names = ['before.jpg', 'after.jpg'] + ['odd.jpg'] * 500
+  _parquet(path, {'image': names, 'caption': texts}, compression='zstd')
+
+
+def _feature(kind: int, values: bytes) -> bytes:
+  """A record whose one feature is a list of some kind."""
+  return record(field(1, field(1, field(1, b'a') + field(2, field(kind, values)))))
+
+
+HEAVY = {
+  'tar: PNG of 7000 x 7000 with alpha': _tar(
+    lambda: pair('odd', encode(Image.new('RGBA', (7000, 7000)), 'PNG')), None, ODD
+  ),
+  'tar: pax header of 256 MB': _sparse_header(b'x'),
+  'tar: long-name header of 256 MB': _sparse_header(b'L'),
+  'tar: 60 files of 10 MB of one pair': _tar(
+    lambda: b''.join(member(b'odd.%d.txt' % i, bytes(10_000_000)) for i in range(60)), ANY
+  ),
+  'tar: JSON of 20 MB of empty objects': _json('{"a": [' + '{"a":{}},' * 2_000_000 + '{}]}', ANY),
+  'tar: 60 unsafe names of a million characters': _tar(
+    lambda: (pax(path=b'../' + '\u00e9'.encode() * 500_000 + b'.jpg') + header(b'x', 0)) * 60, ANY
+  ),
+  'tar: JPEG of 49 megapixels with 1000 scans': _tar(
+    lambda: pair('odd', jpeg_of_scans(7000, 1000)), ANY
+  ),
+  'JSONL: 800 captions of 1 MB': _table_by(_many_captions, 'max_caption', '.jsonl'),
+  'Parquet: 500 captions of 1 MB in 1 kB': _table_by(_repeated_caption, 'max_caption', '.parquet'),
+  'TFRecord: 20 MB of numbers': _tfrecord(_feature(3, field(1, bytes(20 << 20))), 'no picture'),
+  'TFRecord: 10 million empty values': _tfrecord(
+    _feature(1, field(1, b'') * (10 << 20)), 'no picture'
+  ),
+  'TFRecord: 16 MB of zeros': _tfrecord(bytes(16 << 20), 'record has a corrupt header'),
+}

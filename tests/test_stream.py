@@ -1,0 +1,312 @@
+"""The order of examples at any size, mixtures, mirrored pictures, buckets, and kills."""
+
+import collections
+import json
+import os
+import signal
+import time
+import tracemalloc
+
+import commands
+import fsspec
+import numpy as np
+import own_set
+import pytest
+from etils import epath
+
+from fluid_jax import errors
+from fluid_jax.data import order, pipeline, records, tasks
+
+
+def stream(task, **kwargs):
+  settings = {'batch_size': 8, 'seed': 0, 'image_size': 16, 'text_length': 16} | kwargs
+  return pipeline.Stream(task, settings.pop('split', 'train'), **settings)
+
+
+# ---- Windows ----
+
+
+@pytest.mark.parametrize('size', [1, 7, 8, 9, 64, 71, 100])
+def test_an_epoch_visits_each_example_once_window_by_window(monkeypatch, size):
+  monkeypatch.setattr(order, 'WINDOW', 8)
+  orders = []
+  for epoch in range(3):
+    found = order.shuffle(np.arange(size), size, 5, epoch)
+    assert sorted(found) == list(range(size))
+    one = [int(order.shuffle(np.array([n]), size, 5, epoch)[0]) for n in range(0, size, 5)]
+    assert one == found[::5].tolist()  # each is a function of its number alone
+    count = max(1, size // 8)
+    width = size // count
+    windows = [set(found[i * width : (i + 1) * width] // width) for i in range(count)]
+    assert all(len(window) == 1 for window in windows)
+    orders.append(tuple(found))
+  assert size < 8 or len(set(orders)) == 3
+
+
+def test_epochs_permute_windows_and_what_is_in_them(monkeypatch):
+  monkeypatch.setattr(order, 'WINDOW', 16)
+  epochs = [order.shuffle(np.arange(64), 64, 0, epoch).reshape(4, 16) for epoch in range(400)]
+  first = collections.Counter(int(found[0, 0]) // 16 for found in epochs)
+  assert len(first) == 4
+  assert min(first.values()) > 60  # of 100
+  within = collections.Counter(int(found[0, 0]) % 16 for found in epochs)
+  assert len(within) == 16
+  assert min(within.values()) >= 8  # of 25
+
+
+def test_a_set_of_any_size_opens_at_once_and_a_batch_reads_few_entries(tmp_path, monkeypatch):
+  """What a set of 2**33 records would take: its index alone, and the entries of a window."""
+  shards, width = 1 << 17, 1 << 16
+  entry = json.dumps({'lengths': ' '.join(['4'] * 8), 'keys': ' '.join(f'k{i}' for i in range(8))})
+  import hashlib
+
+  described = {
+    'records': width, 'bytes': 0, 'sha256': '0' * 64,
+    'entry_sha256': hashlib.sha256(entry.encode()).hexdigest(),
+  }  # fmt: skip
+  index = {
+    'format': records.FORMAT,
+    'languages': {'train': {}},
+    'splits': {'train': [{'file': f'train-{i:06}.tfrecord'} | described for i in range(shards)]},
+  }
+  (tmp_path / records.INDEX).write_text(json.dumps(index))
+  tracemalloc.start()
+  start = time.process_time()
+  opened = records.Records(tmp_path, 'train')
+  seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert len(opened) == 1 << 33
+  assert seconds < 20
+  assert peak < 400e6
+  numbers = 10**9 * 2048 + np.arange(2048)
+  found = order.shuffle(numbers % len(opened), len(opened), 0, numbers // len(opened))
+  assert len(set(found // width)) <= 2  # shards; as many as a window has
+
+
+# ---- Mixtures ----
+
+
+@pytest.mark.parametrize('rates', [[1], [1, 1], [3, 1], [0.7, 0.2, 0.1], [1e-9, 1]])
+def test_rates_are_kept_everywhere(rates):
+  pattern = order.interleave(rates)
+  shares = np.array(rates) / sum(rates)
+  counts = np.bincount(pattern, minlength=len(rates))
+  np.testing.assert_allclose(counts / len(pattern), shares, atol=1 / 4096)
+  assert counts.min() >= 1
+  for length in (8, 64, 1000):  # and in every part of it, to within an example or two
+    part = np.bincount(np.tile(pattern, 1000)[:length], minlength=len(rates))
+    assert np.abs(part - shares * length).max() <= 2
+
+
+@pytest.fixture(scope='module')
+def mixture(tmp_path_factory):
+  """A mixture, 3 to 1, of sets of 30 and of 7 pictures, in a bucket's way of naming: by path."""
+  import seqio
+
+  folder = tmp_path_factory.mktemp('mixed')
+  for name, count in (('large', 30), ('small', 7)):
+    own_set.write(folder / name, count, name)
+    tasks.add_set(f'mixed_{name}', folder / name)
+  seqio.MixtureRegistry.add('mixed', [('mixed_large', 3), ('mixed_small', 1)])
+  return 'mixed'
+
+
+def keys(batch):
+  return [key.decode() for key in batch['key']]
+
+
+def test_a_mixture_goes_through_each_task_in_turn_at_its_rate(mixture):
+  both = stream(mixture, captions=True)
+  batches = [next(both) for _ in range(15)]  # 120 examples: 90 and 30
+  assert [keys(batch) for batch in batches] == [both.keys_at(step) for step in range(15)]
+  drawn = [key for batch in batches for key in keys(batch)]
+  large = [key for key in drawn if key.startswith('large')]
+  small = [key for key in drawn if key.startswith('small')]
+  assert (len(large), len(small)) == (90, 30)
+  for epoch in range(3):
+    assert len(set(large[30 * epoch : 30 * epoch + 30])) == 30
+  for epoch in range(4):
+    assert len(set(small[7 * epoch : 7 * epoch + 7])) == 7
+  alone = stream('mixed_small', captions=True, batch_size=15)
+  assert small == keys(next(alone)) + keys(next(alone))
+  for batch in batches:  # pictures, texts and keys are of the same examples
+    for key, text, image in zip(keys(batch), batch['text'], batch['images'], strict=True):
+      assert text.decode() == f'text of {key}'
+      assert image[0, 0].tolist() == own_set.colour(key)
+
+
+def test_a_mixture_resumes_and_is_parted_like_a_task(mixture):
+  straight = stream(mixture, captions=True)
+  batches = [next(straight) for _ in range(6)]
+  resumed = stream(mixture, captions=True, start_step=4)
+  parts = [stream(mixture, captions=True, rows=np.arange(i, 8, 4)) for i in range(4)]
+  for step, batch in enumerate(batches):
+    if step >= 4:
+      again = next(resumed)
+      assert all((again[name] == batch[name]).all() for name in batch)
+    for i, part in enumerate(map(next, parts)):
+      assert all((part[name] == batch[name][i::4]).all() for name in batch)
+
+
+def test_validation_of_a_mixture_is_all_of_each_in_order(mixture):
+  found = list(stream(mixture, captions=True, shuffle=False))
+  valid = np.concatenate([batch['valid'] for batch in found])
+  drawn = [key for batch in found for key in keys(batch)]
+  assert [key for key, v in zip(drawn, valid, strict=True) if v] == [
+    *stream('mixed_large').records[0].keys, *stream('mixed_small').records[0].keys,
+  ]  # fmt: skip
+
+
+def test_mixtures_that_cannot_be(mixture, tmp_path):
+  import seqio
+
+  seqio.MixtureRegistry.add('zero_rate', [('mixed_large', 0), ('mixed_small', 1)])
+  with pytest.raises(errors.UserError, match=r"'mixed_large' has rate 0\.0 in mixture 'zero_rate'"):
+    stream('zero_rate')
+  writer = records.Writer(tmp_path / 'codes', arrays={'image_codes': [4]})
+  from fluid_jax.data import examples
+
+  payload = examples.encode({'image_codes': [1, 2, 3, 4], 'text': 'a'})
+  writer.write('train', 0, [('k', payload, ())])
+  writer.close(['train'])
+  tasks.add_set('mixed_codes', tmp_path / 'codes')
+  with pytest.raises(ValueError, match='different output features'):  # seqio's own
+    seqio.MixtureRegistry.add('unlike', [('mixed_large', 1), ('mixed_codes', 1)])
+  with pytest.raises(errors.UserError, match='no pictures to mirror'):
+    stream('mixed_codes', random_flip=True)
+  with pytest.raises(errors.UserError, match=r"no split 'validation'"):
+    stream(mixture, split='validation')
+
+
+# ---- Mirrored pictures ----
+
+
+def test_half_of_the_pictures_are_mirrored_and_which_is_a_function_of_the_step(mixture):
+  plain, flipped = (stream('mixed_large', random_flip=flag, batch_size=60) for flag in (0, 1))
+  one, other = next(plain)['images'], next(flipped)['images']
+  mirrored = np.array([(a[:, ::-1] == b).all() for a, b in zip(one, other, strict=True)])
+  same = np.array([(a == b).all() for a, b in zip(one, other, strict=True)])
+  assert (mirrored ^ same).all()
+  assert 15 < mirrored.sum() < 45
+  next(plain)
+  again = stream('mixed_large', random_flip=True, batch_size=60, start_step=1)
+  np.testing.assert_array_equal(next(again)['images'], next(flipped)['images'])
+  ordered = [stream('mixed_large', random_flip=flag, shuffle=False) for flag in (False, True)]
+  for a, b in zip(*ordered, strict=True):  # what is measured on is not mirrored
+    np.testing.assert_array_equal(a['images'], b['images'])
+
+
+# ---- Buckets ----
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """The name of a bucket of an S3 server on this machine."""
+  from moto.server import ThreadedMotoServer
+
+  server = ThreadedMotoServer(port=0)
+  server.start()
+  host, port = server.get_host_and_port()
+  monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
+  monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'nobody')
+  monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'nothing')
+  fsspec.filesystem('s3').mkdir('sets')
+  yield 's3://sets'
+  server.stop()
+
+
+def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
+  """Ingests from a bucket into it, and reads there, by way of S3's protocol."""
+  names = own_set.write_pictures(epath.Path(f'{bucket}/in'), 20)
+  own_set.write_pictures(epath.Path(tmp_path / 'in'), 20)
+  sets = []
+  for root in (bucket, str(tmp_path)):
+    printed = commands.run_ok(
+      '-m', 'fluid_jax.data.prepare', '--stage=ingest', '--source=folder', f'--path={root}/in',
+      f'--out={root}/out', '--shard_bytes=400', '--workers=1',
+    )  # fmt: skip
+    assert 'kept 20 of 20 pairs' in printed
+    found = stream(f'{root}/out', captions=True)
+    sets.append([next(found) for _ in range(5)])
+  assert len(list(epath.Path(f'{bucket}/out').glob('train-*.tfrecord'))) > 3
+  assert {key for batch in sets[0] for key in keys(batch)} == set(names)
+  for one, other in zip(*sets, strict=True):
+    assert all((one[name] == other[name]).all() for name in one)
+  (epath.Path(f'{bucket}/out') / 'train-00000.tfrecord').unlink()
+  with pytest.raises(errors.UserError, match=r's3://sets/out/train-00000\.tfrecord cannot be read'):
+    list(stream(f'{bucket}/out', shuffle=False))
+  with pytest.raises(errors.UserError, match=r's3://sets/none/index\.json cannot be read'):
+    stream(f'{bucket}/none')
+
+
+# ---- Kills ----
+
+_LOGGED = """
+import hashlib, sys
+from fluid_jax import errors, main
+from fluid_jax.data import pipeline
+
+read = pipeline.Stream.__next__
+
+def logged(self):
+  step = self.step
+  batch = read(self)
+  if self._shuffle:
+    digest = hashlib.sha256(b''.join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+    with open(LOG, 'a') as f:
+      f.write(f'{step} {digest}\\n')
+  return batch
+
+pipeline.Stream.__next__ = logged
+sys.argv[1:] = FLAGS
+errors.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_in_200_steps_leave_the_same_batches(tmp_path):
+  def start(name):
+    flags = [
+      f'--config={commands.ROOT}/configs/tiny.py', f'--workdir={tmp_path / name}',
+      '--config.train.num_steps=200', '--config.train.eval_every=200',
+      '--config.train.sample_every=200', '--config.train.checkpoint_every=10',
+    ]  # fmt: skip
+    head = f'LOG, FLAGS = {str(tmp_path / name) + ".log"!r}, {flags!r}\n'
+    return commands.start('-c', head + _LOGGED, start_new_session=True)
+
+  def read(name):
+    text = (tmp_path / f'{name}.log').read_text()
+    found = collections.defaultdict(set)
+    for line in text.splitlines():
+      step, digest = line.split()
+      found[int(step)].add(digest)
+    return found
+
+  assert start('straight').wait() == 0
+  straight = read('straight')
+  assert set(range(200)) <= straight.keys()
+  rng = np.random.default_rng(0)
+  for kill in range(10):
+    run = start('killed')
+    until = 10 + 17 * kill + int(rng.integers(0, 8))
+    while run.poll() is None and max(_steps(tmp_path / 'killed'), default=0) < until:
+      time.sleep(0.02)
+    assert run.poll() is None, 'it ended before it was killed'
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+  assert start('killed').wait() == 0
+  killed = read('killed')
+  assert all(len(digests) == 1 for digests in killed.values())
+  assert {step: killed[step] for step in range(200)} == {s: straight[s] for s in range(200)}
+  assert max(_steps(tmp_path / 'killed')) == 200
+  assert len(_steps(tmp_path / 'killed')) == len(set(_steps(tmp_path / 'killed')))
+
+
+def _steps(workdir):
+  """Steps of the progress that a run has noted."""
+  try:
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  except FileNotFoundError:
+    return []
+  found = [json.loads(line) for line in lines if line.endswith('}')]
+  return [entry['step'] for entry in found if 'train/loss' in entry or 'loss' in entry]
