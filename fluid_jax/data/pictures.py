@@ -11,7 +11,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = None  # `read` has a limit of its own, and refuses before decoding
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
@@ -74,6 +74,8 @@ def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
     raise
   except MemoryError as error:
     raise Refused('picture has too many pixels', str(error)) from error
+  except UnidentifiedImageError as error:  # whose words hold an address in memory
+    raise Refused('picture cannot be decoded', 'of no known format') from error
   except _BROKEN as error:
     raise Refused('picture cannot be decoded', str(error)) from error
   if orientation != 1:

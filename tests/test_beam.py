@@ -1,0 +1,77 @@
+"""Ingestion as a Beam pipeline, on Beam's local runner: the bytes that one machine makes."""
+
+import dataclasses
+import hashlib
+import json
+import tarfile
+
+import pytest
+from test_ingest import add, digests, png, run
+
+from fluid_jax.data import ingest, records
+
+pytest.importorskip('apache_beam', reason='needs the extra [beam]')
+
+
+@pytest.fixture(scope='module')
+def chosen(tmp_path_factory):
+  """Options for tars with twins by key and by look, faults, and pairs that filters leave out."""
+  folder = tmp_path_factory.mktemp('tars')
+  for number in range(4):
+    with tarfile.open(folder / f'{number}.tar', 'w') as tar:
+      for i in range(20):
+        key = f'{number}-{i}' if i else 'twin'
+        add(tar, f'{key}.png', png(7000 if i == 1 else 100 * number + i, (40, 30 - i % 2)))
+        add(tar, f'{key}.json', json.dumps({'caption': [f'text {key}', 'x' * i]}).encode())
+      add(tar, 'broken.png', b'no picture')
+      add(tar, 'broken.txt', b'a text')
+      add(tar, 'without.png', png(1))
+  return ingest.Options(
+    'webdataset',
+    str(folder),
+    validation_share=0.2,
+    min_side=30,
+    max_caption=15,
+    near_duplicates=2,
+    shard_bytes=50_000,
+  )
+
+
+@pytest.mark.parametrize(
+  'flags', ['', '--direct_num_workers=2 --direct_running_mode=multi_processing']
+)
+def test_beam_writes_the_same_bytes(chosen, tmp_path, flags):
+  from fluid_jax.data import beam
+
+  run(tmp_path / 'machine', chosen)
+  beam.run(chosen, str(tmp_path / 'beam'), flags.split())
+  assert digests(tmp_path / 'beam') == digests(tmp_path / 'machine')
+  assert len(records.read_index(tmp_path / 'beam')['splits']['train']) > 2
+  counts = records.read_index(tmp_path / 'beam')['counts']
+  assert counts['pairs']['read'] == 4 * 22
+  assert counts['pairs left out'] == {
+    'duplicate key': 3,
+    'min_side': 40,
+    'near duplicate': 0,
+    'no caption': 4,
+    'picture cannot be decoded': 4,
+  }
+
+
+def test_near_duplicates_are_found_across_workers(chosen, tmp_path):
+  from fluid_jax.data import beam
+
+  every = dataclasses.replace(chosen, min_side=1)
+  run(tmp_path / 'machine', every)
+  beam.run(every, str(tmp_path / 'beam'), [])
+  assert digests(tmp_path / 'beam') == digests(tmp_path / 'machine')
+  counts = records.read_index(tmp_path / 'beam')['counts']
+  assert counts['pairs left out']['near duplicate'] == 3  # of four pictures that are one
+  keys = {f'{number}-1' for number in range(4)}
+  kept = [
+    key
+    for split in ('train', 'validation')
+    for key in records.Records(tmp_path / 'beam', split).keys
+    if key in keys
+  ]
+  assert kept == [min(keys, key=lambda key: hashlib.sha256(key.encode()).digest())]
