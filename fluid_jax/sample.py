@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, export, sharding, step
+from fluid_jax import checkpoint, errors, export, labels, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
 
@@ -102,7 +102,7 @@ def draw_grid(images: np.ndarray, prompts: Sequence[str], num_images: int) -> Im
     picture = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
     grid.paste(picture, (column * cell, row * (cell + line) + line))
   for row, prompt in enumerate(prompts):
-    canvas.text((4, row * (cell + line) + 2), prompt, fill='black', font=font)
+    canvas.text((4, row * (cell + line) + 2), labels.plain(prompt), fill='black', font=font)
   return grid
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, main, sharding
+from fluid_jax import errors, labels, main, sharding
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, tokenizers
 
@@ -61,7 +61,7 @@ def draw(images: np.ndarray, texts: list[str]) -> Image.Image:
   for number, (image, text) in enumerate(zip(images, texts, strict=True)):
     x, y = number % columns * _CELL, number // columns * (_CELL + _LINE)
     picture = Image.fromarray(image).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-    text = ' '.join(text.split())
+    text = labels.plain(text)
     while text and canvas.textlength(text, font) > _CELL - 4:
       text = text[:-1]
     canvas.text((x + 2, y + _CELL + 2), text, fill='black', font=font)
