@@ -411,6 +411,25 @@ def test_batches_hold_the_pictures_and_names_of_their_keys():
   stream.close()
 
 
+@pytest.mark.parametrize(
+  ('shape', 'size'), [((1, 1), 8), ((7, 9), 16), ((200, 130), 64), ((301, 600), 256)]
+)
+def test_resizing_gives_the_very_pixels_of_tensorflow(tf, shape, size):
+  image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  side = min(shape)
+  square = tf.image.resize_with_crop_or_pad(image, side, side)
+  expected = tf.image.resize(square, [size, size], 'bicubic', antialias=True)
+  expected = np.clip(np.round(expected), 0, 255).astype(np.uint8)
+  np.testing.assert_array_equal(pipeline._crop_and_resize(image, size), expected)
+
+
+def test_jpegs_are_decoded_as_others_decode_them(tf):
+  photo = np.random.default_rng(1).normal(128, 40, (6, 9, 3)).clip(0, 255).astype(np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(photo).resize((144, 96), Image.Resampling.BICUBIC).save(out, 'JPEG', quality=90)
+  np.testing.assert_array_equal(pipeline._decode(out.getvalue()), np.asarray(Image.open(out)))
+
+
 def test_crop_is_central_whatever_the_aspect():
   image = np.zeros((20, 60, 3), np.uint8)
   image[:, 20:40] = 200

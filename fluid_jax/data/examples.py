@@ -6,10 +6,13 @@ pool of its own, so that TensorFlow may be imported too.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+MAX_VALUES = 1000  # of a feature, that are decoded
+_LARGE = 1 << 22  # bytes
 _LISTS = {  # field of Feature -> its number, and the type of its values
   'bytes_list': (1, 'TYPE_BYTES'),
   'float_list': (2, 'TYPE_FLOAT'),
@@ -18,7 +21,7 @@ _LISTS = {  # field of Feature -> its number, and the type of its values
 
 
 @functools.cache
-def _example() -> type[message.Message]:
+def _message(wanted: str) -> type[message.Message]:
   proto = descriptor_pb2.FileDescriptorProto(
     name='example.proto', package='tensorflow', syntax='proto3'
   )
@@ -40,16 +43,19 @@ def _example() -> type[message.Message]:
     list_name = name.title().replace('_', '')
     add(proto.message_type.add(name=list_name), 'value', 1, type_name, is_repeated=True)
     add(feature, name, number, list_name).oneof_index = 0
-  features = proto.message_type.add(name='Features')
-  entry = features.nested_type.add(name='FeatureEntry')
-  entry.options.map_entry = True
-  add(entry, 'key', 1, 'TYPE_STRING')
-  add(entry, 'value', 2, 'Feature')
-  add(features, 'feature', 1, 'Features.FeatureEntry', is_repeated=True)
-  add(proto.message_type.add(name='Example'), 'features', 1, 'Features')
+  # Raw: the same on the wire, with features as bytes, which need not all be taken apart.
+  for kind_of, value in (('', 'Feature'), ('Raw', 'TYPE_BYTES')):
+    features = proto.message_type.add(name=f'{kind_of}Features')
+    entry = features.nested_type.add(name='FeatureEntry')
+    entry.options.map_entry = True
+    add(entry, 'key', 1, 'TYPE_STRING')
+    add(entry, 'value', 2, value)
+    add(features, 'feature', 1, f'{kind_of}Features.FeatureEntry', is_repeated=True)
+    example = proto.message_type.add(name=f'{kind_of}Example')
+    add(example, 'features', 1, f'{kind_of}Features')
   pool = descriptor_pool.DescriptorPool()
   pool.Add(proto)
-  return message_factory.GetMessageClass(pool.FindMessageTypeByName('tensorflow.Example'))
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName(f'tensorflow.{wanted}'))
 
 
 def encode(features: dict[str, Any]) -> bytes:
@@ -58,7 +64,7 @@ def encode(features: dict[str, Any]) -> bytes:
   Args:
     features: bytes, text, integers and floats, or lists of them of one type.
   """
-  example = _example()()
+  example = _message('Example')()
   for name, value in features.items():
     values = value if isinstance(value, list) else [value]
     values = [v.encode() if isinstance(v, str) else v for v in values]
@@ -72,17 +78,42 @@ def encode(features: dict[str, Any]) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-def decode(payload: bytes) -> dict[str, list]:
-  """The features of a serialised example as lists of bytes, integers or floats.
+def decode(payload: bytes, names: Collection[str] | None = None) -> dict[str, list]:
+  """Features of a serialised example as lists of bytes, integers or floats.
+
+  Args:
+    payload: the example.
+    names: of the features that are wanted; all if None.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is none, or holds a large feature that is not one value, which would take many
+      times its bytes.
   """
   try:
-    features = _example().FromString(payload).features.feature
+    features = _message('RawExample').FromString(payload).features.feature
+    found = {}
+    for name in features if names is None else names & features.keys():
+      if len(features[name]) > _LARGE and not _is_one_value(features[name]):
+        raise ValueError(f'feature {name!r} is too large')
+      feature = _message('Feature').FromString(features[name])
+      kind = feature.WhichOneof('kind')
+      found[name] = list(getattr(feature, kind).value[:MAX_VALUES]) if kind else []
   except message.DecodeError as error:
     raise ValueError(f'no tf.train.Example ({error})') from error
-  kinds = {name: feature.WhichOneof('kind') for name, feature in features.items()}
-  return {
-    name: list(getattr(features[name], kind).value) if kind else [] for name, kind in kinds.items()
-  }
+  return found
+
+
+def _is_one_value(feature: bytes) -> bool:
+  """Whether a feature is a list of bytes whose first value is nearly all of it."""
+  start = 0
+  for _ in range(2):  # the list in the feature, and the value in the list: a tag and a length
+    if feature[start] != 0x0A:
+      return False
+    size, shift, start = 0, 0, start + 1
+    while shift < 64:
+      byte = feature[start]
+      size |= (byte & 0x7F) << shift
+      shift, start = shift + 7, start + 1
+      if byte < 0x80:
+        break
+  return start + size > len(feature) - 64

@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import examples, pictures, records, sources, tables
+from fluid_jax.data import examples, pairs, pictures, records, sources, tables
 
 _LONGEST_KEY = 200
 _SPLITS = ('train', 'validation')
@@ -59,7 +59,7 @@ class Options:
   min_side: int = 1
   max_aspect: float = 0.0
   store_side: int = 0
-  max_pixels: int = 50_000_000
+  max_pixels: int = 32_000_000
   max_bytes: int = 50_000_000
   min_caption: int = 1
   max_caption: int = 2000
@@ -121,7 +121,7 @@ def clean_caption(text: str | bytes) -> str:
     text = text.decode() if isinstance(text, bytes) else text.encode().decode()
   except UnicodeError as error:
     raise pictures.Refused('caption is not UTF-8') from error
-  text = _INVISIBLE.sub('', unicodedata.normalize('NFC', text))
+  text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
   text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in text)
   return ' '.join(text.split())
 
@@ -134,12 +134,14 @@ def clean_key(key: str) -> str:
   return key
 
 
-def _captions(pair: sources.Pair, options: Options, counts: Counts) -> tuple[list[str], list[str]]:
+def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[str], list[str]]:
   """The captions that are kept, and their languages; Refused with the last reason if none is."""
   texts, langs, refused = [], [], pictures.Refused('no caption')
-  for text, lang in zip(pair.texts, pair.langs, strict=True):
+  found = zip(pair.texts, pair.langs, strict=True)
+  for text, lang in itertools.islice(found, examples.MAX_VALUES):
     try:
-      lang = lang.strip() or options.language
+      if not isinstance(text, str | bytes):
+        raise pictures.Refused('caption is no text')
       if options.languages and lang not in options.languages:
         raise pictures.Refused('languages')
       if len(text) > 16 * options.max_caption:  # whatever is cleaned away
@@ -154,13 +156,13 @@ def _captions(pair: sources.Pair, options: Options, counts: Counts) -> tuple[lis
       counts.add('captions left out', error.reason)
       continue
     texts.append(text)
-    langs.append(clean_key(lang))
+    langs.append(lang)
   if not texts:
     raise refused
   return texts, langs
 
 
-def examine(pair: sources.Pair, options: Options, counts: Counts) -> Kept:
+def examine(pair: pairs.Pair, options: Options, counts: Counts) -> Kept:
   """Checks, filters and repairs a pair.
 
   Raises:
@@ -177,6 +179,8 @@ def examine(pair: sources.Pair, options: Options, counts: Counts) -> Kept:
   if options.max_aspect and longer > options.max_aspect * shorter:
     raise pictures.Refused('max_aspect')
   key = clean_key(pair.key)
+  if not key:
+    raise pictures.Refused('no key')
   digest = hashlib.sha256(key.encode()).digest()
   is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_share * 2**64
   features = {
@@ -215,7 +219,7 @@ def read_unit(
   """What is kept of a unit; faults are appended to `quarantine`, with where they lie."""
   for item in options.open_source().read(unit):
     counts.add('pairs', 'read')
-    if isinstance(item, sources.Fault):
+    if isinstance(item, pairs.Fault):
       reason, why = item.reason.partition(' (')[0], item.reason
     else:
       try:
@@ -223,6 +227,8 @@ def read_unit(
         continue
       except pictures.Refused as error:
         reason, why = error.reason, str(error)
+      except Exception as error:  # what nobody thought of costs a pair and not the set
+        reason, why = 'pair cannot be read', f'pair cannot be read ({error!r})'
     counts.add('pairs left out', reason)
     if reason not in _FILTERS:
       quarantine.append({'where': item.where, 'why': why})
@@ -252,9 +258,18 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: Options) 
   shard.close()
   with _run_path(directory, number, 'npy').open('wb') as f:
     np.save(f, np.array(entries, _ENTRY))
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MB
-  found = {'digest': digest, 'counts': counts.asdict(), 'quarantine': quarantine, 'peak': peak}
+  found = {'digest': digest, 'counts': counts.asdict(), 'quarantine': quarantine, 'peak': _peak()}
   records.write_whole(_run_path(directory, number, 'json'), json.dumps(found))
+
+
+def _peak() -> int:
+  """Most memory that this process has held, in MB."""
+  try:  # Linux' `getrusage` counts from the peak of the process that started this one
+    with open('/proc/self/status') as f:
+      (line,) = (line for line in f if line.startswith('VmHWM'))
+    return int(line.split()[1]) >> 10
+  except OSError:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20  # bytes, on macOS
 
 
 def digest_of(unit: Any) -> str:
@@ -352,14 +367,14 @@ def write_shard(
   def kept() -> Iterator[tuple[str, bytes, list[str]]]:
     for run, offset, length in places:
       path = _run_path(epath.Path(work), run, 'tfrecord')
-      data = records.read_range(path, offset, records.HEADER + length + records.FOOTER)
-      if fault := records.check_record(data, length):
+      payload, fault = records.read_record(path, offset, length)
+      if fault:
         raise errors.UserError(
           f'{path} {fault} at byte {offset}: remove it and the files named like it, and the same '
           'command makes them again.',
           errors.CORRUPT,
         )
-      yield as_written(data[records.HEADER : -records.FOOTER])
+      yield as_written(payload)
 
   records.Writer(out, **facts).write(split, number, kept())
 

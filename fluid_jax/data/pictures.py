@@ -11,14 +11,24 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = None  # `read` has a limit of its own, and refuses before decoding
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 _STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO: a JPEG with more pictures behind it
 _LOSSY = ('JPEG', 'MPO', 'WEBP')
 MAX_DISTANCE = 7  # bits of perceptual hashes; more would compare nearly all with all
+_MAX_SCANS = 100  # of a progressive JPEG, each of which takes as long as all of a plain one
 _ORIENTATION = 0x0112  # of EXIF
+_TURNS = {  # what makes a picture of that orientation upright
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 # What Pillow raises on broken files, of which it documents OSError alone.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError)
 _BROKEN += (TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError)
@@ -58,18 +68,7 @@ def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # of damaged metadata, which is not kept
-      image = Image.open(io.BytesIO(data), formats=_FORMATS)
-      if image.width * image.height > max_pixels:
-        raise Refused('picture has too many pixels', f'{image.width} x {image.height}')
-      if image.format not in ('JPEG', 'MPO') and getattr(image, 'is_animated', False):
-        raise Refused('picture is animated', f'{image.n_frames} frames')
-      if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
-        image.draft(None, (2 * store_side, 2 * store_side))
-      repairs, has_lossy_source = [], image.format in _LOSSY
-      if image.format not in _STORED:
-        repairs.append(f'from {image.format}')
-      orientation = _orientation(image)
-      image.load()
+      return _read(data, max_pixels, store_side)
   except Refused:
     raise
   except MemoryError as error:
@@ -78,16 +77,37 @@ def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
     raise Refused('picture cannot be decoded', 'of no known format') from error
   except _BROKEN as error:
     raise Refused('picture cannot be decoded', str(error)) from error
-  if orientation != 1:
-    image = ImageOps.exif_transpose(image)
+
+
+def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
+  image = Image.open(io.BytesIO(data), formats=_FORMATS)
+  if image.width * image.height > max_pixels:
+    raise Refused('picture has too many pixels', f'{image.width} x {image.height}')
+  if image.format not in ('JPEG', 'MPO') and getattr(image, 'is_animated', False):
+    raise Refused('picture is animated', f'{image.n_frames} frames')
+  if image.format == 'PNG':
+    Image.open(io.BytesIO(data), formats=('PNG',)).verify()  # checksums, which decoding leaves out
+  if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > _MAX_SCANS:
+    raise Refused('picture has too many scans', str(data.count(b'\xff\xda')))
+  if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
+    image.draft(None, (2 * store_side, 2 * store_side))
+  repairs, has_lossy_source = [], image.format in _LOSSY
+  if image.format not in _STORED:
+    repairs.append(f'from {image.format}')
+  turn = _TURNS.get(_orientation(image))
+  has_transparency = 'transparency' in image.info
+  image.load()
+  if turn is not None:
+    image = image.transpose(turn)
     repairs.append('turned')
   if image.mode.startswith('I'):
     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     repairs.append('16 bits')
-  if image.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in image.info:
-    image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    image = Image.alpha_composite(white, image).convert('RGB')
+  if image.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or has_transparency:
+    image = image if image.mode == 'RGBA' else image.convert('RGBA')
+    white = Image.new('RGB', image.size, 'white')
+    white.paste(image, mask=image.getchannel('A'))
+    image = white
     repairs.append('alpha')
   if image.mode not in ('RGB', 'L'):
     repairs.append(image.mode)
@@ -98,6 +118,7 @@ def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
     image = image.resize(size, Image.Resampling.LANCZOS)
     repairs.append('made smaller')
   if repairs:
+    image.info.clear()  # Pillow would write some of it, and fail on what is broken
     out = io.BytesIO()
     if has_lossy_source:
       image.save(out, 'JPEG', quality=95, subsampling=0)

@@ -301,8 +301,7 @@ class Stream:
     elif 'image_codes' in example:
       row['image_codes'] = tf.cast(example['image_codes'], tf.int32)
     else:
-      image = tf.io.decode_image(example['image'], channels=3, expand_animations=False)
-      image = _crop_and_resize(image, self._image_size)
+      image = _crop_and_resize(_decode(example['image']), self._image_size)
       row['images'] = tf.cond(
         example['flip'], lambda: tf.image.flip_left_right(image), lambda: image
       )
@@ -415,14 +414,45 @@ def open_config(config: config_lib.Config, split: str, **kwargs: Any) -> Stream:
   return Stream(config.data.task, split, **{**given, **kwargs})
 
 
+def _decode(data: tf.Tensor) -> tf.Tensor:
+  """A picture's bytes to uint8 [H, W, 3]."""
+  import tensorflow as tf
+
+  return tf.cond(
+    tf.io.is_jpeg(data),
+    # TensorFlow's default rounds by a level or so, others' do not.
+    lambda: tf.io.decode_jpeg(data, channels=3, dct_method='INTEGER_ACCURATE'),
+    lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+  )
+
+
 def _crop_and_resize(image: tf.Tensor, size: int) -> tf.Tensor:
-  """Central square of a picture, resized with antialiased bicubic; uint8 [H, W, 3] to [S, S, 3]."""
+  """Central square of a picture, resized with antialiased bicubic; uint8 [H, W, 3] to [S, S, 3].
+
+  The pixels are those of `tf.image.resize`. It resizes rows by vector instructions and columns
+  without, so both are rows here: a third of its time.
+  """
   import tensorflow as tf
 
   height, width = tf.shape(image)[0], tf.shape(image)[1]
   side = tf.minimum(height, width)
-  image = tf.image.crop_to_bounding_box(
-    image, (height - side) // 2, (width - side) // 2, side, side
-  )
-  image = tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC, antialias=True)
-  return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+  top, left = (height - side) // 2, (width - side) // 2
+  image = image[top : top + side, left : left + side]
+
+  def resize_rows(rows: tf.Tensor) -> tf.Tensor:
+    """[side, N] to float32 [size, N]."""
+    scale = tf.cast(size, tf.float32) / tf.cast(side, tf.float32)
+    return tf.raw_ops.ScaleAndTranslate(
+      images=rows[None, :, None],
+      size=[size, 1],
+      scale=[scale, 1.0],
+      translation=[0.0, 0.0],
+      kernel_type='keyscubic',
+      antialias=True,
+    )[0, :, 0]
+
+  rows = resize_rows(tf.reshape(image, [side, 3 * side]))
+  columns = tf.transpose(tf.reshape(rows, [size, side, 3]), [1, 0, 2])
+  columns = resize_rows(tf.reshape(columns, [side, 3 * size]))
+  image = tf.cast(tf.clip_by_value(tf.round(columns), 0, 255), tf.uint8)
+  return tf.transpose(tf.reshape(image, [size, size, 3]), [1, 0, 2])

@@ -50,7 +50,7 @@ flags.DEFINE_float('max_aspect', 0.0, 'ingest: longer over shorter side, at most
 flags.DEFINE_integer(
   'store_side', 0, 'ingest: makes pictures whose shorter side is longer so small; 0: none.', 0
 )
-flags.DEFINE_integer('max_pixels', 50_000_000, 'ingest: of a picture, before decoding.', 1)
+flags.DEFINE_integer('max_pixels', 32_000_000, 'ingest: of a picture, before decoding.', 1)
 flags.DEFINE_integer('max_bytes', 50_000_000, 'ingest: of a file, before reading.', 1)
 flags.DEFINE_integer('min_caption', 1, 'ingest: characters of a caption, at least.', 1)
 flags.DEFINE_integer('max_caption', 2000, 'ingest: characters of a caption, at most.', 1)

@@ -17,6 +17,7 @@ Directories are local, or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -78,31 +79,31 @@ def _remote(root: str) -> fsspec.AbstractFileSystem:
   return fsspec.core.url_to_fs(root)[0]
 
 
-def read_range(path: epath.Path, offset: int, length: int) -> bytes:
-  """Bytes of a file from an offset on, fewer if it ends there; OSError if it cannot be read.
+def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str | None]:
+  """The payload of a record that is said to lie there, and what is wrong with it; None if nothing.
 
-  Of a file in a bucket no more than these travel, which `path.open` would not promise.
+  Of a file in a bucket no more than the record travels, which `path.open` would not promise.
+
+  Raises:
+    OSError: the file cannot be read.
   """
+  parts = (HEADER, length, FOOTER)
   if '://' in os.fspath(path):
-    return _remote(os.fspath(path.parent)).cat_file(
-      os.fspath(path), start=offset, end=offset + length
-    )
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    return os.pread(descriptor, length, offset)
-  finally:
-    os.close(descriptor)
-
-
-def check_record(data: bytes, length: int) -> str | None:
-  """What is wrong with the bytes of a record whose payload has this length; None if nothing."""
-  if len(data) < HEADER + length + FOOTER:
-    return 'is truncated'
-  if data[:HEADER] != _header(length):
-    return 'has a corrupt header'
-  if data[-FOOTER:] != struct.pack('<I', masked_crc(data[HEADER:-FOOTER])):
-    return 'is corrupt'
-  return None
+    end = offset + sum(parts)
+    data = _remote(os.fspath(path.parent)).cat_file(os.fspath(path), start=offset, end=end)
+    header, payload, footer = data[:HEADER], data[HEADER:-FOOTER], data[-FOOTER:]
+  else:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:  # in three, as to cut a large one up would copy it
+      places = itertools.accumulate(parts, initial=offset)
+      header, payload, footer = (os.pread(descriptor, *p) for p in zip(parts, places, strict=False))
+    finally:
+      os.close(descriptor)
+  if (len(header), len(payload), len(footer)) != parts:
+    return payload, 'is truncated'
+  if header != _header(length):
+    return payload, 'has a corrupt header'
+  return payload, None if footer == _footer(payload) else 'is corrupt'
 
 
 class BrokenRecord(errors.UserError):
@@ -212,19 +213,19 @@ class Records(Sequence):
     entry, path = self._entry(shard), self._directory / self._shards[shard]['file']
     length, offset = int(entry.lengths[number]), int(entry.offsets[number])
     try:
-      data = read_range(path, offset, HEADER + length + FOOTER)
+      payload, fault = read_record(path, offset, length)
     except OSError as error:
       raise errors.UserError(
         f'shard {path} cannot be read ({error.strerror or error}): restore it or rebuild the set.',
         errors.CORRUPT,
       ) from error
-    if fault := check_record(data, length):
+    if fault:
       raise BrokenRecord(
         f'shard {path} {fault} at byte {offset} (record {entry.keys[number]}): restore it or '
         'rebuild the set.',
         errors.CORRUPT,
       )
-    return data[HEADER:-FOOTER]
+    return payload
 
 
 def _header(length: int) -> bytes:
@@ -235,44 +236,65 @@ def _header(length: int) -> bytes:
 def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
   """Offsets and payloads of a TFRecord file's records; of a broken one, what is wrong in place.
 
-  A corrupt payload costs its record. So does a corrupt header: the next one is searched for.
+  Whatever is broken, the next whole record is searched for where it may begin.
   """
+  size = path.stat().length
   with path.open('rb') as f:
     offset = 0
-    while header := f.read(HEADER):
+    while offset < size:
+      f.seek(offset)
+      header = f.read(HEADER)
+      if len(header) < HEADER:
+        yield offset, 'record is truncated'
+        return
       length = int.from_bytes(header[:8], 'little')
-      if len(header) == HEADER and header != _header(length):
+      end = offset + HEADER + length + FOOTER
+      if header != _header(length):
         yield offset, 'record has a corrupt header'
         offset = _find_header(f, offset + 1)
-        f.seek(offset)
+      elif end > size:
+        yield offset, 'record is truncated'
+        offset = _find_header(f, offset + 1)
       elif length > max_bytes:
         yield offset, 'file is too large'
-        offset += HEADER + length + FOOTER
-        f.seek(offset)
+        offset = end
       else:
-        data = header + f.read(length + FOOTER)
-        fault = check_record(data, length)
-        yield offset, f'record {fault}' if fault else data[HEADER:-FOOTER]
-        offset += len(data)
+        payload, footer = f.read(length), f.read(FOOTER)
+        fault = footer != _footer(payload)
+        yield offset, 'record is corrupt' if fault else payload
+        following = f.read(HEADER) if fault else b''
+        if following and following != _header(int.from_bytes(following[:8], 'little')):
+          end = _find_header(f, offset + HEADER)  # bytes were lost or added
+        offset = end
 
 
 def _find_header(f: BinaryIO, start: int) -> int:
   """Where the next record's header begins, or the end of the file."""
-  block_start, block = start, b''
+  empty = _header(0)
   while True:
-    f.seek(block_start)
+    f.seek(start)
     block = f.read(1 << 20)
-    at = -1
     # Lengths are below 4 GiB: half of each is zeros, which skips most places.
-    while 0 <= (at := block.find(bytes(4), at + 1)) <= len(block) - 8:
-      begin = at - 4
-      if begin >= 0:
+    at = block.find(bytes(4))
+    while at >= 0:
+      rest = block[at : at + (1 << 12)]
+      run = len(rest) - len(rest.lstrip(b'\0'))
+      # A length that is not 0 has its last other byte right before its zeros, or up to three of
+      # the zeros are its own.
+      for begin in range(max(0, at - 4), at):
         header = block[begin : begin + HEADER]
         if header == _header(int.from_bytes(header[:8], 'little')):
-          return block_start + begin
+          return start + begin
+      at = block.find(bytes(4), at + run)
+    if (found := block.find(empty)) >= 0:
+      return start + found
     if len(block) < 1 << 20:
-      return block_start + len(block)
-    block_start += len(block) - HEADER
+      return start + len(block)
+    start += len(block) - HEADER
+
+
+def _footer(payload: bytes) -> bytes:
+  return struct.pack('<I', masked_crc(payload))
 
 
 def entry_name(shard: str) -> str:
@@ -289,7 +311,7 @@ class Shard:
     self.lengths = []
 
   def write(self, payload: bytes) -> None:
-    data = _header(len(payload)) + payload + struct.pack('<I', masked_crc(payload))
+    data = _header(len(payload)) + payload + _footer(payload)
     self._file.write(data)
     self._digest.update(data)
     self.size += len(data)

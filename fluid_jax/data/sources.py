@@ -1,45 +1,25 @@
 """Pairs of pictures and captions as others store them, in units that can be read one by one.
 
 A source lists units, JSON values in a fixed order, and reads one as `Pair`s and `Fault`s, in a
-fixed order too. None writes or unpacks anything, follows a link, or holds more than the files of a
-pair, of `max_bytes` each, in memory.
+fixed order too. None writes or unpacks anything, follows a link out of its folder, or holds more
+than the files of a pair in memory: a picture of `max_bytes`, and texts of `tables.MAX_TEXT`.
 """
 
 import fnmatch
 import hashlib
-import itertools
 import json
-import pathlib
-import re
-import tarfile
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import examples, records, tables
+from fluid_jax.data import examples, records, tables, webdataset
+from fluid_jax.data.pairs import SUFFIXES, Fault, Pair, is_inside, short
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
-_MAX_TEXT = 1 << 22  # bytes of a file of captions
-
-
-class Pair(NamedTuple):
-  """A picture and its captions, unchecked."""
-
-  where: str  # file, and place in it
-  key: str
-  image: bytes
-  texts: list[str | bytes]
-  langs: list[str]  # of each text
-  score: float | None
-
-
-class Fault(NamedTuple):
-  """What could not be read as a pair."""
-
-  where: str
-  reason: str
+_UNIT_ROWS, _UNIT_BYTES = 512, 8 << 20
 
 
 def expand(pattern: str, suffix: str) -> list[epath.Path]:
@@ -60,10 +40,21 @@ def expand(pattern: str, suffix: str) -> list[epath.Path]:
   return sorted(found)
 
 
-def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-  rows = iter(rows)
-  while chunk := list(itertools.islice(rows, tables.ROWS)):
-    yield chunk
+def _units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
+  """Rows in lists, none of which is long or large."""
+  unit, size = [], 0
+  for row in rows:
+    unit.append(row)
+    size += len(repr(row))
+    if len(unit) == _UNIT_ROWS or size > _UNIT_BYTES:
+      yield unit
+      unit, size = [], 0
+  if unit:
+    yield unit
+
+
+class _NotReadError(Exception):
+  """Why a file of a folder is not read."""
 
 
 class Folder:
@@ -82,82 +73,91 @@ class Folder:
       raise errors.UserError(f'--captions={captions} does not exist: mend it.')
 
   def units(self) -> Iterator[Any]:
-    return _chunks(self._rows())
+    if self._captions:
+      return _units(map(list, tables.read(epath.Path(self._captions), self._columns)))
+    return _units(['', {'image': name}, ''] for name in self._walk(self._root, ''))
 
   def num_units(self) -> int:
     """About how many there will be."""
-    if not self._captions:
-      return -(-sum(1 for _ in self._rows()) // tables.ROWS)
-    path = epath.Path(self._captions)
-    if path.suffix == '.parquet':
-      return -(-tables.open_parquet(path).metadata.num_rows // tables.ROWS)
-    with path.open('rb') as f:
-      count = sum(block.count(b'\n') for block in iter(lambda: f.read(1 << 20), b''))
-    return max(1, -(-count // tables.ROWS))
-
-  def _rows(self) -> Iterator[dict[str, Any]]:
     if self._captions:
-      return tables.read(epath.Path(self._captions), self._columns)
-    return ({'image': str(p)} for p in self._walk(self._root, epath.Path()))
+      rows = tables.count(epath.Path(self._captions))
+    else:
+      rows = sum(1 for _ in self._walk(self._root, ''))
+    return max(1, -(-rows // _UNIT_ROWS))
 
-  def _walk(self, folder: epath.Path, inside: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-      if path.is_dir():
-        yield from self._walk(path, inside / path.name)
-      elif path.suffix.lower() in SUFFIXES:
-        yield inside / path.name
+  def _walk(self, folder: epath.Path, inside: str) -> Iterator[str]:
+    try:
+      paths = sorted(folder.iterdir())
+    except OSError as error:
+      raise errors.UserError(f'{folder} cannot be listed ({error}): mend it.') from error
+    for path in paths:
+      if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        yield inside + path.name
+      elif path.is_dir() and not os.path.islink(path):  # which may lead out, or back
+        yield from self._walk(path, f'{inside}{path.name}/')
 
-  def read(self, unit: list[dict[str, Any]]) -> Iterator[Pair | Fault]:
-    for row in unit:
+  def read(self, unit: list[list[Any]]) -> Iterator[Pair | Fault]:
+    for place, row, fault in unit:
+      where = ': '.join(filter(None, [self._captions or str(self._root), place]))
+      if fault:
+        yield Fault(where, fault)
+        continue
       name = tables.first_text(self._columns.value(row, 'image'))
-      where = f'{self._captions or self._root}: {name!r}'
-      if fault := row.get('fault'):
-        yield Fault(f'{self._captions}: {row["where"]}', fault)
-        continue
-      path = self._root / name
-      if not name or not _is_inside(name):
-        yield Fault(where, 'unsafe name' if name else 'no picture')
-        continue
+      where = f'{where}: {short(name)}'
       try:
-        if isinstance(path, pathlib.Path) and not path.resolve().is_relative_to(
-          self._root.resolve()
-        ):
-          yield Fault(where, 'unsafe name')
-          continue
-        if path.stat().length > self._max_bytes:
-          yield Fault(where, 'file is too large')
-          continue
-        image = path.read_bytes()
-        texts, langs = (
-          self._columns.captions(row) if self._captions else _beside(path, self._columns.language)
-        )
-      except (OSError, ValueError) as error:
-        yield Fault(where, f'file cannot be read ({getattr(error, "strerror", None) or error})')
+        image = self._bytes(name, self._max_bytes)
+        if self._captions:
+          texts, langs = self._columns.captions(row)
+        else:
+          texts, langs = self._beside(name)
+      except _NotReadError as error:
+        yield Fault(where, str(error))
         continue
-      key = tables.first_text(self._columns.value(row, 'key')) or re.sub(r'\.\w+$', '', name)
+      key = tables.first_text(self._columns.value(row, 'key')) or name
       yield Pair(where, key, image, texts, langs, self._columns.score(row))
 
+  def _beside(self, name: str) -> tuple[list[bytes], list[str]]:
+    """Captions and languages of the text file beside a picture."""
+    beside = str(epath.Path(name).with_suffix('.txt'))
+    try:
+      return self._columns.lines(self._bytes(beside, tables.MAX_TEXT))
+    except FileNotFoundError:
+      return [], []
 
-def _is_inside(name: str) -> bool:
-  parts = name.replace('\\', '/').split('/')
-  return not (name.startswith(('/', '\\')) or '..' in parts or '\0' in name)
+  def _bytes(self, name: str, max_bytes: int) -> bytes:
+    """A file of the folder.
 
-
-def _beside(path: epath.Path, language: str) -> tuple[list[bytes], list[str]]:
-  """Captions and languages of the text file beside a picture."""
-  beside = path.with_suffix('.txt')
-  if not beside.exists():
-    return [], []
-  if beside.stat().length > _MAX_TEXT:
-    raise ValueError('too much text')
-  return tables.tagged_lines(beside.read_bytes(), language)
+    Raises:
+      FileNotFoundError: a text file is not there.
+      _NotReadError: it is another folder's, no file, too large, or cannot be read.
+    """
+    if not name:
+      raise _NotReadError('no picture')
+    if not is_inside(name):
+      raise _NotReadError('unsafe name')
+    path, root = self._root / name, self._root
+    try:
+      if '://' not in os.fspath(root):
+        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), '')):
+          raise _NotReadError('unsafe name')
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # to read a pipe would not end
+          raise _NotReadError('not a file')
+        size = found.st_size
+      else:
+        size = path.stat().length
+      if size > max_bytes:
+        raise _NotReadError('file is too large')
+      return path.read_bytes()
+    except (OSError, ValueError) as error:
+      if isinstance(error, FileNotFoundError) and name.endswith('.txt'):
+        raise
+      reason = getattr(error, 'strerror', None) or error
+      raise _NotReadError(f'file cannot be read ({reason})') from error
 
 
 class WebDataset:
-  """Tar shards as img2dataset writes them: NAME.jpg, NAME.txt and NAME.json, one after the other.
-
-  The caption is that of NAME.txt, or else those that NAME.json gives.
-  """
+  """Tar shards as img2dataset writes them, see `webdataset.read`."""
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
@@ -170,64 +170,7 @@ class WebDataset:
     return len(self._paths)
 
   def read(self, unit: str) -> Iterator[Pair | Fault]:
-    stem, where, files = None, '', {}
-    for member, data in self._members(unit):
-      if isinstance(member, Fault):
-        yield member
-        continue
-      folder, _, name = member.name.rpartition('/')
-      base, _, kind = name.partition('.')
-      if (folder, base) != stem:
-        if files:
-          yield self._pair(where, files, '/'.join(filter(None, stem)))
-        stem, files, where = (folder, base), {}, f'{unit}: {member.name} at {member.offset}'
-      files[kind.lower()] = data
-    if files:
-      yield self._pair(where, files, '/'.join(filter(None, stem)))
-
-  def _members(self, unit: str) -> Iterator[tuple[Any, bytes]]:
-    """Members that are files, with their bytes; faults in the place of others."""
-    kinds = (*SUFFIXES, '.txt', '.json')
-    try:
-      with epath.Path(unit).open('rb') as f, tarfile.open(fileobj=f, mode='r|') as tar:
-        for member in tar:
-          tar.members = []  # or it would hold them all
-          where = f'{unit}: {member.name!r} at {member.offset}'
-          if member.isdir():
-            continue
-          if not member.isfile():
-            yield Fault(where, 'not a file'), b''
-          elif not _is_inside(member.name):
-            yield Fault(where, 'unsafe name'), b''
-          elif not member.name.lower().endswith(kinds):
-            continue
-          elif member.size > self._max_bytes:
-            yield Fault(where, 'file is too large'), b''
-          else:
-            data = tar.extractfile(member).read()
-            if len(data) < member.size:
-              raise EOFError('ends within a file')
-            yield member, data
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-      yield Fault(f'{unit}: {error}', 'archive is broken'), b''
-
-  def _pair(self, where: str, files: dict[str, bytes], stem: str) -> Pair | Fault:
-    image = next((files[k] for k in files if f'.{k}' in SUFFIXES), None)
-    if image is None:
-      return Fault(where, 'no picture')
-    row = {}
-    if 'json' in files:
-      try:
-        row = json.loads(files['json'])
-      except (ValueError, RecursionError):
-        row = None
-      if not isinstance(row, dict):
-        return Fault(where, 'row cannot be parsed')
-    texts, langs = self._columns.captions(row)
-    if 'txt' in files:
-      texts, langs = [files['txt']], langs[:1] or [self._columns.language]
-    key = tables.first_text(self._columns.value(row, 'key')) or stem
-    return Pair(where, key, image, texts, langs, self._columns.score(row))
+    return webdataset.read(epath.Path(unit), self._columns, self._max_bytes)
 
 
 class TFRecord:
@@ -244,18 +187,21 @@ class TFRecord:
     return len(self._paths)
 
   def read(self, unit: str) -> Iterator[Pair | Fault]:
-    name = epath.Path(unit).name
-    for number, (offset, payload) in enumerate(records.scan(epath.Path(unit), self._max_bytes)):
-      where = f'{unit}: byte {offset}'
-      if isinstance(payload, str):
-        yield Fault(where, payload)
-        continue
-      try:
-        row = examples.decode(payload)
-      except ValueError:
-        yield Fault(where, 'no tf.train.Example')
-        continue
-      yield _of_features(self._columns, where, row, f'{name}/{number}')
+    path = epath.Path(unit)
+    try:
+      for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
+        where = f'{unit}: byte {offset}'
+        if isinstance(payload, str):
+          yield Fault(where, payload)
+          continue
+        try:
+          row = examples.decode(payload, self._columns.names())
+        except ValueError:
+          yield Fault(where, 'no tf.train.Example')
+          continue
+        yield _of_features(self._columns, where, row, f'{path.name}/{number}')
+    except OSError as error:
+      yield Fault(unit, f'file cannot be read ({error.strerror or error})')
 
 
 def _of_features(
@@ -297,12 +243,12 @@ class TFDS:
   def units(self) -> Iterator[Any]:
     start = 0
     for length in self._builder()[1]:
-      for first in range(start, start + length, tables.ROWS):
-        yield [first, min(first + tables.ROWS, start + length)]
+      for first in range(start, start + length, _UNIT_ROWS):
+        yield [first, min(first + _UNIT_ROWS, start + length)]
       start += length
 
   def num_units(self) -> int:
-    return sum(-(-length // tables.ROWS) for length in self._builder()[1])
+    return sum(-(-length // _UNIT_ROWS) for length in self._builder()[1])
 
   def read(self, unit: list[int]) -> Iterator[Pair | Fault]:
     import tensorflow_datasets as tfds
@@ -360,12 +306,12 @@ class Coco:
     self._set = COCO_SETS.get(name)
 
   def units(self) -> Iterator[Any]:
-    return _chunks(self.rows())
+    return _units(['', row, ''] for row in self.rows())
 
   def num_units(self) -> int:
-    return -(-len(self.rows()) // tables.ROWS)
+    return -(-len(self.rows()) // _UNIT_ROWS)
 
-  def read(self, unit: list[dict[str, Any]]) -> Iterator[Pair | Fault]:
+  def read(self, unit: list[list[Any]]) -> Iterator[Pair | Fault]:
     return self._folder.read(unit)
 
   def captions_digest(self) -> str:

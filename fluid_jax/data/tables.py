@@ -6,15 +6,16 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from fluid_jax import errors
 
-ROWS = 512  # that are worked on at a time
 UNKNOWN = 'und'  # BCP 47's word for a language that is not known
-_MAX_LINE = 1 << 26  # bytes of a line of JSON
+MAX_TEXT = 1 << 22  # bytes of a row, or of a file of captions
+_BATCH = 64  # rows of Parquet at a time: a kilobyte of it may hold as many times MAX_TEXT
+_LANGUAGE = re.compile(r'[A-Za-z]{2,8}(?:[-_@][A-Za-z0-9]{1,8}){0,4}')
 _DEFAULTS = {  # field -> the columns it is taken from, the first of those that are there
   'image': ['image', 'image/encoded', 'image_path', 'file_name', 'filename', 'file', 'path'],
   'text': ['text', 'caption', 'captions', 'image/text'],
@@ -22,6 +23,14 @@ _DEFAULTS = {  # field -> the columns it is taken from, the first of those that 
   'lang': ['lang', 'language', 'LANGUAGE'],
   'score': [],
 }
+
+
+class Row(NamedTuple):
+  """A row of a table, or why it could not be parsed."""
+
+  place: str  # in the file
+  values: dict[str, Any] | None
+  fault: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,20 @@ class Columns:
       chosen.append((field, column))
     return cls(tuple(chosen), language)
 
+  def names(self) -> set[str]:
+    """All columns that are read where they are there."""
+    return {column for _, column in self.chosen} | {
+      c for names in _DEFAULTS.values() for c in names
+    }
+
+  def keep(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row what may be read: texts, numbers, and lists of them."""
+    return {
+      name: row[name]
+      for name in self.names() & row.keys()
+      if all(isinstance(v, str | bytes | int | float | None) for v in as_list(row[name]))
+    }
+
   def value(self, row: Mapping[str, Any], field: str) -> Any:
     """The value of a field in a row; None if there is none."""
     named = [column for name, column in self.chosen if name == field]
@@ -60,7 +83,7 @@ class Columns:
   def captions(self, row: Mapping[str, Any]) -> tuple[list[str | bytes], list[str]]:
     """All captions in a row, and their languages."""
     texts = as_list(self.value(row, 'text'))
-    langs = [as_text(lang) or self.language for lang in as_list(self.value(row, 'lang'))]
+    langs = [self.tag(lang) for lang in as_list(self.value(row, 'lang'))]
     if len(langs) != len(texts):
       langs = (langs[:1] or [self.language]) * len(texts)
     for name, column in self.chosen:
@@ -70,11 +93,16 @@ class Columns:
         langs += [name.removeprefix('text.')] * len(more)
     return texts, langs
 
+  def tag(self, lang: Any) -> str:
+    """A language as BCP 47 writes it; the default if this is none."""
+    lang = as_text(lang).strip()
+    return re.sub('[_@]', '-', lang) if _LANGUAGE.fullmatch(lang) else self.language
+
   def score(self, row: Mapping[str, Any]) -> float | None:
     value = next(iter(as_list(self.value(row, 'score'))), None)
     try:
       return None if value is None else float(value)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
       return None
 
   def check(self, header: Iterable[str], path: epath.Path) -> None:
@@ -85,6 +113,15 @@ class Columns:
       raise errors.UserError(
         f'{path} has no column {missing[0]!r}: choose among {", ".join(map(str, header))}.'
       )
+
+  def lines(self, data: bytes) -> tuple[list[bytes], list[str]]:
+    """Captions of a text file, one a line, and their languages, which `fr=` or `fr.utf8=` tells."""
+    texts, langs = [], []
+    for line in filter(None, map(bytes.strip, data.splitlines())):
+      tagged = re.match(rb'([a-z]{2,3}(?:[_@][\w@]+)?)(?:\.utf8)?=(.+)', line)
+      texts.append(tagged[2] if tagged else line)
+      langs.append(self.tag(tagged[1]) if tagged else self.language)
+    return texts, langs
 
 
 def as_list(value: Any) -> list:
@@ -101,17 +138,75 @@ def first_text(value: Any) -> str:
   return as_text(next(iter(as_list(value)), ''))
 
 
-def tagged_lines(data: bytes, language: str) -> tuple[list[bytes], list[str]]:
-  """Captions of a text file, one a line, and their languages, which `fr=` or `fr.utf8=` tells."""
-  texts, langs = [], []
-  for line in filter(None, map(bytes.strip, data.splitlines())):
-    tagged = re.match(rb'([a-z]{2,3}(?:[_@][\w@]+)?)(?:\.utf8)?=(.+)', line)
-    texts.append(tagged[2] if tagged else line)
-    langs.append(re.sub('[_@]', '-', tagged[1].decode()) if tagged else language)
-  return texts, langs
+def count(path: epath.Path) -> int:
+  """Rows of a table, about."""
+  if path.suffix == '.parquet':
+    return _open_parquet(path).metadata.num_rows
+  with path.open('rb') as f:
+    return sum(block.count(b'\n') for block in iter(lambda: f.read(1 << 20), b''))
 
 
-def open_parquet(path: epath.Path) -> Any:
+def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
+  """Rows of a table in order, with what `columns` reads of them.
+
+  Raises:
+    UserError: it has another suffix, lacks a column that was asked for, or is not what it seems.
+  """
+  readers = {
+    '.parquet': _read_parquet,
+    '.csv': _read_csv,
+    '.tsv': _read_csv,
+    '.jsonl': _read_json,
+    '.ndjson': _read_json,
+  }
+  if path.suffix not in readers:
+    raise errors.UserError(f'--captions={path} is none of .csv, .tsv, .jsonl and .parquet.')
+  for row in readers[path.suffix](path, columns):
+    values = row.values
+    yield row if values is None else row._replace(values=columns.keep(values))
+
+
+def _read_csv(path: epath.Path, columns: Columns) -> Iterator[Row]:
+  csv.field_size_limit(MAX_TEXT)
+  with io.TextIOWrapper(path.open('rb'), 'utf-8', 'surrogateescape', newline='') as f:
+    lines = iter(lambda: f.readline(MAX_TEXT), '')
+    reader = csv.DictReader(lines, delimiter='\t' if path.suffix == '.tsv' else ',')
+    try:
+      columns.check(reader.fieldnames or [], path)
+    except csv.Error as error:
+      raise errors.UserError(f'{path} has a broken header ({error}): mend it.') from error
+    while True:
+      try:
+        values = next(reader)
+        yield Row(f'line {reader.line_num}', values)
+      except StopIteration:
+        return
+      except csv.Error as error:
+        yield Row(f'line {reader.line_num}', None, f'row cannot be parsed ({error})')
+
+
+def _read_json(path: epath.Path, columns: Columns) -> Iterator[Row]:
+  del columns
+  with path.open('rb') as f:
+    number, is_rest = 0, False  # of a line that is too long
+    for line in iter(lambda: f.readline(MAX_TEXT), b''):
+      is_whole = line.endswith(b'\n') or len(line) < MAX_TEXT
+      if not is_rest:
+        number += 1
+        if not is_whole:
+          yield Row(f'line {number}', None, 'row is too long')
+        elif line.strip():
+          try:
+            values = json.loads(line)
+            if not isinstance(values, dict):
+              raise ValueError('no object')
+            yield Row(f'line {number}', values)
+          except (ValueError, RecursionError) as error:
+            yield Row(f'line {number}', None, f'row cannot be parsed ({error})')
+      is_rest = not is_whole
+
+
+def _open_parquet(path: epath.Path) -> Any:
   from pyarrow import parquet
 
   try:
@@ -120,39 +215,37 @@ def open_parquet(path: epath.Path) -> Any:
     raise errors.UserError(f'{path} is no Parquet file ({error}): mend --captions.') from error
 
 
-def read(path: epath.Path, columns: Columns) -> Iterator[dict[str, Any]]:
-  """Rows of a table; of those that cannot be parsed, `fault` and `where`.
+def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
+  file = _open_parquet(path)
+  columns.check(file.schema_arrow.names, path)
+  names = [name for name in file.schema_arrow.names if name in columns.names()]
+  for group in range(file.num_row_groups):
+    number = 0
+    try:
+      for batch in file.iter_batches(_BATCH, row_groups=[group], columns=names):
+        for values in _as_bytes(batch).to_pylist():
+          number += 1
+          yield Row(f'row {number} of group {group}', values)
+    except Exception as error:  # a broken page; pyarrow documents none of what it raises
+      where = f'row {number + 1} and all after it of group {group}'
+      yield Row(where, None, f'row cannot be parsed ({type(error).__name__})')
 
-  Raises:
-    UserError: it has another suffix, or lacks a column that was asked for.
-  """
-  if path.suffix == '.parquet':
-    file = open_parquet(path)
-    columns.check(file.schema_arrow.names, path)
-    for batch in file.iter_batches(batch_size=ROWS):
-      yield from batch.to_pylist()
-  elif path.suffix in ('.csv', '.tsv'):
-    csv.field_size_limit(_MAX_LINE)
-    with io.TextIOWrapper(path.open('rb'), 'utf-8', 'surrogateescape', newline='') as f:
-      reader = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
-      columns.check(reader.fieldnames or [], path)
-      while True:
-        try:
-          yield next(reader)
-        except StopIteration:
-          return
-        except csv.Error as error:
-          yield {'fault': f'row cannot be parsed ({error})', 'where': f'line {reader.line_num}'}
-  elif path.suffix in ('.jsonl', '.ndjson'):
-    with path.open('rb') as f:
-      for number, line in enumerate(iter(lambda: f.readline(_MAX_LINE), b''), 1):
-        if line.strip():
-          try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-              raise ValueError('no object')
-            yield row
-          except (ValueError, RecursionError) as error:
-            yield {'fault': f'row cannot be parsed ({error})', 'where': f'line {number}'}
-  else:
-    raise errors.UserError(f'--captions={path} is none of .csv, .tsv, .jsonl and .parquet.')
+
+def _as_bytes(batch: Any) -> Any:
+  """A record batch with its texts as bytes, which need not be UTF-8, and no other than numbers."""
+  import pyarrow
+
+  types, arrays, names = pyarrow.types, [], []
+  for name, array in zip(batch.schema.names, batch.columns, strict=True):
+    kind = array.type
+    if types.is_dictionary(kind):
+      array, kind = array.cast(kind.value_type), kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind):
+      array = array.cast(pyarrow.large_binary())
+    elif types.is_list(kind) and types.is_string(kind.value_type):
+      array = array.cast(pyarrow.list_(pyarrow.binary()))
+    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_list(kind)):
+      continue
+    arrays.append(array)
+    names.append(name)
+  return pyarrow.RecordBatch.from_arrays(arrays, names=names)
