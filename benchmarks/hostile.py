@@ -104,7 +104,11 @@ def fault(name: str, kind: hostile.Kind, timeout: float) -> str:
     with contextlib.suppress(OSError):
       counts = json.loads((folder / 'out/index.json').read_text())['counts']
       entries = (folder / 'out').glob('train-*.json')
-      keys = {key for path in entries for key in json.loads(path.read_text())['keys'].split()}
+      keys = {
+        key.removesuffix('.jpg')  # of a folder, a path
+        for path in entries
+        for key in json.loads(path.read_text())['keys'].split()
+      }
   left_out = counts.get('pairs left out', {})
   counted = ', '.join(f'{reason} {n}' for reason, n in left_out.items() if n) or '–'
   if code is None:

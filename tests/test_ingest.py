@@ -194,6 +194,8 @@ def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
   assert index['languages'] == {'train': {'en': 24, 'fr': 24}}
   assert index['counts']['pairs'] == {'kept': 24, 'read': 24}
   assert index['ingest']['source'] == chosen.source
+  payload = records.Records(tmp_path / 'out', 'train')[0]
+  assert examples.decode(payload).keys() == index['schema'].keys() - {'score'}
   assert (tmp_path / 'out' / ingest.QUARANTINE).read_text() == ''
   assert not (tmp_path / 'out/work').exists()
 

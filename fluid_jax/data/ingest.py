@@ -34,6 +34,15 @@ from etils import epath
 from fluid_jax import errors
 from fluid_jax.data import examples, pairs, pictures, records, sources, tables
 
+SCHEMA = {  # features of an example
+  'image': 'bytes: JPEG, PNG or WebP',
+  'key': 'bytes: without white space',
+  'text': 'list of bytes: UTF-8',
+  'lang': 'list of bytes: of each text, as BCP 47 names languages',
+  'width': 'int: pixels',
+  'height': 'int: pixels',
+  'score': 'float: if there is one',
+}
 _LONGEST_KEY = 200
 _SPLITS = ('train', 'validation')
 _ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower ends of the histogram's bins
@@ -95,10 +104,8 @@ class Kept(NamedTuple):
 class Counts:
   """What became of pairs; sums of counts are counts."""
 
-  def __init__(self, values: Mapping[str, Mapping[str, int]] | None = None):
+  def __init__(self):
     self.values = collections.defaultdict(collections.Counter)
-    for name, counter in (values or {}).items():
-      self.values[name].update(counter)
 
   def add(self, name: str, what: Any, number: int = 1) -> None:
     self.values[name][str(what)] += number
@@ -387,7 +394,7 @@ def as_written(payload: bytes) -> tuple[str, bytes, list[str]]:
 
 def facts_of(options: Options) -> dict[str, Any]:
   """What the index says of the set's making, and what another making must share to go on."""
-  return {'ingest': dataclasses.asdict(options)}
+  return {'ingest': dataclasses.asdict(options), 'schema': SCHEMA}
 
 
 def run(options: Options, out: str, workers: int, progress: Callable[[str, int, int], None]) -> int:
