@@ -99,7 +99,7 @@ def make_set(directory: pathlib.Path, workload: str) -> None:
     for number in range(NUM_SHARDS):
       part = range(number, NUM_EXAMPLES, NUM_SHARDS)
       writer.write('train', number, (example(workload, i) for i in part))
-    writer.close(['train'])
+    writer.close({'train': range(NUM_SHARDS)})
   finished = directory / f'{workload}.array_record' / 'finished'
   if not is_installed('Grain') or finished.exists():
     return

@@ -14,6 +14,7 @@ MISMATCH = 4  # a checkpoint, workdir or process of another config
 CORRUPT = 5  # broken or missing data or checkpoint files
 STORAGE = 6  # an unwritable or full disk
 PREEMPTED = 42
+INTERRUPTED = 130
 CRASH = 134
 
 
@@ -32,6 +33,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = error.exit_code
+  except KeyboardInterrupt:
+    print('error: interrupted: the same command goes on where it was.', file=sys.stderr)
+    code = INTERRUPTED
   except Exception as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
       print(f'error: the disk is full ({error}): make room and run it again.', file=sys.stderr)

@@ -31,7 +31,7 @@ def write(path, count, name):
     rows.append((key, examples.encode({'image': picture(key), 'key': key} | texts), ['en']))
   for number, part in enumerate((rows[: count // 2], rows[count // 2 :])):
     writer.write('train', number, part)
-  writer.close(['train'])
+  writer.close({'train': range(2)})
 
 
 def write_pictures(path, count):

@@ -31,9 +31,10 @@ def tf():
 def _write(directory, payloads, shard_records=1 << 20):
   writer = records.Writer(directory)
   items = [(key, payload, ()) for key, payload in payloads.items()]
-  for number, first in enumerate(range(0, len(items), shard_records)):
+  starts = range(0, len(items), shard_records)
+  for number, first in enumerate(starts):
     writer.write('train', number, items[first : first + shard_records])
-  writer.close(['train'])
+  writer.close({'train': range(len(starts))})
 
 
 def _features(payload):

@@ -29,6 +29,7 @@ from fluid_jax.data import (
   report,
   sources,
   tables,
+  workers,
 )
 
 LANGS = ('en', 'fr', 'und')
@@ -227,6 +228,7 @@ def test_tables_tell_what_they_lack(tmp_path):
     ({'path': str(tmp_path / 'absent')}, 'is no folder'),
     ({'min_score': 1.0}, 'needs the column'),
     ({'source': 'webdataset'}, r'names no \.tar file'),
+    ({'source': 'webdataset', 'path': str(tmp_path / 'absent/*.tar')}, r'names no \.tar file'),
     ({'source': 'tfds', 'path': 'no_such_set'}, 'has no prepared'),
     ({'source': 'coco', 'captions': ''}, '--captions is missing'),
   ):
@@ -396,8 +398,8 @@ def digests(path):
 
 def test_workers_and_shards_do_not_change_the_order(tmp_path):
   chosen = write_webdataset(tmp_path)
-  for workers in (1, 3):
-    run(tmp_path / f'out{workers}', chosen, workers)
+  for count in (1, 3):
+    run(tmp_path / f'out{count}', chosen, count)
   assert digests(tmp_path / 'out1') == digests(tmp_path / 'out3')
   small = ingest.Options(source=chosen.source, path=chosen.path, shard_bytes=10_000)
   told = run(tmp_path / 'small', small)
@@ -533,7 +535,7 @@ def test_an_evaluation_set_is_drawn_by_hashes_and_complete(tmp_path, monkeypatch
   monkeypatch.setitem(sources.COCO_SETS, 'coco_mini', sources.CocoSet(5, digest))
   chosen = options('coco_mini', tmp_path / 'val2014', captions=str(captions), split='validation')
   with monkeypatch.context() as patch:  # workers would not know of it
-    patch.setattr(ingest, 'in_processes', lambda f, calls, n: (f(*call) for call in calls))
+    patch.setattr(workers, 'run', lambda f, calls, n: (f(*call) for call in calls))
     run(tmp_path / 'out', chosen)
     found = read_set(tmp_path / 'out', 'validation')
     texts = {n: f'{n} {min(range(5), key=lambda j: rank(100 * n + j))}' for n in drawn}

@@ -62,8 +62,9 @@ class _Sum(beam.CombineFn):
     return total
 
 
-def _first(rows: Iterable[_Row]) -> _Row:
-  return min(rows, key=lambda row: row[:2])
+def _first(group: tuple[int, Iterable[_Row]]) -> _Row:
+  # By `GroupByKey`, as a combiner would hold many payloads on its way.
+  return min(group[1], key=lambda row: row[:2])
 
 
 def _pieces(row: _Row, distance: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -94,12 +95,12 @@ def _by_shard(row: _Row, sizes: dict[str, int], shard_bytes: int) -> tuple[tuple
   return (kept.split, int(number[0])), (kept.order, kept.payload)
 
 
-def _write(shard: tuple[tuple[str, int], Iterable[tuple[int, bytes]]], out: str) -> str:
+def _write(shard: tuple[tuple[str, int], Iterable[tuple[int, bytes]]], out: str) -> tuple[str, int]:
   (split, number), payloads = shard
   facts = json.loads((epath.Path(out) / 'begun.json').read_text())
   ordered = (ingest.as_written(payload) for _, payload in sorted(payloads))
   records.Writer(out, **facts).write(split, number, ordered)
-  return split
+  return split, number
 
 
 def _save(name: str, out: str) -> Any:
@@ -128,13 +129,14 @@ def run(options: ingest.Options, out: str, flags: list[str]) -> None:
   with beam.Pipeline(options=pipeline_options.PipelineOptions(flags, **runner)) as pipeline:
     found = (
       pipeline
-      | 'units' >> beam.Create(list(enumerate(source.units())))
+      | 'options' >> beam.Create([options])
+      | 'units' >> beam.FlatMap(lambda chosen: enumerate(chosen.open_source().units()))
       | 'to workers' >> beam.Reshuffle()
       | 'examine'
       >> beam.ParDo(_Examine(options)).with_outputs(_Examine.COUNTS, _Examine.FAULTS, main='rows')
     )
     by_order = found.rows | 'order' >> beam.Map(lambda row: (row[2][2], row))
-    rows = by_order | 'same key' >> beam.CombinePerKey(_first) | 'one of a key' >> beam.Values()
+    rows = by_order | 'same key' >> beam.GroupByKey() | 'one of a key' >> beam.Map(_first)
     twins = {'read': found.rows, 'one of a key': rows}
     if options.near_duplicates >= 0:
       alike = (
@@ -160,8 +162,8 @@ def run(options: ingest.Options, out: str, flags: list[str]) -> None:
       | 'shard' >> beam.Map(_by_shard, sizes, options.shard_bytes)
       | 'same shard' >> beam.GroupByKey()
       | 'write' >> beam.Map(_write, out)
-      | 'splits' >> beam.combiners.ToList()
-      | 'save splits' >> _save('splits.json', out)
+      | 'shards' >> beam.combiners.ToList()
+      | 'save shards' >> _save('shards.json', out)
     )
     for name, part in twins.items():
       _ = (
@@ -191,5 +193,4 @@ def run(options: ingest.Options, out: str, flags: list[str]) -> None:
   counts.add('pairs', 'kept', kept)
   lines = [line + '\n' for _, _, line in sorted(map(tuple, saved('faults')))]
   (epath.Path(out) / ingest.QUARANTINE).write_text(''.join(lines))
-  ingest.close(writer, sorted(set(saved('splits'))), options, source, counts)
-  work.rmtree()
+  ingest.close(writer, out, list(map(tuple, saved('shards'))), options, source, counts)

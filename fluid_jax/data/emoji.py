@@ -260,7 +260,7 @@ def build(source: pathlib.Path, out: pathlib.Path) -> None:
   for name, shards in parts.items():
     for number, shard in enumerate(shards):
       writer.write(name, number, shard)
-  writer.close(parts)
+  writer.close({name: range(len(shards)) for name, shards in parts.items()})
   if out.resolve() != DIRECTORY.resolve():
     for path in [*DIRECTORY.glob('LICENSE.*'), DIRECTORY / 'README.md']:
       shutil.copy(path, out)

@@ -209,13 +209,12 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
     records.Writer(out, **facts)
   processes.meet('begun')
   parts = records.Writer(out, **facts)
-  for split in task.splits:
-    _encode_split(program, parts, split)
+  numbers = {split: _encode_split(program, parts, split) for split in task.splits}
   processes.meet('encoded')
   sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
   found = statistics(sums) if config.is_continuous and sums else {}
   if jax.process_index() == 0:
-    parts.close(task.splits, **found)
+    parts.close(numbers, **found)
   others = ['--config.text.source=features'] if text.source == 't5' else []
   if config.data.languages:  # of each example one text was drawn; its language is not kept
     others.append("--config.data.languages='()'")
@@ -224,14 +223,14 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   return [f'--config.data.task={path}', tokenizer, *others, *as_flags(found)]
 
 
-def _encode_split(program: Encode, parts: records.Writer, split: str) -> None:
-  """Writes this process's parts of a split, each of `steps` global batches."""
+def _encode_split(program: Encode, parts: records.Writer, split: str) -> range:
+  """Writes this process's parts of a split, each of `steps` global batches; all parts' numbers."""
   stream = program.stream(split)
   num_examples = stream.num_examples
   stream.close()
-  steps = max(1, PART_EXAMPLES // program.batch_size)
-  num_parts = -(-num_examples // (steps * program.batch_size))
   count, process = jax.process_count(), jax.process_index()
+  steps = max(1, PART_EXAMPLES * count // program.batch_size)  # of which each process has a part
+  num_parts = -(-num_examples // (steps * program.batch_size))
   # All processes make the parts together, so what one of them lacks all make again.
   missing = [
     number
@@ -258,6 +257,7 @@ def _encode_split(program: Encode, parts: records.Writer, split: str) -> None:
     stream.close()
     total = {name: sum(np.float64(s[name]) for s in sums).tolist() for name in sums[0]}
     parts.write(split, number * count + process, written, sums=total if process == 0 else {})
+  return range(num_parts * count)
 
 
 def _examples(batch: dict[str, np.ndarray]) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:

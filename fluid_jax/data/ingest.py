@@ -7,32 +7,28 @@ from the runs. Runs and shards are whole or not there, so what was cut off goes 
 same source and options give the same bytes, with any number of workers, and through `data.beam`.
 
 Memory is bounded by workers, about 100 MB each and the pictures of `max_pixels` that they decode,
-and 40 bytes for each pair that is kept.
+and some 150 bytes for each pair that is kept.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import re
-import resource
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent import futures
-from concurrent.futures import process as process_pool
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import examples, pairs, pictures, records, sources, tables
+from fluid_jax.data import examples, pairs, pictures, records, report, sources, tables
+from fluid_jax.data import workers as workers_lib
 
 SCHEMA = {  # features of an example
   'image': 'bytes: JPEG, PNG or WebP',
@@ -44,9 +40,10 @@ SCHEMA = {  # features of an example
   'score': 'float: if there is one',
 }
 _LONGEST_KEY = 200
+_MAX_QUARANTINE = 10_000  # faults of a unit that are described; all are counted
 _SPLITS = ('train', 'validation')
 _ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower ends of the histogram's bins
-QUARANTINE = 'quarantine.jsonl'
+QUARANTINE, REPORT = 'quarantine.jsonl', 'report.png'
 # Directions that a text could impose on its surroundings, and the byte-order mark.
 _INVISIBLE = re.compile('[\u202a-\u202e\u2066-\u2069\ufeff]')
 _UNPRINTED = re.compile(
@@ -149,7 +146,7 @@ def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[
     try:
       if not isinstance(text, str | bytes):
         raise pictures.Refused('caption is no text')
-      if options.languages and lang not in options.languages:
+      if options.languages and lang not in map(tables.tag, options.languages):
         raise pictures.Refused('languages')
       if len(text) > 16 * options.max_caption:  # whatever is cleaned away
         raise pictures.Refused('max_caption')
@@ -181,7 +178,7 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> Kept:
     raise pictures.Refused('min_score')
   picture = pictures.read(pair.image, max_pixels=options.max_pixels, store_side=options.store_side)
   shorter, longer = sorted((picture.width, picture.height))
-  if shorter < options.min_side:
+  if picture.shorter_side < options.min_side:
     raise pictures.Refused('min_side')
   if options.max_aspect and longer > options.max_aspect * shorter:
     raise pictures.Refused('max_aspect')
@@ -237,7 +234,7 @@ def read_unit(
       except Exception as error:  # what nobody thought of costs a pair and not the set
         reason, why = 'pair cannot be read', f'pair cannot be read ({error!r})'
     counts.add('pairs left out', reason)
-    if reason not in _FILTERS:
+    if reason not in _FILTERS and len(quarantine) < _MAX_QUARANTINE:
       quarantine.append({'where': item.where, 'why': why})
 
 
@@ -265,49 +262,17 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: Options) 
   shard.close()
   with _run_path(directory, number, 'npy').open('wb') as f:
     np.save(f, np.array(entries, _ENTRY))
-  found = {'digest': digest, 'counts': counts.asdict(), 'quarantine': quarantine, 'peak': _peak()}
+  found = {
+    'digest': digest,
+    'counts': counts.asdict(),
+    'quarantine': quarantine,
+    'peak': workers_lib.peak(),
+  }
   records.write_whole(_run_path(directory, number, 'json'), json.dumps(found))
-
-
-def _peak() -> int:
-  """Most memory that this process has held, in MB."""
-  try:  # Linux' `getrusage` counts from the peak of the process that started this one
-    with open('/proc/self/status') as f:
-      (line,) = (line for line in f if line.startswith('VmHWM'))
-    return int(line.split()[1]) >> 10
-  except OSError:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20  # bytes, on macOS
 
 
 def digest_of(unit: Any) -> str:
   return hashlib.sha256(json.dumps(unit, default=repr).encode('utf-8', 'replace')).hexdigest()[:16]
-
-
-def in_processes(
-  function: Callable[..., None], calls: Iterable[tuple], workers: int
-) -> Iterator[None]:
-  """Calls a function in other processes, a few calls ahead; yields as they end."""
-  context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-    pending = set()
-    try:
-      for call in calls:
-        if len(pending) > 2 * workers:
-          done, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
-          for future in done:
-            yield future.result()
-        pending.add(pool.submit(function, *call))
-      for future in futures.as_completed(pending):
-        yield future.result()
-    except process_pool.BrokenProcessPool as error:
-      raise errors.UserError(
-        'a worker was killed, perhaps for want of memory: give fewer --workers or a smaller '
-        '--max_pixels, and the same command goes on where it was.',
-        errors.CRASH,
-      ) from error
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
 
 
 # ---- Between: the order ----
@@ -344,7 +309,7 @@ class Plan:
       self.shards += [
         (split, number, rows[edges[number] : edges[number + 1]])
         for number in range(count)
-        if len(rows)
+        if edges[number] < edges[number + 1]
       ]
 
   def sources(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
@@ -433,8 +398,16 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
         )
 
   progress('examine', 0, expected)
-  for done, _ in enumerate(in_processes(write_run, missing_runs(), workers), 1):
+  for done, _ in enumerate(workers_lib.run(write_run, missing_runs(), workers), 1):
     progress('examine', max(done, len(digests) - 2 * workers), max(expected, len(digests)))
+  begun, described = work / 'plan', hashlib.sha256(' '.join(digests).encode()).hexdigest()
+  if not begun.exists():
+    records.write_whole(begun, described)
+  elif begun.read_text() != described:
+    raise errors.UserError(
+      f'{options.path} has changed since {out} was begun: name an empty directory.',
+      errors.MISMATCH,
+    )
   counts, entries, peak = Counts(), [], 0
   with (epath.Path(out) / QUARANTINE).open('w') as quarantine:
     for number in range(len(digests)):
@@ -445,11 +418,6 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
       with _run_path(work, number, 'npy').open('rb') as f:
         entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
   plan = Plan(entries, options, counts)
-  if not plan.shards:
-    raise errors.UserError(
-      f'nothing of {options.path} is kept ({_reasons(counts)}): see {QUARANTINE}, loosen what left '
-      'it out, and name another directory.'
-    )
   progress('gather', 0, len(plan.shards))
   calls = (
     (out, str(work), facts, split, number, plan.sources(rows))
@@ -457,23 +425,31 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
     if not writer.has(split, number)
   )
   before = sum(writer.has(split, number) for split, number, _ in plan.shards)
-  for done, _ in enumerate(in_processes(write_shard, calls, workers), before + 1):
+  for done, _ in enumerate(workers_lib.run(write_shard, calls, workers), before + 1):
     progress('gather', done, len(plan.shards))
-  close(writer, sorted({split for split, _, _ in plan.shards}), options, source, counts)
-  with contextlib.suppress(OSError):  # the set is whole; what is left here is only in the way
-    work.rmtree()
+  close(writer, out, [shard[:2] for shard in plan.shards], options, source, counts)
   return peak
 
 
 def close(
-  writer: records.Writer, splits: list[str], options: Options, source: Any, counts: Counts
+  writer: records.Writer,
+  out: str,
+  shards: list[tuple[str, int]],
+  options: Options,
+  source: Any,
+  counts: Counts,
 ) -> None:
-  """Writes the index.
+  """Writes the report and the index of shards, by split and number.
 
   Raises:
-    UserError: an evaluation set of a fixed number of pictures lacks some.
+    UserError: nothing is kept, or an evaluation set of a fixed number of pictures lacks some.
   """
   kept, facts = counts.values['pairs']['kept'], {'counts': counts.asdict()}
+  if not kept:
+    raise errors.UserError(
+      f'nothing of {options.path} is kept ({_reasons(counts)}): see {QUARANTINE}, loosen what left '
+      'it out, and name another directory.'
+    )
   if wanted := sources.COCO_SETS.get(options.source):
     if kept != wanted.num_images:
       raise errors.UserError(
@@ -483,7 +459,13 @@ def close(
         errors.CORRUPT,
       )
     facts['captions_sha256'] = source.captions_digest()
-  writer.close(splits, **facts)
+  title = f'{options.path}: kept {kept} of {counts.values["pairs"]["read"]} pairs'
+  with (epath.Path(out) / REPORT).open('wb') as f:
+    report.draw(title, facts['counts']).save(f, 'PNG')
+  parts = collections.defaultdict(list)
+  for split, number in shards:
+    parts[split].append(number)
+  writer.close(dict(sorted(parts.items())), **facts)
 
 
 def _reasons(counts: Counts) -> str:

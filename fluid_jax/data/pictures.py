@@ -50,6 +50,7 @@ class Picture(NamedTuple):
   height: int
   repairs: tuple[str, ...]  # what had to be changed
   image: Image.Image  # decoded
+  shorter_side: int  # as it came
 
 
 def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
@@ -89,6 +90,7 @@ def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
     Image.open(io.BytesIO(data), formats=('PNG',)).verify()  # checksums, which decoding leaves out
   if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > _MAX_SCANS:
     raise Refused('picture has too many scans', str(data.count(b'\xff\xda')))
+  shorter_side = min(image.size)
   if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
     image.draft(None, (2 * store_side, 2 * store_side))
   repairs, has_lossy_source = [], image.format in _LOSSY
@@ -125,7 +127,7 @@ def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
     else:
       image.save(out, 'PNG')
     data = out.getvalue()
-  return Picture(data, *image.size, tuple(repairs), image)
+  return Picture(data, *image.size, tuple(repairs), image, shorter_side)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -228,7 +228,8 @@ class Stream:
     self._broken.add((task, position))
     if not self._max_broken:
       raise errors.UserError(reason, errors.CORRUPT)
-    if len(self._broken) > self._max_broken:
+    of_task = sum(number == task for number, _ in self._broken)
+    if len(self._broken) > self._max_broken or of_task == self._sizes[task]:
       raise errors.UserError(
         f'{len(self._broken)} of the {self.num_examples} examples of task {self._name!r} are '
         f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
@@ -391,7 +392,8 @@ def _check_languages(languages: tuple[str, ...], known: dict[str, float]) -> Non
     raise errors.UserError(
       f'unknown language {unknown[0]!r}: use some of {", ".join(known) or "none"}.'
     )
-  if languages and max(known[name] for name in languages) < 1:
+  is_all = set(languages) == known.keys()
+  if languages and not is_all and max(known[name] for name in languages) < 1:
     raise errors.UserError(
       f'languages {", ".join(languages)} leave some examples without text: add one that names'
       ' all, such as en in the embedded set, or prepare a set of them alone.'

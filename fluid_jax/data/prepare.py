@@ -12,13 +12,13 @@ bring latents to mean 0 and variance 1, and writes nothing.
 
 import dataclasses
 import os
+import shlex
 import sys
 
 from absl import flags
-from etils import epath
 
 from fluid_jax import errors, main, metrics
-from fluid_jax.data import ingest, pictures, records, report, sources, tables
+from fluid_jax.data import ingest, pictures, records, sources, tables
 
 _STAGE = flags.DEFINE_enum('stage', None, ['ingest', 'encode', 'measure'], 'What to do.')
 _OUT = flags.DEFINE_string('out', None, 'Where the set goes: a folder, or in a bucket.')
@@ -43,7 +43,11 @@ flags.DEFINE_list(
 flags.DEFINE_string('language', tables.UNKNOWN, 'ingest: of captions whose source tells none.')
 flags.DEFINE_string('split', None, 'ingest: the split of the set. Default: train.')
 flags.DEFINE_float(
-  'validation_share', 0.0, 'ingest: share of the pairs to hold out.', lower_bound=0, upper_bound=0.5
+  'validation_share',
+  None,
+  'ingest: share of the pairs to hold out. Default: 0.01 of a set to train on.',
+  lower_bound=0,
+  upper_bound=0.5,
 )
 flags.DEFINE_integer('min_side', 1, 'ingest: pixels of the shorter side, at least.', lower_bound=1)
 flags.DEFINE_float('max_aspect', 0.0, 'ingest: longer over shorter side, at most; 0: any.', 0)
@@ -81,6 +85,8 @@ def _options() -> ingest.Options:
   values['split'] = values['split'] or (
     'validation' if values['source'] in sources.COCO_SETS else 'train'
   )
+  if values['validation_share'] is None:
+    values['validation_share'] = 0.01 if values['split'] == 'train' else 0.0
   options = ingest.Options(
     **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
   )
@@ -105,17 +111,12 @@ def _ingest(out: str) -> None:
       from fluid_jax.data import beam
     except ImportError as error:
       raise errors.UserError(f'--beam needs the extra [beam] ({error}): install it.') from error
-    beam.run(options, out, _BEAM.value.split())
+    beam.run(options, out, shlex.split(_BEAM.value))
   index = records.read_index(out)
   counts = index['counts']
-  picture = epath.Path(out) / 'report.png'
   sizes = {s: sum(shard['records'] for shard in shards) for s, shards in index['splits'].items()}
-  title = (
-    f'{options.path}: kept {counts["pairs"].get("kept", 0)} of {counts["pairs"]["read"]} pairs'
-  )
-  with picture.open('wb') as f:
-    report.draw(title, counts).save(f, 'PNG')
-  metrics.say(title)
+  kept, read = counts['pairs']['kept'], counts['pairs']['read']
+  metrics.say(f'{options.path}: kept {kept} of {read} pairs')
   for name in ('pairs left out', 'captions left out', 'pictures repaired'):
     for reason, number in sorted(counts.get(name, {}).items(), key=lambda item: -item[1]):
       if number:
@@ -123,12 +124,16 @@ def _ingest(out: str) -> None:
   if digest := index.get('captions_sha256'):
     metrics.say(f'captions of {options.source}: sha256 {digest}')
   metrics.say(
-    f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}); what was refused is '
-    f'in {ingest.QUARANTINE}, the histograms in report.png; train on it with\n'
+    f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}); what is broken is '
+    f'in {ingest.QUARANTINE}, the histograms in {ingest.REPORT}; train on it with\n'
     f'  --config.data.task={out if "/" in out else f"./{out}"}'
   )
+  if 'train' in sizes and 'validation' not in sizes:
+    metrics.say('  (but first hold some pairs out: training asks for them; see --validation_share)')
 
 
+_PATHS = (FileNotFoundError, FileExistsError, PermissionError)
+_PATHS += (IsADirectoryError, NotADirectoryError)
 _UNITS = {'examine': 'units', 'gather': 'shards'}
 
 
@@ -156,7 +161,12 @@ def run() -> int:
   if _STAGE.value != 'measure' and not _OUT.value:
     raise errors.UserError('--out is missing: give the directory of the new set.')
   if _STAGE.value == 'ingest':
-    _ingest(_OUT.value)
+    try:
+      _ingest(_OUT.value)
+    except _PATHS as error:
+      raise errors.UserError(
+        f'{error}: give paths that can be read and written.', errors.STORAGE
+      ) from error
   else:
     _encode(_OUT.value if _STAGE.value == 'encode' else None)
   return 0

@@ -15,6 +15,7 @@ Directories are local, or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3
 """
 
 import collections
+import errno
 import functools
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import fsspec
@@ -35,7 +36,7 @@ from fluid_jax import errors
 INDEX = 'index.json'
 FORMAT = 2
 HEADER, FOOTER = 12, 4  # bytes around a payload
-_CACHED_ENTRIES = 256  # more than training reads from at a time, see `order.WINDOW`
+_CACHED_ENTRIES = 128  # more than training reads from at a time, see `order.WINDOW`
 
 for _protocol in ('gcs', 's3'):  # other processes write where this one lists
   fsspec.config.conf.setdefault(_protocol, {}).setdefault('use_listings_cache', False)
@@ -66,9 +67,10 @@ def read_index(directory: epath.PathLike) -> dict:
     raise errors.UserError(
       f'{path} is not a valid index ({error}): restore it or rebuild the set.', errors.CORRUPT
     ) from error
-  if index.get('format') != FORMAT:
+  found = index.get('format') if isinstance(index, dict) else None
+  if found != FORMAT:
     raise errors.UserError(
-      f'{path} has format {index.get("format")} and this version reads {FORMAT}: rebuild the set.',
+      f'{path} has format {found} and this version reads {FORMAT}: rebuild the set.',
       errors.CORRUPT,
     )
   return index
@@ -90,7 +92,12 @@ def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str 
   parts = (HEADER, length, FOOTER)
   if '://' in os.fspath(path):
     end = offset + sum(parts)
-    data = _remote(os.fspath(path.parent)).cat_file(os.fspath(path), start=offset, end=end)
+    try:
+      data = _remote(os.fspath(path.parent)).cat_file(os.fspath(path), start=offset, end=end)
+    except OSError as error:
+      if error.errno != errno.EINVAL:  # which says that the object ends before
+        raise
+      data = b''
     header, payload, footer = data[:HEADER], data[HEADER:-FOOTER], data[-FOOTER:]
   else:
     descriptor = os.open(path, os.O_RDONLY)
@@ -115,9 +122,15 @@ class _Entry:
 
   def __init__(self, text: bytes):
     described = json.loads(text)
-    self.keys = described['keys'].split()
+    self._keys = described['keys'].encode()  # one by one they would take several times the memory
+    spaces = np.flatnonzero(np.frombuffer(self._keys, np.uint8) == ord(' '))
+    self._ends = np.append(spaces, len(self._keys))
     self.lengths = np.array(described['lengths'].split(), np.int64)
     self.offsets = np.cumsum(self.lengths + HEADER + FOOTER) - self.lengths - HEADER - FOOTER
+
+  def key(self, number: int) -> str:
+    start = self._ends[number - 1] + 1 if number else 0
+    return self._keys[start : self._ends[number]].decode()
 
 
 class Records(Sequence):
@@ -195,7 +208,7 @@ class Records(Sequence):
   def key(self, i: int) -> str:
     """Key of record `i`."""
     shard, number = self._find(i)
-    return self._entry(shard).keys[number]
+    return self._entry(shard).key(number)
 
   @functools.cached_property
   def keys(self) -> list[str]:
@@ -221,7 +234,7 @@ class Records(Sequence):
       ) from error
     if fault:
       raise BrokenRecord(
-        f'shard {path} {fault} at byte {offset} (record {entry.keys[number]}): restore it or '
+        f'shard {path} {fault} at byte {offset} (record {entry.key(number)}): restore it or '
         'rebuild the set.',
         errors.CORRUPT,
       )
@@ -240,8 +253,11 @@ def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
   """
   size = path.stat().length
   with path.open('rb') as f:
-    offset = 0
+    offset = read_again = 0
     while offset < size:
+      if read_again > 4 * max(size, 1 << 24):  # by headers that claim what is not theirs
+        yield offset, 'file is broken'
+        return
       f.seek(offset)
       header = f.read(HEADER)
       if len(header) < HEADER:
@@ -264,6 +280,7 @@ def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
         yield offset, 'record is corrupt' if fault else payload
         following = f.read(HEADER) if fault else b''
         if following and following != _header(int.from_bytes(following[:8], 'little')):
+          read_again += length
           end = _find_header(f, offset + HEADER)  # bytes were lost or added
         offset = end
 
@@ -305,7 +322,8 @@ class Shard:
   """A TFRecord file while it is written, and where its records lie."""
 
   def __init__(self, path: epath.Path):
-    self._file = path.open('wb')
+    self._path, self._temporary = path, _temporary(path)
+    self._file = self._temporary.open('wb')
     self.size = 0
     self._digest = hashlib.sha256()
     self.lengths = []
@@ -318,8 +336,10 @@ class Shard:
     self.lengths.append(len(payload))
 
   def close(self) -> str:
-    """Closes the file and returns its SHA-256."""
+    """Closes the file, which is there from now on, and returns its SHA-256."""
     self._file.close()
+    if self._temporary != self._path:
+      self._temporary.replace(self._path)
     return self._digest.hexdigest()
 
 
@@ -341,10 +361,14 @@ class Writer:
       UserError: the directory holds a set already, or the beginnings of another.
     """
     self._directory, self._metadata = epath.Path(directory), metadata
-    self._directory.mkdir(parents=True, exist_ok=True)
+    if '://' not in os.fspath(self._directory):  # in a bucket there are none
+      self._directory.mkdir(parents=True, exist_ok=True)
+    begun = self._directory / 'begun.json'
     if (self._directory / INDEX).exists():
+      if begun.exists():  # it was cut off when all was done
+        self._clear()
       raise errors.UserError(f'{directory} holds a record set already: name an empty directory.')
-    begun, text = self._directory / 'begun.json', json.dumps(metadata, sort_keys=True)
+    text = json.dumps(metadata, sort_keys=True)
     if not begun.exists():
       write_whole(begun, text)
     elif begun.read_text() != text:
@@ -404,14 +428,16 @@ class Writer:
     for part in (_part(split, number) for number in numbers):
       yield f'{part}.tfrecord', json.loads((self._directory / f'{part}.json').read_bytes())
 
-  def close(self, splits: Iterable[str], **metadata) -> None:
-    """Writes the index of the parts of `splits`, with more metadata."""
+  def close(self, parts: Mapping[str, Iterable[int]], **metadata) -> None:
+    """Writes the index of the parts of each split, with more metadata, and removes `work`."""
     index = {'format': FORMAT, **self._metadata, **metadata, 'languages': {}, 'splits': {}}
-    for split in splits:
+    for split, numbers in parts.items():
       shards, languages = [], collections.Counter()
-      for file, entry in self.entries(split):
-        languages.update(entry['languages'])
+      for number in sorted(numbers):
+        file = f'{_part(split, number)}.tfrecord'
         text = (self._directory / entry_name(file)).read_bytes()
+        entry = json.loads(text)
+        languages.update(entry['languages'])
         if entry['records']:
           shards.append(
             {
@@ -425,6 +451,11 @@ class Writer:
       index['splits'][split] = shards
       index['languages'][split] = dict(sorted(languages.items()))
     write_whole(self._directory / INDEX, json.dumps(index, indent=1) + '\n')
+    self._clear()
+
+  def _clear(self) -> None:
+    if (self._directory / 'work').exists():
+      (self._directory / 'work').rmtree()
     (self._directory / 'begun.json').unlink()
 
 
@@ -434,6 +465,12 @@ def _part(split: str, number: int) -> str:
 
 def write_whole(path: epath.Path, text: str) -> None:
   """Writes a file that is whole or not there."""
-  temporary = path.parent / f'{path.name}.tmp'
+  temporary = _temporary(path)
   temporary.write_text(text)
-  temporary.replace(path)
+  if temporary != path:
+    temporary.replace(path)
+
+
+def _temporary(path: epath.Path) -> epath.Path:
+  """Where to write a file first, this process alone; in a bucket a file is whole or not there."""
+  return path if '://' in os.fspath(path) else path.parent / f'{path.name}.{os.getpid()}.tmp'

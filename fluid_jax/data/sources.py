@@ -29,15 +29,27 @@ def expand(pattern: str, suffix: str) -> list[epath.Path]:
     UserError: there is none.
   """
   path = epath.Path(pattern)
-  if any(c in path.name for c in '*?['):
-    found = [p for p in path.parent.iterdir() if fnmatch.fnmatch(p.name, path.name)]
-  elif path.is_dir():
-    found = [p for p in path.iterdir() if p.name.endswith(suffix)]
+  folder, is_pattern = path.parent, any(c in path.name for c in '*?[')
+  if path.is_dir():
+    folder, is_pattern, name = path, True, f'*{suffix}'
+  else:
+    name = path.name
+  if is_pattern:
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    found = [p for p in found if fnmatch.fnmatch(p.name, name)]
   else:
     found = [path] if path.exists() else []
+  if '://' not in os.fspath(path):
+    found = [p for p in found if p.is_file()]  # to read a pipe would not end
   if not found:
     raise errors.UserError(f'--path={pattern} names no {suffix} file: mend it.')
   return sorted(found)
+
+
+def _file(path: epath.Path) -> list[Any]:
+  """A unit that is a file, by what tells it from another of its name."""
+  found = path.stat()
+  return [str(path), found.length, found.mtime]
 
 
 def _units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
@@ -69,8 +81,8 @@ class Folder:
     self._columns, self._max_bytes = columns, max_bytes
     if not self._root.is_dir():
       raise errors.UserError(f'--path={path} is no folder: mend it.')
-    if captions and not epath.Path(captions).exists():
-      raise errors.UserError(f'--captions={captions} does not exist: mend it.')
+    if captions and (not epath.Path(captions).exists() or epath.Path(captions).is_dir()):
+      raise errors.UserError(f'--captions={captions} does not exist, or is a folder: mend it.')
 
   def units(self) -> Iterator[Any]:
     if self._captions:
@@ -119,16 +131,14 @@ class Folder:
   def _beside(self, name: str) -> tuple[list[bytes], list[str]]:
     """Captions and languages of the text file beside a picture."""
     beside = str(epath.Path(name).with_suffix('.txt'))
-    try:
-      return self._columns.lines(self._bytes(beside, tables.MAX_TEXT))
-    except FileNotFoundError:
+    if not (self._root / beside).exists():
       return [], []
+    return self._columns.lines(self._bytes(beside, tables.MAX_TEXT))
 
   def _bytes(self, name: str, max_bytes: int) -> bytes:
     """A file of the folder.
 
     Raises:
-      FileNotFoundError: a text file is not there.
       _NotReadError: it is another folder's, no file, too large, or cannot be read.
     """
     if not name:
@@ -150,8 +160,6 @@ class Folder:
         raise _NotReadError('file is too large')
       return path.read_bytes()
     except (OSError, ValueError) as error:
-      if isinstance(error, FileNotFoundError) and name.endswith('.txt'):
-        raise
       reason = getattr(error, 'strerror', None) or error
       raise _NotReadError(f'file cannot be read ({reason})') from error
 
@@ -161,16 +169,16 @@ class WebDataset:
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
-    self._paths, self._columns, self._max_bytes = expand(path, '.tar'), columns, max_bytes
+    self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    return map(str, self._paths)
+    return map(_file, expand(self._path, '.tar'))
 
   def num_units(self) -> int:
-    return len(self._paths)
+    return len(expand(self._path, '.tar'))
 
-  def read(self, unit: str) -> Iterator[Pair | Fault]:
-    return webdataset.read(epath.Path(unit), self._columns, self._max_bytes)
+  def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
+    return webdataset.read(epath.Path(unit[0]), self._columns, self._max_bytes)
 
 
 class TFRecord:
@@ -178,19 +186,19 @@ class TFRecord:
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
-    self._paths, self._columns, self._max_bytes = expand(path, '.tfrecord'), columns, max_bytes
+    self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    return map(str, self._paths)
+    return map(_file, expand(self._path, '.tfrecord'))
 
   def num_units(self) -> int:
-    return len(self._paths)
+    return len(expand(self._path, '.tfrecord'))
 
-  def read(self, unit: str) -> Iterator[Pair | Fault]:
-    path = epath.Path(unit)
+  def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
+    path = epath.Path(unit[0])
     try:
       for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
-        where = f'{unit}: byte {offset}'
+        where = f'{path}: byte {offset}'
         if isinstance(payload, str):
           yield Fault(where, payload)
           continue
@@ -201,7 +209,7 @@ class TFRecord:
           continue
         yield _of_features(self._columns, where, row, f'{path.name}/{number}')
     except OSError as error:
-      yield Fault(unit, f'file cannot be read ({error.strerror or error})')
+      yield Fault(str(path), f'file cannot be read ({error.strerror or error})')
 
 
 def _of_features(
@@ -233,10 +241,10 @@ class TFDS:
       builder = tfds.builder(self._name)
       lengths = builder.info.splits[self._split].shard_lengths
     except (KeyError, ValueError, ImportError, OSError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise errors.UserError(
-        f'TFDS has no prepared {self._name!r} with split {self._split!r} '
-        f'({str(error).splitlines()[0]}): download it first, with '
-        f'`tfds build {self._name.partition("/")[0]}`.'
+        f'TFDS has no prepared {self._name!r} with split {self._split!r} ({reason}): '
+        f'download it first, with `tfds build {self._name.partition("/")[0]}`.'
       ) from error
     return builder, lengths
 
@@ -333,7 +341,7 @@ class Coco:
       files = {image['id']: image['file_name'] for image in found['images']}
     except (ValueError, KeyError, TypeError) as error:
       raise errors.UserError(
-        f'{self._captions} is no file of captions of MS-COCO ({error!r}): give '
+        f'{self._captions} is no file of captions of MS-COCO ({type(error).__name__}): give '
         'captions_val2014.json or captions_train2014.json.'
       ) from error
     chosen = sorted(captions)

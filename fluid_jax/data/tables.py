@@ -1,5 +1,6 @@
 """Rows of captions: which columns hold what, and how CSV, JSON lines and Parquet are read."""
 
+import codecs
 import csv
 import dataclasses
 import io
@@ -50,13 +51,15 @@ class Columns:
     chosen = []
     for item in items:
       field, equals, column = item.partition('=')
-      if not (equals and column and field.partition('.')[0] in _DEFAULTS):
+      name, _, lang = field.partition('.')
+      is_known = field in _DEFAULTS or (name == 'text' and _LANGUAGE.fullmatch(lang))
+      if not (equals and column and is_known):
         raise errors.UserError(
           f'--columns={item} is none of {"=, ".join(_DEFAULTS)}= or text.LANGUAGE= and a column: '
           'mend it.'
         )
-      chosen.append((field, column))
-    return cls(tuple(chosen), language)
+      chosen.append((f'text.{tag(lang)}' if lang else field, column))
+    return cls(tuple(chosen), tag(language))
 
   def names(self) -> set[str]:
     """All columns that are read where they are there."""
@@ -96,7 +99,7 @@ class Columns:
   def tag(self, lang: Any) -> str:
     """A language as BCP 47 writes it; the default if this is none."""
     lang = as_text(lang).strip()
-    return re.sub('[_@]', '-', lang) if _LANGUAGE.fullmatch(lang) else self.language
+    return tag(lang) if _LANGUAGE.fullmatch(lang) else self.language
 
   def score(self, row: Mapping[str, Any]) -> float | None:
     value = next(iter(as_list(self.value(row, 'score'))), None)
@@ -117,11 +120,17 @@ class Columns:
   def lines(self, data: bytes) -> tuple[list[bytes], list[str]]:
     """Captions of a text file, one a line, and their languages, which `fr=` or `fr.utf8=` tells."""
     texts, langs = [], []
+    data = data.removeprefix(codecs.BOM_UTF8)
     for line in filter(None, map(bytes.strip, data.splitlines())):
       tagged = re.match(rb'([a-z]{2,3}(?:[_@][\w@]+)?)(?:\.utf8)?=(.+)', line)
       texts.append(tagged[2] if tagged else line)
       langs.append(self.tag(tagged[1]) if tagged else self.language)
     return texts, langs
+
+
+def tag(lang: str) -> str:
+  """A language, of which some write `pt_BR` or `ca@valencia`, as BCP 47 does."""
+  return re.sub('[_@]', '-', lang)
 
 
 def as_list(value: Any) -> list:
@@ -168,7 +177,7 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
 
 def _read_csv(path: epath.Path, columns: Columns) -> Iterator[Row]:
   csv.field_size_limit(MAX_TEXT)
-  with io.TextIOWrapper(path.open('rb'), 'utf-8', 'surrogateescape', newline='') as f:
+  with io.TextIOWrapper(path.open('rb'), 'utf-8-sig', 'surrogateescape', newline='') as f:
     lines = iter(lambda: f.readline(MAX_TEXT), '')
     reader = csv.DictReader(lines, delimiter='\t' if path.suffix == '.tsv' else ',')
     try:
@@ -236,15 +245,23 @@ def _as_bytes(batch: Any) -> Any:
   import pyarrow
 
   types, arrays, names = pyarrow.types, [], []
+
+  def is_text(kind: pyarrow.DataType) -> bool:
+    is_string = types.is_string(kind) or types.is_large_string(kind)
+    return is_string or types.is_binary(kind) or types.is_large_binary(kind)
+
+  def is_list(kind: pyarrow.DataType) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind)
+
   for name, array in zip(batch.schema.names, batch.columns, strict=True):
     kind = array.type
     if types.is_dictionary(kind):
       array, kind = array.cast(kind.value_type), kind.value_type
-    if types.is_string(kind) or types.is_large_string(kind):
+    if is_text(kind):
       array = array.cast(pyarrow.large_binary())
-    elif types.is_list(kind) and types.is_string(kind.value_type):
-      array = array.cast(pyarrow.list_(pyarrow.binary()))
-    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_list(kind)):
+    elif is_list(kind) and is_text(kind.value_type):
+      array = array.cast(pyarrow.large_list(pyarrow.large_binary()))
+    elif not (types.is_integer(kind) or types.is_floating(kind) or is_list(kind)):
       continue
     arrays.append(array)
     names.append(name)

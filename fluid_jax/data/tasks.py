@@ -123,11 +123,13 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
       f'task {task.name!r} does not read a record set: give it a seqio.TFExampleDataSource over'
       ' shards written by fluid_jax.data.records.Writer.'
     )
-  if split not in task.splits:
-    raise errors.UserError(
-      f'task {task.name!r} has no split {split!r}: use one of {", ".join(task.splits)}.'
-    )
   directory = getattr(task.source, 'directory', None)
+  if split not in task.splits:
+    name = f'task {task.name!r}' if directory is None else str(directory)
+    raise errors.UserError(
+      f'{name} has no split {split!r}: use one of {", ".join(task.splits)}, or prepare it with a '
+      '--validation_share.'
+    )
   if directory is None:
     shards = task.source.list_shards(split)
     if not shards:

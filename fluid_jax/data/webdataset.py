@@ -52,7 +52,7 @@ def read(
       yield member
       continue
     folder, _, name = member.name.rpartition('/')
-    base, dot, kind = name.partition('.')
+    base, dot, kind = name.rpartition('.')
     if (folder, base) != stem:
       if files:
         yield _pair(where, files, '/'.join(filter(None, stem)), columns)
@@ -66,8 +66,9 @@ def read(
 
 def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
   """Members of kinds that are read, with their bytes; faults in the place of others."""
-  total, offset = path.stat().length, 0
+  offset = 0
   try:
+    total = path.stat().length
     with (
       path.open('rb') as f,
       tarfile.open(fileobj=f, mode='r|', tarinfo=_Member) as tar,
