@@ -1,10 +1,12 @@
 """From pairs as others store them to a record set: sources, filters, order, and going on."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -237,6 +239,25 @@ def test_tables_tell_what_they_lack(tmp_path):
       run(tmp_path / 'other', ingest.Options(**values))
 
 
+def test_tables_as_others_write_them(tmp_path):
+  import pyarrow
+  from pyarrow import parquet
+
+  write_folder(tmp_path, 'csv')
+  marked = tmp_path / 'marked.csv'  # as Excel does
+  marked.write_bytes(b'\xef\xbb\xbfimage,text\r\np00.png,"one\r\ntwo"\r\n')
+  large = tmp_path / 'large.parquet'  # as Polars does
+  texts = pyarrow.array([['a', 'b']], pyarrow.large_list(pyarrow.large_string()))
+  image = pyarrow.array([b'p00.png'], pyarrow.binary())
+  parquet.write_table(pyarrow.table({'image': image, 'text': texts}), large)
+  for captions, expected in ((marked, ['one two']), (large, ['a', 'b'])):
+    chosen = options('folder', tmp_path / 'in', captions=str(captions))
+    source, counts = chosen.open_source(), ingest.Counts()
+    (unit,) = source.units()
+    (kept,) = ingest.read_unit(unit, chosen, counts, [])
+    assert [text.decode() for text in examples.decode(kept.payload)['text']] == expected
+
+
 # ---- Filters ----
 
 
@@ -310,6 +331,9 @@ def test_store_side_makes_large_pictures_smaller():
   assert (found['width'], found['height']) == ([30], [20])
   assert Image.open(io.BytesIO(found['image'][0])).size == (30, 20)
   assert counts['pictures repaired'] == {'made smaller': 1}
+  chosen = dataclasses.replace(chosen, min_side=50)  # of the picture as it came
+  assert examine(png(0, (90, 60)), ['a'], chosen)[0]['height'] == [20]
+  chosen = dataclasses.replace(chosen, min_side=1)
   found, _ = examine(png(0, (20, 60)), ['a'], chosen)
   assert found['image'] == [png(0, (20, 60))]  # the very bytes
 
@@ -452,6 +476,75 @@ def test_a_source_that_changed_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match='has changed since') as error:
     run(out, chosen)
   assert error.value.exit_code == errors.MISMATCH
+
+
+@pytest.mark.parametrize('change', ['grown', 'other bytes'])
+def test_shards_of_another_plan_are_not_mixed_in(tmp_path, monkeypatch, change):
+  chosen = dataclasses.replace(write_webdataset(tmp_path), shard_bytes=10_000)
+  write, written = ingest.write_shard, []
+
+  def cut_off(*args):
+    if len(written) == 2:
+      raise KeyboardInterrupt
+    written.append(args)
+    write(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ingest, 'write_shard', cut_off)
+    patch.setattr(workers, 'run', lambda f, calls, n: (f(*call) for call in calls))
+    with pytest.raises(KeyboardInterrupt):
+      run(tmp_path / 'out', chosen)
+  name = '9.tar' if change == 'grown' else '00001.tar'
+  with tarfile.open(tmp_path / name, 'w') as tar:
+    add(tar, 'new.png', png(99))
+    add(tar, 'new.txt', b'a new one')
+  with pytest.raises(errors.UserError, match='has changed since') as error:
+    run(tmp_path / 'out', chosen)
+  assert error.value.exit_code == errors.MISMATCH
+
+
+def test_cut_off_at_the_very_end_it_is_whole_and_nothing_is_left(tmp_path, monkeypatch):
+  chosen = write_webdataset(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(records.Writer, '_clear', lambda self: None)
+    run(tmp_path / 'out', chosen)
+  assert (tmp_path / 'out/work').exists()
+  with pytest.raises(errors.UserError, match='holds a record set already'):
+    run(tmp_path / 'out', chosen)
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+    'index.json', 'quarantine.jsonl', 'report.png', 'train-00000.json', 'train-00000.tfrecord',
+  }  # fmt: skip
+  assert len(read_set(tmp_path / 'out')) == 24
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+  script = """
+import os, sys, time
+from fluid_jax.data import workers
+from test_ingest import note
+for _ in workers.run(note, [(sys.argv[1], i) for i in range(9)], 2):
+  pass
+"""
+  parent = subprocess.Popen(
+    [sys.executable, '-c', script, tmp_path], cwd=commands.ROOT / 'tests',
+    env={**os.environ, 'PYTHONPATH': str(commands.ROOT)},
+  )  # fmt: skip
+  while len(list(tmp_path.iterdir())) < 2:
+    assert parent.poll() is None
+    time.sleep(0.05)
+  children = [int(path.name) for path in tmp_path.iterdir()]
+  parent.kill()
+  parent.wait()
+  end = time.monotonic() + 30
+  while any(pathlib.Path(f'/proc/{pid}/cmdline').exists() for pid in children):
+    assert time.monotonic() < end, 'they live on'
+    time.sleep(0.1)
+
+
+def note(folder, number):
+  """Leaves this process's number, and takes its time."""
+  (pathlib.Path(folder) / str(os.getpid())).touch()
+  time.sleep(0.2 if number else 60)
 
 
 def test_the_command_tells_what_it_did(tmp_path):

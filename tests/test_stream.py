@@ -178,6 +178,19 @@ def test_mixtures_that_cannot_be(mixture, tmp_path):
     stream(mixture, split='validation')
 
 
+def test_a_task_all_of_whose_records_are_broken_ends_the_mixture(tmp_path):
+  import seqio
+
+  for name, count in (('sound', 90), ('sick', 3)):
+    own_set.write(tmp_path / name, count, name)
+    tasks.add_set(f'mixed_{name}', tmp_path / name)
+  for shard in (tmp_path / 'sick').glob('*.tfrecord'):
+    shard.write_bytes(bytes(shard.stat().st_size))
+  seqio.MixtureRegistry.add('half_sick', [('mixed_sound', 1), ('mixed_sick', 1)])
+  with pytest.raises(errors.UserError, match=r"^every record of task 'mixed_sick' is broken"):
+    next(stream('half_sick', max_broken_share=0.1))
+
+
 # ---- Mirrored pictures ----
 
 

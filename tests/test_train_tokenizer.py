@@ -380,13 +380,16 @@ def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(whole, mak
   )
   tokenizer = tokenizers.make(config)
   images = patches.read_images('emoji_demo', 'train', 32)
-  tokens = tokenizer.encode_batch(
-    params, {'images': images}, jax.random.key(0), jnp.arange(len(images))
-  )
-  tokens = np.asarray(tokens).reshape(-1, 4)
-  np.testing.assert_allclose(tokens.mean(0), 0, atol=0.05)
-  np.testing.assert_allclose(tokens.std(0), 1, atol=0.05)
-  decoded = tokenizer.decode(params, jnp.float32(tokens.reshape(len(images), 16, 4)))
+  draws = [  # many, as the 1,008 tokens of one would vary by some per cent
+    tokenizer.encode_batch(
+      params, {'images': images}, jax.random.key(seed), jnp.arange(len(images))
+    )
+    for seed in range(16)
+  ]
+  tokens = np.asarray(draws).reshape(-1, 4)
+  np.testing.assert_allclose(tokens.mean(0), 0, atol=0.03)
+  np.testing.assert_allclose(tokens.std(0), 1, atol=0.03)
+  decoded = tokenizer.decode(params, draws[0])
   assert patches.measure(images, np.asarray(decoded))['psnr'] > 8
   given = make_config(
     {'image.tokenizer': f'trained:{path}', 'image.channels': 4, 'image.size': 32}

@@ -11,6 +11,7 @@ permuted, and what is within each: batches that follow one another read few shar
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -215,21 +216,23 @@ class Stream:
 
   def _whole(self, task: int, position: int) -> tuple[int, bytes]:
     """The first record from `position` on that is not broken, and its bytes."""
-    while True:
-      if (task, position) not in self._broken:
+    size = len(self.records[task])
+    for other in itertools.chain(range(position, size), range(position)):
+      if (task, other) not in self._broken:
         try:
-          return position, self.records[task][position]
+          return other, self.records[task][other]
         except records.BrokenRecord as error:
-          self._set_aside(task, position, str(error))
-      position = (position + 1) % len(self.records[task])
+          self._set_aside(task, other, str(error))
+    raise errors.UserError(
+      f'every record of task {self._tasks[task].name!r} is broken: restore it.', errors.CORRUPT
+    )
 
   def _set_aside(self, task: int, position: int, reason: str) -> None:
     """Logs a broken record; UserError if there are too many."""
     self._broken.add((task, position))
     if not self._max_broken:
       raise errors.UserError(reason, errors.CORRUPT)
-    of_task = sum(number == task for number, _ in self._broken)
-    if len(self._broken) > self._max_broken or of_task == self._sizes[task]:
+    if len(self._broken) > self._max_broken:
       raise errors.UserError(
         f'{len(self._broken)} of the {self.num_examples} examples of task {self._name!r} are '
         f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
