@@ -185,7 +185,8 @@ def run(options: ingest.Options, out: str, flags: list[str]) -> None:
   def saved(name: str) -> Any:
     return json.loads((work / f'{name}.json').read_text())
 
-  counts = ingest.Counts(saved('counts'))
+  counts = ingest.Counts()
+  counts.merge(saved('counts'))
   kept = saved('kept')
   counts.add('pairs left out', 'duplicate key', saved('read') - saved('one of a key'))
   if options.near_duplicates >= 0:

@@ -454,6 +454,8 @@ class Writer:
     self._clear()
 
   def _clear(self) -> None:
+    for path in self._directory.glob('*.tmp'):  # of what was killed
+      path.unlink()
     if (self._directory / 'work').exists():
       (self._directory / 'work').rmtree()
     (self._directory / 'begun.json').unlink()
