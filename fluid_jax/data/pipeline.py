@@ -10,9 +10,11 @@ permuted, and what is within each: batches that follow one another read few shar
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +38,15 @@ class _Rows(NamedTuple):
   task: np.ndarray
   position: np.ndarray
   bits: np.ndarray
+
+
+_open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+  """Has streams that nobody closed end while Python can still answer their threads."""
+  atexit.register(lambda: [stream.close() for stream in list(_open_streams)])
 
 
 class Stream:
@@ -151,6 +162,8 @@ class Stream:
         f'examples of task {task_name!r} hold no pictures to mirror: leave data.random_flip off.'
       )
     self._batches = iter(dataset.as_numpy_iterator())
+    _close_at_exit()
+    _open_streams.add(self)
 
   def _numbers(self, step: int) -> np.ndarray:
     """Global example numbers of the rows of a step's global batch, int64 [batch_size]."""
@@ -195,9 +208,13 @@ class Stream:
     for rows in self._our_rows():
       ours = np.flatnonzero(rows.task == task)
       try:
-        found = list(
-          self._readers.map(lambda i: self._whole(task, i), rows.position[ours].tolist())
-        )
+        reads = [self._readers.submit(self._whole, task, i) for i in rows.position[ours].tolist()]
+      except RuntimeError:  # the stream is closed, or the program ends
+        return
+      try:
+        found = [read.result() for read in reads]
+      except futures.CancelledError:
+        return
       except errors.UserError as error:  # TensorFlow would not hand it through
         self._error = error
         raise
@@ -384,6 +401,7 @@ class Stream:
 
   def close(self) -> None:
     """Ends the reading threads."""
+    _open_streams.discard(self)
     self._batches = iter(())
     self._readers.shutdown(wait=False, cancel_futures=True)
 
