@@ -245,6 +245,15 @@ def test_tables_tell_what_they_lack(tmp_path):
       run(tmp_path / 'other', ingest.Options(**values))
 
 
+@pytest.mark.parametrize('write', [write_webdataset, write_tfrecord])
+def test_a_file_that_cannot_be_read_stops_rather_than_being_left_out(tmp_path, write):
+  source = write(tmp_path).open_source()
+  unit = next(source.units())
+  pathlib.Path(unit[0]).unlink()  # as when a bucket does not answer
+  with pytest.raises(OSError):  # noqa: PT011
+    list(source.read(unit))
+
+
 def test_tables_as_others_write_them(tmp_path):
   import pyarrow
   from pyarrow import parquet

@@ -384,6 +384,9 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
   work = epath.Path(out) / 'work'
   work.mkdir(exist_ok=True)
   digests = []
+  changed = errors.UserError(
+    f'{options.path} has changed since {out} was begun: name an empty directory.', errors.MISMATCH
+  )
 
   def missing_runs() -> Iterator[tuple]:
     for number, unit in itertools.chain(first, units):
@@ -392,10 +395,7 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
       if not path.exists():
         yield str(work), number, unit, digests[-1], options
       elif json.loads(path.read_text())['digest'] != digests[-1]:
-        raise errors.UserError(
-          f'{options.path} has changed since {out} was begun: name an empty directory.',
-          errors.MISMATCH,
-        )
+        raise changed
 
   progress('examine', 0, expected)
   for done, _ in enumerate(workers_lib.run(write_run, missing_runs(), workers), 1):
@@ -404,10 +404,7 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
   if not begun.exists():
     records.write_whole(begun, described)
   elif begun.read_text() != described:
-    raise errors.UserError(
-      f'{options.path} has changed since {out} was begun: name an empty directory.',
-      errors.MISMATCH,
-    )
+    raise changed
   counts, entries, peak = Counts(), [], 0
   with (epath.Path(out) / QUARANTINE).open('w') as quarantine:
     for number in range(len(digests)):

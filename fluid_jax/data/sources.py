@@ -2,7 +2,8 @@
 
 A source lists units, JSON values in a fixed order, and reads one as `Pair`s and `Fault`s, in a
 fixed order too. None writes or unpacks anything, follows a link out of its folder, or holds more
-than the files of a pair in memory: a picture of `max_bytes`, and texts of `tables.MAX_TEXT`.
+than the files of a pair in memory: a picture of `max_bytes`, and texts of `tables.MAX_TEXT`. A file
+of pairs that cannot be read, as when a network fails, raises OSError: nothing is lost unsaid.
 """
 
 import fnmatch
@@ -164,52 +165,49 @@ class Folder:
       raise _NotReadError(f'file cannot be read ({reason})') from error
 
 
-class WebDataset:
-  """Tar shards as img2dataset writes them, see `webdataset.read`."""
+class _Files:
+  """A source whose units are the files that a pattern names."""
+
+  suffix: str
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
     self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    return map(_file, expand(self._path, '.tar'))
+    return map(_file, expand(self._path, self.suffix))
 
   def num_units(self) -> int:
-    return len(expand(self._path, '.tar'))
+    return len(expand(self._path, self.suffix))
+
+
+class WebDataset(_Files):
+  """Tar shards as img2dataset writes them, see `webdataset.read`."""
+
+  suffix = '.tar'
 
   def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
     return webdataset.read(epath.Path(unit[0]), self._columns, self._max_bytes)
 
 
-class TFRecord:
+class TFRecord(_Files):
   """TFRecord files of `tf.train.Example`."""
 
-  def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
-    del captions
-    self._path, self._columns, self._max_bytes = path, columns, max_bytes
-
-  def units(self) -> Iterator[Any]:
-    return map(_file, expand(self._path, '.tfrecord'))
-
-  def num_units(self) -> int:
-    return len(expand(self._path, '.tfrecord'))
+  suffix = '.tfrecord'
 
   def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
     path = epath.Path(unit[0])
-    try:
-      for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
-        where = f'{path}: byte {offset}'
-        if isinstance(payload, str):
-          yield Fault(where, payload)
-          continue
-        try:
-          row = examples.decode(payload, self._columns.names())
-        except ValueError:
-          yield Fault(where, 'no tf.train.Example')
-          continue
-        yield _of_features(self._columns, where, row, f'{path.name}/{number}')
-    except OSError as error:
-      yield Fault(str(path), f'file cannot be read ({error.strerror or error})')
+    for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
+      where = f'{path}: byte {offset}'
+      if isinstance(payload, str):
+        yield Fault(where, payload)
+        continue
+      try:
+        row = examples.decode(payload, self._columns.names())
+      except ValueError:
+        yield Fault(where, 'no tf.train.Example')
+        continue
+      yield _of_features(self._columns, where, row, f'{path.name}/{number}')
 
 
 def _of_features(

@@ -97,7 +97,7 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
         else:
           yield member, tar.extractfile(member).read()
         offset = -(-(member.offset_data + member.size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-  except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError) as error:
+  except (EOFError, ValueError, RecursionError, tarfile.TarError) as error:
     yield pairs.Fault(f'{path}: {error} at {offset}', 'archive is broken'), b''
 
 
