@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import signal
+import subprocess
 import time
 import tracemalloc
 
@@ -251,6 +252,20 @@ def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
     list(stream(f'{bucket}/out', shuffle=False))
   with pytest.raises(errors.UserError, match=r's3://sets/none/index\.json cannot be read'):
     stream(f'{bucket}/none')
+
+
+def test_a_program_that_forgets_to_close_a_stream_ends(tmp_path):
+  own_set.write(tmp_path / 'set', 30, 'k')
+  script = f"""
+from fluid_jax.data import pipeline
+stream = pipeline.Stream(
+  {str(tmp_path / 'set')!r}, 'train', batch_size=4, seed=0, image_size=16, text_length=16)
+print(len(next(stream)['images']))
+"""
+  done = commands.start('-c', script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  out, err = done.communicate(timeout=120)
+  assert (done.returncode, out) == (0, '4\n'), err
+  assert 'RuntimeError' not in err
 
 
 # ---- Kills ----
