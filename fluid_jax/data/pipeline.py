@@ -14,6 +14,7 @@ import atexit
 import functools
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -152,6 +153,7 @@ class Stream:
     self._error = None
     self._random_flip = random_flip and shuffle
     self._broken: set[tuple[int, int]] = set()  # tasks and positions
+    self._setting_aside = threading.Lock()
     self._readers = futures.ThreadPoolExecutor(_READERS)
     allowed = math.ceil(max_broken_share * self.num_examples) if shuffle else 0
     self._max_broken = min(allowed, self.num_examples - 1)
@@ -246,7 +248,10 @@ class Stream:
 
   def _set_aside(self, task: int, position: int, reason: str) -> None:
     """Logs a broken record; UserError if there are too many."""
-    self._broken.add((task, position))
+    with self._setting_aside:  # or two readers that meet it would say so twice
+      if (task, position) in self._broken:
+        return
+      self._broken.add((task, position))
     if not self._max_broken:
       raise errors.UserError(reason, errors.CORRUPT)
     if len(self._broken) > self._max_broken:
