@@ -12,9 +12,10 @@ import pathlib
 
 import numpy as np
 
-from fluid_jax import errors, sample, sharding
+from fluid_jax import errors, sharding
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, patches
+from fluid_jax.sample import pipeline as sample
 
 
 def main() -> None:

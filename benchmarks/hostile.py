@@ -1,4 +1,4 @@
-"""What hostile input does to `data.prepare --stage=ingest`: a table of faults in Markdown.
+"""What hostile input does to `fluid_jax.prepare --stage=ingest`: a table of faults in Markdown.
 
   python benchmarks/hostile.py [--only=PATTERN] [--timeout=30]
 
@@ -45,7 +45,7 @@ def _command(
   flags = [f'--{k}={",".join(v) if isinstance(v, tuple) else v}' for k, v in settings.items()]
   arguments = [
     '-m',
-    'fluid_jax.data.prepare',
+    'fluid_jax.prepare',
     '--stage=ingest',
     '--workers=1',
     f'--out={folder}/out',

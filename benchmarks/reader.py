@@ -70,7 +70,7 @@ def jpeg(number: int) -> bytes:
 
 
 def example(workload: str, number: int) -> tuple[str, bytes, list[str]]:
-  """Key, `tf.train.Example` and languages, as `data.ingest` and `data.encode` write them."""
+  """Key, `tf.train.Example` and languages, as `prepare.ingest` and `prepare.encode` write them."""
   key, text = f'{number:06d}', f'picture {number:06d} of a hill, a roof and some of the sky above'
   if workload == 'pictures':
     features = {'image': jpeg(number), 'key': key, 'text': [text], 'lang': ['en']}

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors, sharding
-from fluid_jax.encoders import frozen, patches, tokenizer_losses, tokenizers
+from fluid_jax.encoders import frozen, patches, tokenizers
+from fluid_jax.train_tokenizer import losses as tokenizer_losses
 
 NUM_SHOWN = 12
 SHIPPED = (

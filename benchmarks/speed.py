@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from fluid_jax import config as config_lib
-from fluid_jax import flops, sample, sharding, step
+from fluid_jax import flops, sharding, step
 from fluid_jax.encoders import frozen
+from fluid_jax.sample import pipeline as sample
 
 
 def best_seconds(run, repeats: int) -> float:

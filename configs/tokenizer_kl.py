@@ -1,6 +1,6 @@
 """A KL-VAE of the embedded set at 64 pixels: 64 tokens of 16 channels; minutes on two cores."""
 
-from fluid_jax import tokenizer_config
+from fluid_jax.train_tokenizer import config as tokenizer_config
 
 
 def get_config():

@@ -10,7 +10,7 @@ A step without a valid manifest is not a checkpoint.
     <directory>/00001000.orbax-checkpoint-tmp/   a save that is under way, or was cut off
     <directory>/00001000.deleted/                a deletion that is under way, or was cut off
 
-`python -m fluid_jax.checkpoint export` and `import` turn one into safetensors and back: export.py.
+`python -m fluid_jax.export export` and `import` turn one into safetensors and back: export.py.
 
 The directory is a POSIX path that all processes see. Every process calls every method, in the same
 order; process 0 alone verifies, decides, writes manifests and deletes.
@@ -488,9 +488,3 @@ def _agree(decide: Callable[[], int], everywhere: bool = False) -> int:
         f'Process {process} could not go on with the checkpoint: see its log.', int(exit_code)
       )
   return int(answers[0, 0])
-
-
-if __name__ == '__main__':
-  from fluid_jax import export
-
-  errors.run(export.main)

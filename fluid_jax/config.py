@@ -50,7 +50,7 @@ class Image:
   channels: int = 16  # of a continuous token (facts 2)
   vocab_size: int = 8192  # codes of a discrete tokenizer (facts 2)
   # Tokens are latent_scale x (latent - latent_mean), for all channels or one number a channel;
-  # empty: the network's own (of unnamed 'prepared', Stable Diffusion's). `data.prepare
+  # empty: the network's own (of unnamed 'prepared', Stable Diffusion's). `fluid_jax.prepare
   # --stage=measure` prints a set's.
   latent_mean: tuple[float, ...] = ()
   latent_scale: tuple[float, ...] = ()

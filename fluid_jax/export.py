@@ -1,7 +1,7 @@
 """A checkpoint as a folder of safetensors that loads anywhere, offline; and back.
 
-python -m fluid_jax.checkpoint export --workdir=DIR --out=EXPORT
-python -m fluid_jax.checkpoint import --from=EXPORT --workdir=NEW
+python -m fluid_jax.export export --workdir=DIR --out=EXPORT
+python -m fluid_jax.export import --from=EXPORT --workdir=NEW
 
     EXPORT/model.safetensors      parameters by their paths, such as 'blocks.mlp.wi.kernel'; where
                                   they are many model-00001-of-0000N.safetensors and their index
@@ -28,8 +28,9 @@ from etils import epath
 from flax import traverse_util
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, flops, optim, overview, sharding, step
+from fluid_jax import checkpoint, errors, flops, optim, sharding, step
 from fluid_jax import config as config_lib
+from fluid_jax import summary as overview
 from fluid_jax.encoders import tokenizers
 from fluid_jax.encoders import weights as weights_lib
 
@@ -396,7 +397,7 @@ def _card(config: config_lib.Config, content: Mapping[str, Any], validation: str
       '```',
       'python -m fluid_jax.sample --workdir=THIS_FOLDER --prompt "red heart" '
       f'--weights={content["weights"]}',
-      'python -m fluid_jax.checkpoint import --from=THIS_FOLDER --workdir=NEW   # to train on',
+      'python -m fluid_jax.export import --from=THIS_FOLDER --workdir=NEW   # to train on',
       '```',
       '',
       '## Encoders',
@@ -427,7 +428,7 @@ def _card(config: config_lib.Config, content: Mapping[str, Any], validation: str
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog='python -m fluid_jax.checkpoint',
+    prog='python -m fluid_jax.export',
     description='Turns a checkpoint into a folder of safetensors for sampling anywhere, or back.',
   )
   commands = parser.add_subparsers(dest='command', required=True)
@@ -454,3 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       f'wrote step {found} to {args.workdir}: train on with the same model in --config, and '
       f'train.num_steps above {found}'
     )
+
+
+if __name__ == '__main__':
+  errors.run(main)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluid_jax import chips
 from fluid_jax import config as config_lib
+from fluid_jax import hardware as chips
 from fluid_jax.models import diffusion, orders
 
 

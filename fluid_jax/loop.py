@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, errors, flops, metrics, processes, sharding
+from fluid_jax import checkpoint, errors, flops, metrics, sharding
 from fluid_jax import config as config_lib
+from fluid_jax import distributed as processes
 from fluid_jax.data import pipeline, tasks
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.

@@ -65,16 +65,16 @@ def main() -> int:
     print(json.dumps(dataclasses.asdict(config), indent=2))
     return 0
   if _VALIDATE_ONLY.value:
-    from fluid_jax import overview
+    from fluid_jax import summary as overview
 
     print(overview.describe(config))
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  from fluid_jax import processes
+  from fluid_jax import distributed as processes
 
   with processes.joined(PEER_TIMEOUT_S.value):
-    from fluid_jax import train
+    from fluid_jax import training as train
 
     return train.train(config, _WORKDIR.value)
 

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import chips, errors, optim, sharding
 from fluid_jax import config as config_lib
+from fluid_jax import errors, optim, sharding
+from fluid_jax import hardware as chips
 from fluid_jax.encoders import frozen, text
-from fluid_jax.models import fluid, generate, heads, orders
+from fluid_jax.models import fluid, heads, orders
+from fluid_jax.models import sampling as generate
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -1,4 +1,4 @@
-"""Hostile input for `data.ingest`: broken, lying and malicious files, as bytes or as folders.
+"""Hostile input for `prepare.ingest`: broken, lying and malicious files, as bytes or as folders.
 
 KINDS and HEAVY hold each kind by name; both the tests and `benchmarks/hostile.py` go through them.
 """

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from fluid_jax import chips, errors
+from fluid_jax import errors
+from fluid_jax import hardware as chips
 
 pytestmark = pytest.mark.aot
 needs_compiler = pytest.mark.skipif(
@@ -141,8 +142,8 @@ def test_the_sampler_compiles_and_computes_what_we_count():
 
 def fake_report(monkeypatch, error):
   """`aot.report` of tiny on one chip whose compiler says `error`."""
-  from fluid_jax import aot as module
   from fluid_jax import main
+  from fluid_jax.aot import report as module
 
   def refuse(*_):
     raise jax.errors.JaxRuntimeError(error)
@@ -167,7 +168,7 @@ def test_what_does_not_fit_is_a_verdict_and_what_is_refused_a_sentence(monkeypat
 
 
 def test_reports_are_ranked_by_fit_then_time_then_memory():
-  from fluid_jax import aot as module
+  from fluid_jax.aot import report as module
 
   timed = [
     {'fits': True, 'estimated_step_seconds': 0.2, 'peak_bytes_per_device': 1},
@@ -183,7 +184,7 @@ def test_reports_are_ranked_by_fit_then_time_then_memory():
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-  from fluid_jax import aot as module
+  from fluid_jax.aot import report as module
 
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(errors.UserError, match=r"the TPU compiler is missing: .* '\.\[tpu\]'"):
@@ -201,7 +202,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
   ],
 )
 def test_a_collective_uses_the_links_of_the_axes_that_it_spans(topology, groups, links):
-  from fluid_jax import aot as module
+  from fluid_jax.aot import report as module
 
   generation, shape = chips.slice_shape(topology)
   chip = chips.TPUS[generation]
@@ -213,7 +214,7 @@ def test_a_collective_uses_the_links_of_the_axes_that_it_spans(topology, groups,
 
 
 def test_a_kept_executable_computes_the_same(tmp_path):
-  from fluid_jax import aot as module
+  from fluid_jax.aot import report as module
 
   state = optax.EmptyState(), {'w': jnp.arange(3.0)}
   compiled = jax.jit(lambda s, x: (s[0], {'w': s[1]['w'] * x})).lower(state, 2.0).compile()

@@ -8,7 +8,8 @@ import tarfile
 import pytest
 from test_ingest import add, digests, png, run
 
-from fluid_jax.data import ingest, records
+from fluid_jax.data import records
+from fluid_jax.prepare import ingest
 
 pytest.importorskip('apache_beam', reason='needs the extra [beam]')
 
@@ -41,7 +42,7 @@ def chosen(tmp_path_factory):
   'flags', ['', '--direct_num_workers=2 --direct_running_mode=multi_processing']
 )
 def test_beam_writes_the_same_bytes(chosen, tmp_path, flags):
-  from fluid_jax.data import beam
+  from fluid_jax.prepare import beam
 
   run(tmp_path / 'machine', chosen)
   beam.run(chosen, str(tmp_path / 'beam'), flags.split())
@@ -59,7 +60,7 @@ def test_beam_writes_the_same_bytes(chosen, tmp_path, flags):
 
 
 def test_near_duplicates_are_found_across_workers(chosen, tmp_path):
-  from fluid_jax.data import beam
+  from fluid_jax.prepare import beam
 
   every = dataclasses.replace(chosen, min_side=1)
   run(tmp_path / 'machine', every)

@@ -15,9 +15,10 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from fluid_jax import checkpoint, errors, loop, main, sample
+from fluid_jax import checkpoint, errors, loop, main
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
+from fluid_jax.sample import pipeline as sample
 
 TINY = '--config=configs/tiny.py'
 STEP = 3  # of the checkpoint that is drawn from
@@ -63,10 +64,10 @@ def trained(tmp_path_factory, random_params):
     'main',
     'sample',
     'train_tokenizer',
-    'checkpoint',
+    'export',
     'data.emoji',
-    'data.inspect',
-    'data.prepare',
+    'prepare.inspect',
+    'fluid_jax.prepare',
     'encoders.patches',
     'encoders.convert',
   ],

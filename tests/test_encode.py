@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import small_encoders
 
-from fluid_jax import errors, sharding, train
-from fluid_jax.data import encode, pipeline, records
+from fluid_jax import errors, sharding
+from fluid_jax import training as train
+from fluid_jax.data import pipeline, records
 from fluid_jax.encoders import frozen
+from fluid_jax.prepare import encode
 
 DEMO = {'data.task': 'emoji_demo', 'data.languages': ('en',), 'text.length': 12}
 

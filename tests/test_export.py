@@ -16,10 +16,11 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from fluid_jax import checkpoint, errors, export, optim, sample, sharding, step
+from fluid_jax import checkpoint, errors, export, optim, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import autoencoder, frozen, kl_vae, patches
 from fluid_jax.encoders import trained as trained_files
+from fluid_jax.sample import pipeline as sample
 
 STEP, NUM_SKIPPED = 17, 2
 PROMPTS = ('red heart', 'green apple')
@@ -320,7 +321,7 @@ def test_encoders_with_digests_may_come_in_another_file(tmp_path, random_params)
 
 def test_an_import_trains_on_where_the_export_stood(trained, whole, tmp_path):
   out = commands.run_ok(
-    '-m', 'fluid_jax.checkpoint', 'import', f'--from={whole}', f'--workdir={tmp_path}'
+    '-m', 'fluid_jax.export', 'import', f'--from={whole}', f'--workdir={tmp_path}'
   )
   assert f'wrote step {STEP} to {tmp_path}' in out
   _, config, state = trained

@@ -11,8 +11,9 @@ import sentencepiece
 import small_encoders
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, sample, sharding, step
+from fluid_jax import errors, sharding, step
 from fluid_jax.encoders import frozen, t5, text
+from fluid_jax.sample import pipeline as sample
 
 GERMAN = 'translate English to German: The house is wonderful.'
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluid_jax import hlo
+from fluid_jax.aot import hlo
 
 # A schedule by hand. Each trip of the loop gathers 4 MB while 1,000 of its 1,500 cycles compute.
 PROGRAM = """

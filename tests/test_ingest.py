@@ -21,18 +21,9 @@ import scipy.ndimage
 from PIL import Image
 
 from fluid_jax import errors
-from fluid_jax.data import (
-  examples,
-  ingest,
-  pairs,
-  pictures,
-  pipeline,
-  records,
-  report,
-  sources,
-  tables,
-  workers,
-)
+from fluid_jax.data import examples, pipeline, records
+from fluid_jax.prepare import images as pictures
+from fluid_jax.prepare import ingest, pairs, report, sources, tables, workers
 
 LANGS = ('en', 'fr', 'und')
 
@@ -186,7 +177,7 @@ def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
   chosen = others[kind](tmp_path) if kind in others else write_folder(tmp_path, kind)
   if kind == 'tfds':  # which looks for its folder when it is imported
     commands.run_ok(
-      '-m', 'fluid_jax.data.prepare', '--stage=ingest', '--source=tfds', f'--path={chosen.path}',
+      '-m', 'fluid_jax.prepare', '--stage=ingest', '--source=tfds', f'--path={chosen.path}',
       f'--out={tmp_path / "out"}', '--validation_share=0',
     )  # fmt: skip
   else:
@@ -451,7 +442,7 @@ def test_workers_and_shards_do_not_change_the_order(tmp_path):
     run(tmp_path / 'small', small)
 
 
-COMMAND = ('-m', 'fluid_jax.data.prepare', '--stage=ingest', '--source=webdataset')
+COMMAND = ('-m', 'fluid_jax.prepare', '--stage=ingest', '--source=webdataset')
 
 
 def test_killed_it_goes_on_where_it_was(tmp_path):
@@ -535,7 +526,7 @@ def test_cut_off_at_the_very_end_it_is_whole_and_nothing_is_left(tmp_path, monke
 def test_workers_end_with_the_process_that_started_them(tmp_path):
   script = """
 import os, sys, time
-from fluid_jax.data import workers
+from fluid_jax.prepare import workers
 from test_ingest import note
 for _ in workers.run(note, [(sys.argv[1], i) for i in range(9)], 2):
   pass
@@ -585,7 +576,7 @@ def test_the_command_tells_what_it_did(tmp_path):
     (('--stage=measure',), '--config is missing'),
     (('--stage=ingest', '--near_duplicates=9'), 'near_duplicates'),
   ):
-    done = commands.run('-m', 'fluid_jax.data.prepare', *flags)
+    done = commands.run('-m', 'fluid_jax.prepare', *flags)
     assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
     assert message in done.stderr
 

@@ -1,4 +1,4 @@
-"""Hostile input to `data.ingest`: nothing crashes, leaks or is lost without being counted."""
+"""Hostile input to `prepare.ingest`: nothing crashes, leaks or is lost without being counted."""
 
 import collections
 import contextlib
@@ -15,7 +15,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from fluid_jax.data import examples, ingest, pictures, records
+from fluid_jax.data import examples, records
+from fluid_jax.prepare import images as pictures
+from fluid_jax.prepare import ingest
 
 MAX_PIXELS = 32_000_000
 
@@ -91,7 +93,7 @@ def test_hostile_pair_is_counted_and_its_neighbours_stay(name, tmp_path):
 # Not ru_maxrss, which starts from that of whoever started the process.
 _PEAK = r"""
 import json, re, sys
-from fluid_jax.data import ingest, pictures
+from fluid_jax.prepare import ingest, images as pictures
 def peak():
   return int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) // 1024
 """
@@ -392,7 +394,7 @@ def test_the_command_over_a_tar_of_everything(tmp_path):
   hostile.start(hostile.folder(tmp_path, 'canaries'))
   before, out = _listing(tmp_path), tmp_path / 'out'
   flags = ['--stage=ingest', '--source=webdataset', f'--path={tmp_path}/all/*.tar', '--workers=1']
-  done = commands.run('-m', 'fluid_jax.data.prepare', *flags, f'--out={out}')
+  done = commands.run('-m', 'fluid_jax.prepare', *flags, f'--out={out}')
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'Traceback' not in done.stderr
   counts = json.loads((out / 'index.json').read_text())['counts']

@@ -6,9 +6,10 @@ import commands
 import numpy as np
 from PIL import Image
 
-from fluid_jax.data import inspect, pipeline
+from fluid_jax.data import pipeline
+from fluid_jax.prepare import inspect
 
-COMMAND = ('-m', 'fluid_jax.data.inspect', '--config=configs/tiny.py')
+COMMAND = ('-m', 'fluid_jax.prepare.inspect', '--config=configs/tiny.py')
 
 
 def test_it_lists_what_the_step_reads_and_draws_it(tmp_path):

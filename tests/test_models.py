@@ -14,7 +14,9 @@ import pytest
 import reference
 
 from fluid_jax import config as config_lib
-from fluid_jax import flops, hlo, overview, step
+from fluid_jax import flops, step
+from fluid_jax import summary as overview
+from fluid_jax.aot import hlo
 from fluid_jax.models import layers
 
 BATCH = 4

@@ -12,7 +12,7 @@ import pytest
 
 import fluid_jax
 from fluid_jax import config as config_lib
-from fluid_jax import tokenizer_config
+from fluid_jax.train_tokenizer import config as tokenizer_config
 
 PACKAGE = commands.ROOT / 'fluid_jax'
 MODULES = sorted(

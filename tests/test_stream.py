@@ -236,7 +236,7 @@ def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
   sets = []
   for root in (bucket, str(tmp_path)):
     printed = commands.run_ok(
-      '-m', 'fluid_jax.data.prepare', '--stage=ingest', '--source=folder', f'--path={root}/in',
+      '-m', 'fluid_jax.prepare', '--stage=ingest', '--source=folder', f'--path={root}/in',
       f'--out={root}/out', '--shard_bytes=400', '--workers=1',
       '--validation_share=0',
     )  # fmt: skip

@@ -179,7 +179,7 @@ def test_another_config_is_refused_with_the_differences(whole):
 _TRANSFERS_UNSAID = """
 import sys
 from configs import tiny
-from fluid_jax import config, errors, sharding, train
+from fluid_jax import config, errors, sharding, training as train
 
 sharding.put_batch = lambda batch, mesh: batch
 errors.run(lambda: train.train(config.resolve(tiny.get_config().to_dict()), sys.argv[1]))

@@ -14,8 +14,12 @@ import pytest
 import safetensors
 from skimage import metrics
 
-from fluid_jax import errors, sharding, tokenizer_config, tokenizer_step, train_tokenizer
-from fluid_jax.encoders import kl_vae, patches, tokenizer_losses, tokenizers, trained, vq
+from fluid_jax import errors, sharding
+from fluid_jax.encoders import kl_vae, patches, tokenizers, trained, vq
+from fluid_jax.train_tokenizer import config as tokenizer_config
+from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import step as tokenizer_step
+from fluid_jax.train_tokenizer import train as train_tokenizer
 
 TRAIN = ('-m', 'fluid_jax.train_tokenizer')
 SMALL = {
@@ -207,7 +211,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts():
 _SCRIPT = """
 import dataclasses, json, sys
 import jax, numpy as np
-from fluid_jax import sharding, tokenizer_config, tokenizer_step
+from fluid_jax import sharding
+from fluid_jax.train_tokenizer import config as tokenizer_config, step as tokenizer_step
 
 config = tokenizer_config.resolve(json.loads(sys.argv[1]))
 mesh = sharding.make_mesh(config)

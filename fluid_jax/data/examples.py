@@ -1,6 +1,6 @@
 """`tf.train.Example` as bytes and back, without TensorFlow.
 
-Workers of `data.ingest` would each take 4 s and 700 MB to import it. The message is described to
+Workers of `prepare.ingest` would each take 4 s and 700 MB to import it. The message is described to
 protobuf as in https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example, in a
 pool of its own, so that TensorFlow may be imported too.
 """

@@ -4,7 +4,7 @@ Global example number n = step * batch_size + row. A mixture gives each number t
 pattern of its rates, which numbers the task's own examples. Of a task with N examples, number n is
 in epoch e = n // N, and n % N becomes an example by a permutation keyed by (seed, e), computed for
 the rows at hand alone: no state, no shuffle buffer, no dependence on the number of processes or on
-a random generator's version. `data.prepare` shuffled the stored order, so windows of it are
+a random generator's version. `fluid_jax.prepare` shuffled the stored order, so windows of it are
 permuted, and what is within each: batches that follow one another read few shards.
 """
 

@@ -1,7 +1,7 @@
 """seqio tasks and mixtures by name, for `seqio.get_dataset` and for `pipeline.Stream` alike.
 
 `pipeline.Stream` asks of a task of your own that its source is a `seqio.TFExampleDataSource` over
-shards that `records.Writer` wrote (`data.prepare` turns other data into such), and that its
+shards that `records.Writer` wrote (`fluid_jax.prepare` turns other data into such), and that its
 preprocessors map each example to one example and draw at random only through `draw_text`.
 """
 
@@ -30,7 +30,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   """Returns a registered task or mixture.
 
   Args:
-    name: its name; or the path, with a / in it, of a set that `data.prepare` wrote.
+    name: its name; or the path, with a / in it, of a set that `fluid_jax.prepare` wrote.
     module: a module that registers tasks of your own when imported, such as `my_package.my_tasks`.
 
   Raises:
@@ -59,7 +59,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
 
 
 def add_set(name: str, path: epath.PathLike) -> None:
-  """Registers a set that `data.prepare` wrote under a name, for mixtures."""
+  """Registers a set that `fluid_jax.prepare` wrote under a name, for mixtures."""
   import seqio
 
   seqio.TaskRegistry.add_provider(name, _of_set(name, path))
@@ -142,7 +142,7 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
 
 
 def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, list[int]]]:
-  """Of sets that `data.prepare` encoded: digests of the encoders, and shapes of what they made.
+  """Encoded sets: digests of the encoders, and shapes of what they made.
 
   Both are empty for other tasks.
 
@@ -168,7 +168,7 @@ def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, 
 
 
 def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
-  """The task of a set that says itself what its examples hold, see `data.prepare`."""
+  """The task of a set that says itself what its examples hold, see `fluid_jax.prepare`."""
   import seqio
   import tensorflow as tf
 
@@ -192,7 +192,7 @@ def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
     features = {'image': _picture(), 'text': text}
   else:
     raise errors.UserError(
-      f'{path} does not say what its examples hold, as what data.prepare wrote does: register a '
+      f'{path} does not say what its examples hold: register a '
       'task for it in a module of yours, and give --config.data.module.'
     )
 

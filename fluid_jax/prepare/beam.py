@@ -1,6 +1,6 @@
-"""`data.ingest` as an Apache Beam pipeline, for clusters; the extra [beam].
+"""`prepare.ingest` as an Apache Beam pipeline, for clusters; the extra [beam].
 
-  python -m fluid_jax.data.prepare --stage=ingest --source=webdataset --path='gs://in/*.tar' \\
+  python -m fluid_jax.prepare --stage=ingest --source=webdataset --path='gs://in/*.tar' \\
       --out=gs://out --beam='--runner=DataflowRunner --project=... --region=...'
 
 The same functions examine pairs and write shards, so the set has the same bytes as the one that the
@@ -19,7 +19,9 @@ import numpy as np
 from apache_beam.options import pipeline_options
 from etils import epath
 
-from fluid_jax.data import ingest, pictures, records
+from fluid_jax.data import records
+from fluid_jax.prepare import images as pictures
+from fluid_jax.prepare import ingest
 
 # A pair that is kept: its unit and place there, and all of `ingest.Kept`.
 _Row = tuple[int, int, tuple]

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import examples, records, tables, webdataset
-from fluid_jax.data.pairs import SUFFIXES, Fault, Pair, is_inside, short
+from fluid_jax.data import examples, records
+from fluid_jax.prepare import tables, webdataset
+from fluid_jax.prepare.pairs import SUFFIXES, Fault, Pair, is_inside, short
 
 _UNIT_ROWS, _UNIT_BYTES = 512, 8 << 20
 

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, flops, loop, sample, sharding, step
+from fluid_jax import errors, flops, loop, sharding, step
 from fluid_jax.data import pipeline, tasks
 from fluid_jax.encoders import frozen, text
+from fluid_jax.sample import pipeline as sample
 
 
 def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:

@@ -24,19 +24,13 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import (
-  errors,
-  flops,
-  loop,
-  main,
-  metrics,
-  processes,
-  sharding,
-  tokenizer_config,
-  tokenizer_step,
-)
+from fluid_jax import distributed as processes
+from fluid_jax import errors, flops, loop, main, metrics, sharding
 from fluid_jax.data import pipeline
-from fluid_jax.encoders import kl_vae, patches, tokenizer_losses, trained, weights
+from fluid_jax.encoders import kl_vae, patches, trained, weights
+from fluid_jax.train_tokenizer import config as tokenizer_config
+from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import step as tokenizer_step
 
 _NUM_SHOWN = 8  # pictures of a grid
 

@@ -4,7 +4,7 @@ Two passes over processes of one machine. The first examines the source's units 
 run: what is kept, in the order it came, and where. Then the order of all that is kept is fixed, by
 a hash of the keys, and what shows twice is left out. The second pass gathers each shard of the set
 from the runs. Runs and shards are whole or not there, so what was cut off goes on where it was. The
-same source and options give the same bytes, with any number of workers, and through `data.beam`.
+same source and options give the same bytes, with any number of workers, and through `prepare.beam`.
 
 Memory is bounded by workers, about 100 MB each and the pictures of `max_pixels` that they decode,
 and some 150 bytes for each pair that is kept.
@@ -27,8 +27,10 @@ import numpy as np
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import examples, pairs, pictures, records, report, sources, tables
-from fluid_jax.data import workers as workers_lib
+from fluid_jax.data import examples, records
+from fluid_jax.prepare import images as pictures
+from fluid_jax.prepare import pairs, report, sources, tables
+from fluid_jax.prepare import workers as workers_lib
 
 SCHEMA = {  # features of an example
   'image': 'bytes: JPEG, PNG or WebP',

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fluid_jax import labels
+from fluid_jax import plots as labels
 
 _PANELS = (  # counter of `ingest.Counts`, and how its bars are ordered
   ('pairs left out', 'number'),

@@ -1,8 +1,8 @@
 """Prepares data once, so that training need not.
 
-  python -m fluid_jax.data.prepare --stage=ingest --source=webdataset --path='in/*.tar' --out=DIR
-  python -m fluid_jax.data.prepare --stage=encode --config=CONFIG --out=DIR
-  python -m fluid_jax.data.prepare --stage=measure --config=CONFIG
+  python -m fluid_jax.prepare --stage=ingest --source=webdataset --path='in/*.tar' --out=DIR
+  python -m fluid_jax.prepare --stage=encode --config=CONFIG --out=DIR
+  python -m fluid_jax.prepare --stage=measure --config=CONFIG
 
 `ingest` turns pairs of pictures and captions into a record set: checked, filtered, shuffled. Train
 on it with --config.data.task=DIR. `encode` runs the config's frozen encoders over a task and writes
@@ -18,7 +18,9 @@ import sys
 from absl import flags
 
 from fluid_jax import errors, main, metrics
-from fluid_jax.data import ingest, pictures, records, sources, tables
+from fluid_jax.data import records
+from fluid_jax.prepare import images as pictures
+from fluid_jax.prepare import ingest, sources, tables
 
 _STAGE = flags.DEFINE_enum('stage', None, ['ingest', 'encode', 'measure'], 'What to do.')
 _OUT = flags.DEFINE_string('out', None, 'Where the set goes: a folder, or in a bucket.')
@@ -108,7 +110,7 @@ def _ingest(out: str) -> None:
     metrics.say(f'peak memory of a worker {peak} MB')
   else:
     try:
-      from fluid_jax.data import beam
+      from fluid_jax.prepare import beam
     except ImportError as error:
       raise errors.UserError(f'--beam needs the extra [beam] ({error}): install it.') from error
     beam.run(options, out, shlex.split(_BEAM.value))
@@ -140,8 +142,8 @@ _UNITS = {'examine': 'units', 'gather': 'shards'}
 def _encode(out: str | None) -> None:
   import jax  # which workers of `ingest` need not load
 
-  from fluid_jax import processes
-  from fluid_jax.data import encode
+  from fluid_jax import distributed as processes
+  from fluid_jax.prepare import encode
 
   config = main.read_config(sys.argv)
   with processes.joined(main.PEER_TIMEOUT_S.value):

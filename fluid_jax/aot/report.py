@@ -34,8 +34,10 @@ from absl import flags
 from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
-from fluid_jax import chips, errors, flops, hlo, main, sharding, step
 from fluid_jax import config as config_lib
+from fluid_jax import errors, flops, main, sharding, step
+from fluid_jax import hardware as chips
+from fluid_jax.aot import hlo
 from fluid_jax.encoders import frozen
 
 MAX_FILL = 0.95  # of a chip's memory; the rest is for the runtime and for fragmentation

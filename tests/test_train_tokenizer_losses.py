@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fluid_jax import errors
-from fluid_jax.encoders import tokenizer_losses
+from fluid_jax.train_tokenizer import losses as tokenizer_losses
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, export, labels, sharding, step
+from fluid_jax import checkpoint, errors, export, sharding, step
 from fluid_jax import config as config_lib
+from fluid_jax import plots as labels
 from fluid_jax.encoders import frozen, text
 
 # Images are always drawn in batches of this size, the last one filled up: one program serves every

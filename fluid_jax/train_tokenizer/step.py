@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import optim, sharding, tokenizer_config
-from fluid_jax.encoders import kl_vae, patches, tokenizer_losses, tokenizers
+from fluid_jax import optim, sharding
+from fluid_jax.encoders import kl_vae, patches, tokenizers
+from fluid_jax.train_tokenizer import config as tokenizer_config
+from fluid_jax.train_tokenizer import losses as tokenizer_losses
 
 
 class Trained(flax.struct.PyTreeNode):

@@ -1,4 +1,4 @@
-"""What the sources of `data.ingest` give: pairs of a picture and its captions, and faults."""
+"""What the sources of `prepare.ingest` give: pairs of a picture and its captions, and faults."""
 
 from typing import NamedTuple
 

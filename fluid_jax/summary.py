@@ -125,7 +125,7 @@ def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
     return []
   return [
     '',
-    'frozen encoders in the step, or what they make prepared (data.prepare --stage=encode):',
+    'frozen encoders in the step, or what they make prepared (fluid_jax.prepare --stage=encode):',
     *(
       f'  {name:<12}{in_step:<42}an example on disk: {prepared}' for name, in_step, prepared in rows
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from fluid_jax.data import pairs, tables
+from fluid_jax.prepare import pairs, tables
 
 _MAX_HEADER = 1 << 20  # bytes of what may come before a member
 _HEADERS = (

@@ -200,7 +200,7 @@ LOOK = """
 import hashlib, json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from fluid_jax import checkpoint, processes, sharding, step, train
+from fluid_jax import checkpoint, distributed as processes, sharding, step, training as train
 from fluid_jax import config as config_lib
 
 workdir, replica, fsdp, tensor, order = pathlib.Path(sys.argv[1]), *sys.argv[2:]
@@ -396,8 +396,8 @@ import os, sys
 sys.path.insert(0, 'tests')
 import jax, small_encoders
 from fluid_jax import config as config_lib
-from fluid_jax import processes
-from fluid_jax.data import encode
+from fluid_jax import distributed as processes
+from fluid_jax.prepare import encode
 from fluid_jax.encoders import frozen, tokenizers
 from configs import tiny
 

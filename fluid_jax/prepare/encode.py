@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, metrics, processes, sharding
+from fluid_jax import distributed as processes
+from fluid_jax import errors, metrics, sharding
 from fluid_jax.data import examples, pipeline, records, tasks
 from fluid_jax.encoders import frozen, tokenizers
 

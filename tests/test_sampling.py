@@ -9,7 +9,8 @@ import pytest
 import reference
 
 from fluid_jax import step
-from fluid_jax.models import generate, orders
+from fluid_jax.models import orders
+from fluid_jax.models import sampling as generate
 
 NUM_DIFFUSION_STEPS = 10
 CASES = [

@@ -1,6 +1,6 @@
 """Shows what a step of training reads: keys, texts and a picture of its global batch.
 
-  python -m fluid_jax.data.inspect --config=CONFIG --step=123 [--picture=batch.png]
+  python -m fluid_jax.prepare.inspect --config=CONFIG --step=123 [--picture=batch.png]
 
 The batch is a pure function of the config and the step, so this is what the step saw, or will see,
 on whatever devices.
@@ -17,7 +17,8 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, labels, main, sharding
+from fluid_jax import errors, main, sharding
+from fluid_jax import plots as labels
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, tokenizers
 

@@ -1,0 +1,1 @@
+"""Prepares data for training: ingestion, encoding, inspection."""

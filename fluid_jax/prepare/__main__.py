@@ -1,0 +1,5 @@
+from fluid_jax import errors
+from fluid_jax.prepare import command
+
+if __name__ == '__main__':
+  errors.run(command.run)
