@@ -48,7 +48,7 @@ _BARRIER_TIMEOUT_S = 1200  # to hash a step on process 0; as long as Orbax gives
 _barrier_ids = itertools.count()
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
   """Why a step, or a file that `encode` wrote, cannot be trusted, as a clause."""
 
 
@@ -254,7 +254,7 @@ class Checkpointer:
         if step not in self._verified:
           self._verify(step, None)
         num_kept += 1
-      except Damaged as error:
+      except CorruptCheckpointError as error:
         logging.warning('Not counting step %d: %s.', step, error)
 
   def _find(self, step: int | None, parts: Collection[str] | None) -> int:
@@ -264,7 +264,7 @@ class Checkpointer:
     for candidate in reversed(steps) if step is None else [step]:
       try:
         self._verify(candidate, parts)
-      except Damaged as error:
+      except CorruptCheckpointError as error:
         reasons.append(f'step {candidate} ({error})')
         continue
       if reasons:
@@ -279,7 +279,7 @@ class Checkpointer:
     )
 
   def _verify(self, step: int, parts: Collection[str] | None) -> None:
-    """Compares the files of `parts`, or all, with the manifest; raises Damaged if one differs."""
+    """Compares the files of `parts`, or all, with the manifest; raises CorruptCheckpointError if one differs."""
     path = self._path(step)
     try:
       recorded = decode(path / MANIFEST)['files']
@@ -288,10 +288,12 @@ class Checkpointer:
       ]
       fingerprints = _fingerprints([path / name for name in names], self._hash_files)
     except OSError as error:
-      raise Damaged(f'{error.filename or path}: {error.strerror}') from error
+      raise CorruptCheckpointError(f'{error.filename or path}: {error.strerror}') from error
     for name, found in zip(names, fingerprints, strict=True):
       if found != {key: recorded[name][key] for key in found}:
-        raise Damaged(f'{path / name} has {found} and its manifest says {recorded[name]}')
+        raise CorruptCheckpointError(
+          f'{path / name} has {found} and its manifest says {recorded[name]}'
+        )
     if len(names) == len(recorded):
       self._verified.add(step)
 
@@ -323,7 +325,7 @@ def read_config(directory: str | os.PathLike[str], step: int | None = None) -> d
   """
   directory = pathlib.Path(directory)
   for candidate in reversed(_steps(directory)) if step is None else [step]:
-    with contextlib.suppress(Damaged, OSError):
+    with contextlib.suppress(CorruptCheckpointError, OSError):
       return decode(_step_path(directory, candidate) / MANIFEST)['config']
   raise errors.UserError(
     f'{directory} holds no {"checkpoint" if step is None else f"checkpoint of step {step}"}: train '
@@ -386,7 +388,7 @@ def _is_valid(path: pathlib.Path) -> bool:
   """Returns False for a step without a valid manifest and for what was cut off; else True."""
   if _STEP.fullmatch(path.name):
     # Not any OSError: a manifest that cannot be read today may be valid.
-    with contextlib.suppress(Damaged, FileNotFoundError):
+    with contextlib.suppress(CorruptCheckpointError, FileNotFoundError):
       return bool(decode(path / MANIFEST))
     return False
   return not _LEFTOVER.fullmatch(path.name)
@@ -406,15 +408,15 @@ def encode(content: Mapping[str, Any]) -> bytes:
 
 
 def decode(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what `encode` wrote in a file; raises Damaged if it is altered, or OSError."""
+  """Returns what `encode` wrote in a file; raises CorruptCheckpointError if it is altered, or OSError."""
   encoded = path.read_bytes()
   try:
     content = json.loads(encoded)
     recorded = content.pop('sha256', None)
   except (ValueError, AttributeError, TypeError) as error:
-    raise Damaged(f'{path} is not JSON of a manifest') from error
+    raise CorruptCheckpointError(f'{path} is not JSON of a manifest') from error
   if encode(content) != encoded:
-    raise Damaged(f'{path} does not have its own SHA-256, {recorded}')
+    raise CorruptCheckpointError(f'{path} does not have its own SHA-256, {recorded}')
   return content
 
 

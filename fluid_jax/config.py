@@ -97,7 +97,7 @@ class Data:
   module: str = ''  # Python module that registers it, if it is yours
   languages: tuple[str, ...] = ()  # of the texts; empty: all
   # of a split's records, that may be broken before training ends; others take their places
-  max_broken_share: float = 0.001
+  max_corrupt_fraction: float = 0.001
   random_flip: bool = (
     False  # mirrors half of the pictures; texts that say left or right do not follow
   )
@@ -318,9 +318,9 @@ def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) 
 def check_run(c: Any) -> list[str]:
   """What is out of range in `c.optimizer`, `c.data` or `c.mesh`."""
   problems = []
-  if not 0 <= c.data.max_broken_share < 1:
+  if not 0 <= c.data.max_corrupt_fraction < 1:
     problems.append(
-      f'data.max_broken_share is {c.data.max_broken_share}; it must be in [0, 1), 0.001 for one in '
+      f'data.max_corrupt_fraction is {c.data.max_corrupt_fraction}; it must be in [0, 1), 0.001 for one in '
       'a thousand.'
     )
   if not 0 < c.optimizer.ema_decay < 1:

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed  # its key-value store works before any device, and between any
+from jax._src import (
+  distributed as jax_distributed,  # its key-value store works before any device, and between any
+)
 
 import fluid_jax
 from fluid_jax import config as config_lib
@@ -29,8 +31,8 @@ from fluid_jax import errors
 # Of these JAX itself reads only the first.
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
-_AGREE_TIMEOUT_S = 300  # as long as JAX waits for the last process to start
-_MEET_TIMEOUT_S = 3600  # for the slowest to compile
+_CHECK_TIMEOUT_S = 300  # as long as JAX waits for the last process to start
+_BARRIER_TIMEOUT_S = 3600  # for the slowest to compile
 _END_TIMEOUT_S = 10  # for what is the same error in all processes to end them all alike
 # What collectives and the store say of a process that does not answer.
 _IS_LOST = re.compile(r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED')
@@ -39,11 +41,11 @@ _REMEDY = 'start all of them again, and training goes on from the newest checkpo
 
 def count() -> int:
   """Number of processes of the run; unlike `jax.process_count` it touches no device."""
-  return distributed.global_state.num_processes
+  return jax_distributed.global_state.num_processes
 
 
 @contextlib.contextmanager
-def joined(timeout_s: int) -> Iterator[None]:
+def initialize(timeout_s: int) -> Iterator[None]:
   """Finds the other processes; an error in here then ends this one, whoever waits for whom.
 
   Args:
@@ -124,19 +126,19 @@ def _find(given: Mapping[str, str], timeout_s: int) -> None:
     ) from error
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def check_consistent(facts: Mapping[str, Any]) -> None:
   """Returns if all of several processes come with the same facts (nested JSON values).
 
   Raises:
     UserError: they differ; the same error in all processes (exit code 4).
   """
-  client, process = distributed.global_state.client, distributed.global_state.process_id
+  client, process = jax_distributed.global_state.client, jax_distributed.global_state.process_id
 
   def put(name: str, value: Any) -> None:
     client.key_value_set(f'fluid_jax/{name}', json.dumps(value))
 
   def get(name: str) -> Any:
-    return json.loads(client.blocking_key_value_get(f'fluid_jax/{name}', _AGREE_TIMEOUT_S * 1000))
+    return json.loads(client.blocking_key_value_get(f'fluid_jax/{name}', _CHECK_TIMEOUT_S * 1000))
 
   put(f'facts/{process}', facts)
   if process == 0:
@@ -157,10 +159,12 @@ def agree(facts: Mapping[str, Any]) -> None:
     )
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
   """Returns when all processes have come here; each name serves once in a run."""
   if count() > 1:
-    distributed.global_state.client.wait_at_barrier(f'fluid_jax/{name}', _MEET_TIMEOUT_S * 1000)
+    jax_distributed.global_state.client.wait_at_barrier(
+      f'fluid_jax/{name}', _BARRIER_TIMEOUT_S * 1000
+    )
 
 
 def code_facts() -> dict[str, str]:

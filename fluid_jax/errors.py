@@ -3,7 +3,7 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 # Exit codes: 0 done, 42 preempted and saved, 128 and above crash; 1 to 41 are permanent, so that
@@ -24,6 +24,12 @@ class UserError(Exception):
   def __init__(self, message: str, exit_code: int = CONFIG):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+def and_more(items: Sequence[str], limit: int = 3, separator: str = '; ') -> str:
+  """The first `limit` items in one line, and how many more there are."""
+  more = f' and {len(items) - limit} more' if len(items) > limit else ''
+  return separator.join(items[:limit]) + more
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -28,9 +28,8 @@ from etils import epath
 from flax import traverse_util
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, flops, optim, sharding, step
+from fluid_jax import checkpoint, errors, flops, optim, sharding, step, summary
 from fluid_jax import config as config_lib
-from fluid_jax import summary as overview
 from fluid_jax.encoders import tokenizers
 from fluid_jax.encoders import weights as weights_lib
 
@@ -210,7 +209,7 @@ def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]
   """What config.json holds, the encoders' paths as they are here, when all digests hold."""
   try:
     content = checkpoint.decode(directory / _CONFIG)
-  except (checkpoint.Damaged, OSError) as error:
+  except (checkpoint.CorruptCheckpointError, OSError) as error:
     raise errors.UserError(
       f'{directory} is no whole export ({error}): copy it again, or, if it is a workdir, train '
       'there until its first checkpoint.',
@@ -348,7 +347,7 @@ def _validation(workdir: pathlib.Path, last_step: int, weights: str) -> str:
 
 
 def _card(config: config_lib.Config, content: Mapping[str, Any], validation: str) -> str:
-  params = overview.count_params(config)
+  params = summary.count_params(config)
   o, num_steps, batch = config.optimizer, content['step'], config.train.batch_size
   accumulated = num_steps * flops.step_flops(config)
   facts = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluid_jax import config as config_lib
-from fluid_jax import hardware as chips
+from fluid_jax import hardware
 from fluid_jax.models import diffusion, orders
 
 
@@ -193,7 +193,7 @@ def _convolution_flops(equation: Any) -> float:
 def peak_flops() -> float:
   """FLOP/s of one device: the maker's figure, or if unknown the best float32 matrix product."""
   device = jax.local_devices()[0]
-  chip = chips.find(device.device_kind)
+  chip = hardware.find(device.device_kind)
   if chip:
     return chip.peak_flops
   shares = len(jax.local_devices()) if device.platform == 'cpu' else 1  # of the same cores

@@ -13,14 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, errors, flops, metrics, sharding
+from fluid_jax import checkpoint, distributed, errors, flops, metrics, sharding
 from fluid_jax import config as config_lib
-from fluid_jax import distributed as processes
 from fluid_jax.data import pipeline, tasks
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
 RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
-RESUMABLE += ('sampling.', 'mesh.', 'data.max_broken_share')
+RESUMABLE += ('sampling.', 'mesh.', 'data.max_corrupt_fraction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +62,12 @@ def saved(config: Any) -> dict[str, Any]:
 
 def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
   """UserError in all processes of a run if they do not train the same."""
-  if processes.count() > 1:
-    processes.agree(
+  if distributed.count() > 1:
+    distributed.check_consistent(
       {
         'config': saved(config),
         'workdir': str(workdir.absolute()),
-        'code': processes.code_facts(),
+        'code': distributed.code_facts(),
         'data': data_facts(config.data),
         **facts,
       }
@@ -84,11 +83,11 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
   Raises:
     UserError: for what the user can mend; what was saved before stays as it is.
   """
-  config, mesh, is_lead = job.config, job.mesh, jax.process_index() == 0
+  config, mesh, is_main_process = job.config, job.mesh, jax.process_index() == 0
 
   # ---- Workdir and state ----
   saved_config = saved(config) | job.facts
-  claim_workdir(workdir, saved_config, is_lead)
+  claim_workdir(workdir, saved_config, is_main_process)
   checkpointer = checkpoint.Checkpointer(
     workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
   )
@@ -96,18 +95,18 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
   state = job.init() if restored is None else restored[0]
   start = 0 if restored is None else restored[2]
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
-  metrics.say(
+  metrics.log(
     f'{config.name}: {num_params / 1e6:.1f}M parameters, state of '
     f'{sharding.bytes_per_device(job.state) / 1e6:,.1f} MB a device; {jax.process_count()} '
     f'process(es), {mesh.size} {jax.devices()[0].device_kind} device(s), mesh '
     f'{" x ".join(f"{name} {size}" for name, size in mesh.shape.items())}; '
     f'{"resuming" if start else "starting"} at step {start}',
-    is_lead,
+    is_main_process,
   )
 
   # ---- Data and reporting ----
   batches = job.open_stream(start)
-  writer = metrics.Writer(workdir, start, is_lead)
+  writer = metrics.Writer(workdir, start, is_main_process)
   writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
   peak_flops = flops.peak_flops() * len(jax.devices())
 
@@ -124,13 +123,13 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         'speed/images_per_s': rate,
         'speed/tokens_per_s': rate * job.tokens_per_image,
         'speed/tflop_per_s': rate * job.flops_per_image / 1e12,
-        'speed/share_of_peak': rate * job.flops_per_image / peak_flops,
-        'speed/data_wait_share': data_share,
+        'speed/mfu': rate * job.flops_per_image / peak_flops,
+        'speed/data_wait_fraction': data_share,
       }
       left = (config.train.num_steps - step_number) * config.train.batch_size / rate
       line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
     writer.scalars(step_number, values)
-    metrics.say(line, is_lead)
+    metrics.log(line, is_main_process)
 
   def is_due(every: int) -> bool:
     return step_number % every == 0 or step_number == config.train.num_steps
@@ -153,10 +152,10 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
       batch = sharding.put_batch(batch, mesh)
       if step_number == start + 1:
         job.train_step.lower(state, batch, job.frozen).compile()
-        processes.meet('compiled')  # the first collective of CPUs waits 30 s and no longer
+        distributed.barrier('compiled')  # the first collective of CPUs waits 30 s and no longer
       state, values = job.train_step(state, batch, job.frozen)
       if 'text_ids' in batch:
-        values['cut_text_share'] = batches.num_cut / num_rows
+        values['truncated_text_fraction'] = batches.num_truncated / num_rows
       if pending is not None:
         report(*pending)
         pending = None
@@ -194,11 +193,11 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
       report(*pending)
 
   word = 'preempted; saved' if exit_code else 'done'
-  metrics.say(f'{word} at step {step_number}: {workdir}', is_lead)
+  metrics.log(f'{word} at step {step_number}: {workdir}', is_main_process)
   return state, exit_code
 
 
-def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_lead: bool) -> None:
+def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process: bool) -> None:
   """Makes the folder, and leaves `config.json` in it or compares with the one that is there."""
   path = workdir / 'config.json'
   try:
@@ -213,7 +212,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_lead: bool) 
           'config or another --workdir.',
           errors.MISMATCH,
         )
-    if is_lead:
+    if is_main_process:
       temporary = path.with_suffix('.tmp')
       temporary.write_text(json.dumps(config, indent=2) + '\n')
       temporary.replace(path)

@@ -65,15 +65,15 @@ def main() -> int:
     print(json.dumps(dataclasses.asdict(config), indent=2))
     return 0
   if _VALIDATE_ONLY.value:
-    from fluid_jax import summary as overview
+    from fluid_jax import summary
 
-    print(overview.describe(config))
+    print(summary.describe(config))
     return 0
   if not _WORKDIR.value:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  from fluid_jax import distributed as processes
+  from fluid_jax import distributed
 
-  with processes.joined(PEER_TIMEOUT_S.value):
+  with distributed.initialize(PEER_TIMEOUT_S.value):
     from fluid_jax import training as train
 
     return train.train(config, _WORKDIR.value)

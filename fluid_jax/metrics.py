@@ -116,7 +116,7 @@ class Progress:
       return
     self._last = now
     rate = max(done - self._first, 1) / (now - self._start)
-    say(
+    log(
       f'{self._what} {done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  '
       f'ETA {duration((self._total - done) / rate)}{more}',
       self._is_active,
@@ -130,7 +130,7 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def say(text: str, is_active: bool = True) -> None:
+def log(text: str, is_active: bool = True) -> None:
   """A line for the person who watches."""
   if is_active:
     print(text, flush=True)

@@ -12,11 +12,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, optim, sharding
-from fluid_jax import hardware as chips
+from fluid_jax import errors, hardware, optim, sharding
 from fluid_jax.encoders import frozen, text
-from fluid_jax.models import fluid, heads, orders
-from fluid_jax.models import sampling as generate
+from fluid_jax.models import fluid, heads, orders, sampling
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -150,7 +148,7 @@ def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDt
   }
 
 
-def build_sampler(
+def make_sampler(
   config: config_lib.Config,
   mesh: Mesh | None = None,
   progress: Callable[[int], None] | None = None,
@@ -162,12 +160,12 @@ def build_sampler(
   encoders = frozen.make(config)
 
   def draw(params, frozen_params, batch, keys_B):
-    return generate.generate(
+    return sampling.generate(
       make_model(config),
       params,
       *encoders.encode_text(frozen_params, batch),
       keys_B,
-      sampling=generate.Sampling(**dataclasses.asdict(config.sampling)),
+      sampling=sampling.Sampling(**dataclasses.asdict(config.sampling)),
       progress=progress,
     )
 
@@ -181,12 +179,12 @@ def build_sampler(
   return jax.jit(
     draw_split,
     out_shardings=sharding.batch_sharding(mesh),
-    compiler_options=chips.compiler_options(mesh.devices.flat[0]),
+    compiler_options=hardware.compiler_options(mesh.devices.flat[0]),
   )
 
 
 def sampler_shapes(config: config_lib.Config, mesh: Mesh) -> tuple[Any, ...]:
-  """Arguments of `build_sampler`'s function for a batch of `train.batch_size`, as shapes."""
+  """Arguments of `make_sampler`'s function for a batch of `train.batch_size`, as shapes."""
   batch = {k: v for k, v in batch_shapes(config, mesh).items() if k.startswith('text_')}
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.train.batch_size))
   keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding.batch_sharding(mesh))
@@ -282,7 +280,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
   frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes)
   replicated = NamedSharding(mesh, PartitionSpec())
   by_example = sharding.batch_sharding(mesh)
-  compiler_options = chips.compiler_options(mesh.devices.flat[0])
+  compiler_options = hardware.compiler_options(mesh.devices.flat[0])
   return Program(
     init=jax.jit(lambda: _init(config, model), out_shardings=shardings),
     train_step=jax.jit(

@@ -24,7 +24,7 @@ PAPER_PARAMS = {
 _COMPONENTS = (
   (('aligner', 'aligner_norm', 'text_projection'), 'aligner'),
   (('head/token_embedding', 'text_embedding', 'position_embedding'), 'embeddings'),
-  (('text_position_embedding', 'unknown_token', 'null_text'), 'embeddings'),
+  (('text_position_embedding', 'mask_token', 'null_text'), 'embeddings'),
   (('head',), 'head'),
 )
 

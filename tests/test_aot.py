@@ -13,8 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from fluid_jax import errors
-from fluid_jax import hardware as chips
+from fluid_jax import errors, hardware
 
 pytestmark = pytest.mark.aot
 needs_compiler = pytest.mark.skipif(
@@ -204,8 +203,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def test_a_collective_uses_the_links_of_the_axes_that_it_spans(topology, groups, links):
   from fluid_jax.aot import report as module
 
-  generation, shape = chips.slice_shape(topology)
-  chip = chips.TPUS[generation]
+  generation, shape = hardware.slice_shape(topology)
+  chip = hardware.TPUS[generation]
   coords = itertools.product(*map(range, (*shape, 1)[:3]))
   devices = [types.SimpleNamespace(coords=at) for at in coords]
   mesh = types.SimpleNamespace(devices=np.array(devices))
@@ -279,7 +278,7 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, complaint, code
   ],
 )
 def test_slices_have_the_shapes_of_the_documentation(name, generation, shape):
-  assert chips.slice_shape(name) == (generation, shape)
+  assert hardware.slice_shape(name) == (generation, shape)
   assert math.prod(shape) > 0
   # Only whole cubes of a 3-D torus close into rings, and only full sides of a flat one.
-  assert all(chips.closes_into_rings(shape)) == (name not in ('v6e:2x4',))
+  assert all(hardware.closes_into_rings(shape)) == (name not in ('v6e:2x4',))

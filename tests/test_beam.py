@@ -30,7 +30,7 @@ def chosen(tmp_path_factory):
   return ingest.Options(
     'webdataset',
     str(folder),
-    validation_share=0.2,
+    validation_fraction=0.2,
     min_side=30,
     max_caption=15,
     near_duplicates=2,

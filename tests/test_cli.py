@@ -200,14 +200,14 @@ def test_a_checkpoint_of_another_model_exits_with_4(trained, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tmp_path):
   config = json.loads(json.dumps(dataclasses.asdict(trained[1])))
-  loop.claim_workdir(tmp_path, config, is_lead=True)
-  loop.claim_workdir(tmp_path, config, is_lead=True)
+  loop.claim_workdir(tmp_path, config, is_main_process=True)
+  loop.claim_workdir(tmp_path, config, is_main_process=True)
   config['train']['log_every'] = 7  # may differ
-  loop.claim_workdir(tmp_path, config, is_lead=True)
+  loop.claim_workdir(tmp_path, config, is_main_process=True)
   config['optimizer']['learning_rate'] = 0.5
   config['model']['width'] = 64
   with pytest.raises(errors.UserError) as caught:
-    loop.claim_workdir(tmp_path, config, is_lead=True)
+    loop.claim_workdir(tmp_path, config, is_main_process=True)
   assert 'model.width: 32 -> 64; optimizer.learning_rate: 0.002 -> 0.5' in str(caught.value)
   assert caught.value.exit_code == errors.MISMATCH
 
@@ -215,7 +215,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tm
 def test_a_broken_config_in_the_workdir_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"name": ')
   with pytest.raises(errors.UserError, match='is not JSON') as caught:
-    loop.claim_workdir(tmp_path, {}, is_lead=True)
+    loop.claim_workdir(tmp_path, {}, is_main_process=True)
   assert caught.value.exit_code == errors.CORRUPT
 
 

@@ -561,7 +561,7 @@ seqio.TaskRegistry.add(
 )
 """
 _TEXTS = """[
-    seqio.map_over_dataset(tasks.draw_text, num_seeds=1),
+    seqio.map_over_dataset(tasks.sample_caption, num_seeds=1),
     seqio.preprocessors.tokenize,
     seqio.preprocessors.append_eos_after_trim,
   ]"""
@@ -700,7 +700,7 @@ def _set_with_two_broken(own_task, tmp_path):
 
 
 def test_a_broken_record_is_replaced_and_no_other_is_lost(own_task, tmp_path, caplog):
-  settings = _set_with_two_broken(own_task, tmp_path) | {'max_broken_share': 0.2}
+  settings = _set_with_two_broken(own_task, tmp_path) | {'max_corrupt_fraction': 0.2}
   settings |= {'batch_size': 4, 'captions': True}
 
   def keys(num_steps, start_step=0, **others):
@@ -727,14 +727,14 @@ def test_a_broken_record_is_replaced_and_no_other_is_lost(own_task, tmp_path, ca
 def test_too_many_broken_records_end_the_stream(own_task, tmp_path):
   settings = _set_with_two_broken(own_task, tmp_path)
   with pytest.raises(
-    errors.UserError, match=r'^2 of the 12 examples of task .* data\.max_broken_share'
+    errors.UserError, match=r'^2 of the 12 examples of task .* data\.max_corrupt_fraction'
   ) as error:
-    for _ in zip(range(6), _stream(**settings, max_broken_share=0.01), strict=False):
+    for _ in zip(range(6), _stream(**settings, max_corrupt_fraction=0.01), strict=False):
       pass
   assert error.value.exit_code == errors.CORRUPT
   for share in (0.0, 0.5):  # the stored order has no place for others
     with pytest.raises(errors.UserError, match='is corrupt at byte'):
-      list(_stream(**settings, max_broken_share=share, shuffle=False))
+      list(_stream(**settings, max_corrupt_fraction=share, shuffle=False))
 
 
 def test_sources_without_an_index_are_refused():

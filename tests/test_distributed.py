@@ -200,7 +200,7 @@ LOOK = """
 import hashlib, json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from fluid_jax import checkpoint, distributed as processes, sharding, step, training as train
+from fluid_jax import checkpoint, distributed, sharding, step, training as train
 from fluid_jax import config as config_lib
 
 workdir, replica, fsdp, tensor, order = pathlib.Path(sys.argv[1]), *sys.argv[2:]
@@ -212,7 +212,7 @@ config = config_lib.resolve(values)
 def digest(array):
   return hashlib.sha256(array.tobytes()).hexdigest()
 
-with processes.joined(30):
+with distributed.initialize(30):
   devices = jax.devices()
   if order == 'interleaved':
     devices = sorted(devices, key=lambda d: (d.id % jax.local_device_count(), d.process_index))
@@ -396,7 +396,7 @@ import os, sys
 sys.path.insert(0, 'tests')
 import jax, small_encoders
 from fluid_jax import config as config_lib
-from fluid_jax import distributed as processes
+from fluid_jax import distributed
 from fluid_jax.prepare import encode
 from fluid_jax.encoders import frozen, tokenizers
 from configs import tiny
@@ -415,7 +415,7 @@ def load(config, mesh):
   return jax.tree.map(place, jax.device_get(params), shapes)
 
 frozen.load = load
-with processes.joined(60):
+with distributed.initialize(60):
   print(*encode.encode(config, sys.argv[1]))
 """
 

@@ -209,8 +209,8 @@ def test_the_nearest_code_is_the_nearest_whatever_the_block():
     # Counted in the libraries' own networks: diffusers 0.42, MAR's and LlamaGen's code.
     (autoencoder.Autoencoder(kl_vae.STABLE_DIFFUSION), 83_653_863),
     (autoencoder.Autoencoder(kl_vae.MAR), 66_456_019),
-    (vq.Network(vq.AMUSED, vocab_size=8192), 146_244_675),
-    (vq.Network(vq.LLAMAGEN, vocab_size=16_384), 71_883_403),
+    (vq.VQAutoencoder(vq.AMUSED, vocab_size=8192), 146_244_675),
+    (vq.VQAutoencoder(vq.LLAMAGEN, vocab_size=16_384), 71_883_403),
   ],
 )
 def test_published_shapes_have_the_published_counts(network, count):

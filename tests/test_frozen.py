@@ -50,14 +50,14 @@ def test_a_stream_reads_pieces_and_counts_what_it_cuts(vocabulary):
       'emoji_demo', 'validation', batch_size=8, seed=0, image_size=8, text_length=length,
       languages=('en',), vocabulary=vocabulary, shuffle=False,
     )  # fmt: skip
-    rows, num_cut = [], 0
+    rows, num_truncated = [], 0
     for batch in stream:
       rows.append(batch['text_ids'])
-      num_cut += stream.num_cut
-    return np.concatenate(rows), num_cut
+      num_truncated += stream.num_truncated
+    return np.concatenate(rows), num_truncated
 
-  whole, num_cut = read(32)
-  assert num_cut == 0
+  whole, num_truncated = read(32)
+  assert num_truncated == 0
   pieces = text.load_pieces(vocabulary)
   names = [pieces.decode(row[: row.tolist().index(1)].tolist()) for row in whole]
   assert 'slightly smiling face' in names
@@ -65,9 +65,9 @@ def test_a_stream_reads_pieces_and_counts_what_it_cuts(vocabulary):
     if 2 in row:  # a character that T5 does not know, and decoding does not give back
       continue
     assert row[: (row > 0).sum()].tolist() == [*pieces.encode(name), 1]
-  short, num_cut = read(4)
+  short, num_truncated = read(4)
   lengths = (whole > 0).sum(1)
-  assert num_cut == (lengths > 4).sum() > 0
+  assert num_truncated == (lengths > 4).sum() > 0
   for row, complete, length in zip(short, whole, lengths, strict=True):
     assert row.tolist() == ([*complete[:3], 1] if length > 4 else complete[:4].tolist())
 
@@ -147,10 +147,10 @@ def test_sampling_reads_what_t5_makes(make_config, small_networks):
   encoders, batch = small_encoders.random_params(config), inputs(config)
   keys = jax.random.split(jax.random.key(0), config.train.batch_size)
   params = nn.unbox(step.init_params(config, step.make_model(config), jax.random.key(0)))
-  tokens, _ = step.build_sampler(config)(params, encoders, {'text_ids': batch['text_ids']}, keys)
+  tokens, _ = step.make_sampler(config)(params, encoders, {'text_ids': batch['text_ids']}, keys)
   features, mask = frozen.make(config).encode_text(encoders, batch)
   given = {'text_features': features, 'text_mask': mask}
-  expected, _ = step.build_sampler(config)(params, encoders, given, keys)
+  expected, _ = step.make_sampler(config)(params, encoders, given, keys)
   np.testing.assert_allclose(tokens, expected, atol=1e-4)
   pictures = frozen.make(config).image.decode(encoders['image'], tokens)
   assert (pictures.shape, pictures.dtype) == ((config.train.batch_size, 16, 16, 3), jnp.uint8)

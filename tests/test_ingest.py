@@ -22,8 +22,7 @@ from PIL import Image
 
 from fluid_jax import errors
 from fluid_jax.data import examples, pipeline, records
-from fluid_jax.prepare import images as pictures
-from fluid_jax.prepare import ingest, pairs, report, sources, tables, workers
+from fluid_jax.prepare import images, ingest, pairs, report, sources, tables, workers
 
 LANGS = ('en', 'fr', 'und')
 
@@ -178,7 +177,7 @@ def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
   if kind == 'tfds':  # which looks for its folder when it is imported
     commands.run_ok(
       '-m', 'fluid_jax.prepare', '--stage=ingest', '--source=tfds', f'--path={chosen.path}',
-      f'--out={tmp_path / "out"}', '--validation_share=0',
+      f'--out={tmp_path / "out"}', '--validation_fraction=0',
     )  # fmt: skip
   else:
     run(tmp_path / 'out', chosen)
@@ -273,7 +272,7 @@ def examine(image, texts, chosen=None, langs=None, score=None, key='k'):
   chosen = chosen or options('folder', '.')
   try:
     return examples.decode(ingest.examine(pair, chosen, counts).payload), counts.asdict()
-  except pictures.Refused as error:
+  except images.RejectedError as error:
     return error.reason, counts.asdict()
 
 
@@ -319,7 +318,7 @@ def test_what_a_caption_may_hold():
   kept = 'שלום \u200fעולם می\u200cخواهم 👩\u200d🍳'  # letters, marks and joiners that texts need
   assert ingest.clean_caption(kept) == kept
   for bad in (b'\xff', '\udcff'):
-    with pytest.raises(pictures.Refused, match='UTF-8'):
+    with pytest.raises(images.RejectedError, match='UTF-8'):
       ingest.clean_caption(bad)
 
 
@@ -346,7 +345,7 @@ def test_store_side_makes_large_pictures_smaller():
 
 def test_held_out_pairs_are_a_share_and_the_same_whatever_the_order(tmp_path):
   chosen = write_webdataset(tmp_path)
-  values = {f: getattr(chosen, f) for f in ('source', 'path')} | {'validation_share': 0.25}
+  values = {f: getattr(chosen, f) for f in ('source', 'path')} | {'validation_fraction': 0.25}
   run(tmp_path / 'out', ingest.Options(**values))
   train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
   assert not train.keys() & validation.keys()
@@ -370,10 +369,10 @@ def test_perceptual_hash_is_that_of_its_definition():
   gray = np.asarray(photo.convert('L').resize((32, 32), Image.Resampling.LANCZOS), np.float64)
   low = scipy.fft.dct(scipy.fft.dct(gray, axis=0), axis=1)[:8, :8].ravel()
   bits = ''.join('01'[int(value > np.median(low))] for value in low)
-  assert pictures.perceptual_hash(photo) == int(bits, 2)
+  assert images.perceptual_hash(photo) == int(bits, 2)
 
   def distance(other):
-    return (pictures.perceptual_hash(photo) ^ pictures.perceptual_hash(other)).bit_count()
+    return (images.perceptual_hash(photo) ^ images.perceptual_hash(other)).bit_count()
 
   out = io.BytesIO()
   photo.save(out, 'JPEG', quality=30)
@@ -397,7 +396,7 @@ def test_near_duplicates_are_those_of_all_pairs(distance):
   )
   near = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
   expected = (near & (order < order[:, None])).any(1)
-  np.testing.assert_array_equal(pictures.near_duplicates(order, hashes, distance), expected)
+  np.testing.assert_array_equal(images.near_duplicates(order, hashes, distance), expected)
   assert 0 < expected.sum() < len(expected) - 40 * (distance > 2)
 
 

@@ -16,8 +16,7 @@ from etils import epath
 from PIL import Image
 
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import images as pictures
-from fluid_jax.prepare import ingest
+from fluid_jax.prepare import images, ingest
 
 MAX_PIXELS = 32_000_000
 
@@ -93,7 +92,7 @@ def test_hostile_pair_is_counted_and_its_neighbours_stay(name, tmp_path):
 # Not ru_maxrss, which starts from that of whoever started the process.
 _PEAK = r"""
 import json, re, sys
-from fluid_jax.prepare import ingest, images as pictures
+from fluid_jax.prepare import ingest, images
 def peak():
   return int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) // 1024
 """
@@ -129,7 +128,7 @@ def test_memory_and_time_are_bounded(name, tmp_path):
 
 def _stored(data, **options):
   """A picture as it is stored, decoded: uint8 array, and what was repaired."""
-  read = pictures.read(data, max_pixels=MAX_PIXELS, **options)
+  read = images.read(data, max_pixels=MAX_PIXELS, **options)
   image = Image.open(io.BytesIO(read.data))
   assert image.mode in ('RGB', 'L')
   assert image.size == read.image.size == (read.width, read.height)
@@ -140,8 +139,8 @@ def _stored(data, **options):
 @pytest.mark.parametrize('name', hostile.PICTURES)
 def test_picture_is_refused(name):
   make, reason = hostile.PICTURES[name]
-  with pytest.raises(pictures.Refused) as error:
-    pictures.read(make(), max_pixels=MAX_PIXELS)
+  with pytest.raises(images.RejectedError) as error:
+    images.read(make(), max_pixels=MAX_PIXELS)
   assert error.value.reason == reason
 
 
@@ -181,7 +180,7 @@ def test_random_exif_is_read_or_left_out():
     data = bytearray(good)
     for i in rng.integers(30, 70, 3):
       data[i] = rng.integers(256)
-    with contextlib.suppress(pictures.Refused):
+    with contextlib.suppress(images.RejectedError):
       _stored(bytes(data))
 
 
@@ -234,8 +233,8 @@ def test_png_with_a_flipped_bit_is_refused_or_shows_alike_in_tensorflow():
   for i in range(start + 40, start + 200, 7):
     data = whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :]
     try:
-      read = pictures.read(data, max_pixels=MAX_PIXELS)
-    except pictures.Refused:
+      read = images.read(data, max_pixels=MAX_PIXELS)
+    except images.RejectedError:
       continue
     decoded = tf.io.decode_image(read.data, channels=3).numpy()
     np.testing.assert_array_equal(decoded, np.asarray(read.image.convert('RGB')))
@@ -246,8 +245,8 @@ def test_bombs_are_refused_from_their_headers(tmp_path):
 before = peak()
 for path in sys.argv[1:]:
   try:
-    pictures.read(open(path, 'rb').read(), max_pixels=50_000_000)
-  except pictures.Refused as error:
+    images.read(open(path, 'rb').read(), max_pixels=50_000_000)
+  except images.RejectedError as error:
     print(error.reason, peak() - before)
 """
   for name, (make, _) in hostile.PICTURES.items():
@@ -294,7 +293,7 @@ def test_captions(name, as_bytes):
   text, expected = CAPTIONS[name]
   text = text.encode() if as_bytes else text
   if expected in ('no caption', 'max_caption'):
-    with pytest.raises(pictures.Refused, match=expected):
+    with pytest.raises(images.RejectedError, match=expected):
       _examine(text)
   else:
     assert _examine(text)['text'] == [expected.encode()]
@@ -302,7 +301,7 @@ def test_captions(name, as_bytes):
 
 @pytest.mark.parametrize('text', [b'\xff', b'\xc3', 'a\udcff', '\ud800', b'\xed\xa0\x80'])
 def test_captions_that_are_not_utf8(text):
-  with pytest.raises(pictures.Refused, match='caption is not UTF-8'):
+  with pytest.raises(images.RejectedError, match='caption is not UTF-8'):
     _examine(text)
 
 

@@ -14,8 +14,7 @@ import pytest
 import reference
 
 from fluid_jax import config as config_lib
-from fluid_jax import flops, step
-from fluid_jax import summary as overview
+from fluid_jax import flops, step, summary
 from fluid_jax.aot import hlo
 from fluid_jax.models import layers
 
@@ -119,9 +118,9 @@ def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
   x = reference.dense(tokens, embedding) if config.is_continuous else embedding['embedding'][tokens]
   if is_raster:
     x = np.roll(x, 1, axis=1)
-    x[:, 0] = params['unknown_token']
+    x[:, 0] = params['mask_token']
   else:
-    x[mask] = params['unknown_token']
+    x[mask] = params['mask_token']
   x = x + params['position_embedding']
   stacked = [
     jax.tree.map(lambda a, i=i: a[i], params['blocks']) for i in range(config.model.depth - 1)
@@ -440,7 +439,7 @@ def paper_config(size, **settings):
 )
 def test_parameters_by_component_equal_the_formula(size, tokens):
   config = paper_config(size, tokens=tokens)
-  counts = overview.count_params(config)
+  counts = summary.count_params(config)
   d, depth, blocks = config.model.width, config.model.depth, config.model.head_depth
 
   def dense(fan_in, fan_out):

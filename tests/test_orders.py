@@ -22,7 +22,7 @@ def draw_part(num_tokens, group_size):
 
   @jax.jit
   def draw(key, group):
-    masks = order.draw_mask(key, group * group_size + jnp.arange(PART * group_size))
+    masks = order.sample_mask(key, group * group_size + jnp.arange(PART * group_size))
     return masks.reshape(PART, group_size, num_tokens)
 
   return draw
@@ -52,7 +52,7 @@ def test_no_group_exceeds_the_capacity_and_packing_leaves_nothing_out(num_tokens
 def test_the_unluckiest_group_just_fills_the_capacity(num_tokens, group_size, monkeypatch):
   monkeypatch.setattr(jax.random, 'uniform', lambda key, shape=(): jnp.zeros(shape))
   order = orders.RandomOrder(num_tokens, group_size)
-  masks = order.draw_mask(jax.random.key(0), jnp.arange(2 * group_size))
+  masks = order.sample_mask(jax.random.key(0), jnp.arange(2 * group_size))
   # Without rounding the strata's lowest ratios are cos(pi / 2 * 0 / G), cos(pi / 2 * 1 / G), ...
   bound = sum(np.cos(np.pi / 2 * np.arange(group_size) / group_size)) * num_tokens
   assert masks.reshape(2, -1).sum(1).tolist() == [order.capacity()] * 2
@@ -62,7 +62,7 @@ def test_the_unluckiest_group_just_fills_the_capacity(num_tokens, group_size, mo
 def test_uniform_draws_at_the_upper_end_still_mask_one_token(monkeypatch):
   almost_one = float(np.nextafter(np.float32(1), np.float32(0)))
   monkeypatch.setattr(jax.random, 'uniform', lambda key, shape=(): jnp.full(shape, almost_one))
-  masks = orders.RandomOrder(256, 8).draw_mask(jax.random.key(0), jnp.arange(8))
+  masks = orders.RandomOrder(256, 8).sample_mask(jax.random.key(0), jnp.arange(8))
   assert masks.sum(1).min() == 1
 
 
@@ -119,7 +119,7 @@ def test_masks_are_a_function_of_key_and_global_example_index():
 
 def test_raster_order_predicts_every_token_one_at_a_time():
   order = orders.RasterOrder(16, 4)
-  mask = order.draw_mask(jax.random.key(0), jnp.arange(8))
+  mask = order.sample_mask(jax.random.key(0), jnp.arange(8))
   assert mask.shape == (8, 16)
   assert mask.all()
   rows, valid = order.pack(mask)

@@ -9,8 +9,7 @@ import pytest
 import reference
 
 from fluid_jax import step
-from fluid_jax.models import orders
-from fluid_jax.models import sampling as generate
+from fluid_jax.models import orders, sampling
 
 NUM_DIFFUSION_STEPS = 10
 CASES = [
@@ -30,7 +29,7 @@ def make_sampling(config, **settings):
     'temperature': 0.9 if config.is_continuous else 3.0,
     'num_diffusion_steps': NUM_DIFFUSION_STEPS,
   }
-  return generate.Sampling(**defaults | settings)
+  return sampling.Sampling(**defaults | settings)
 
 
 def make_texts(config, num=3, seed=0):
@@ -53,7 +52,7 @@ def sampler(make_config, random_params):
   def make(order, tokens, **settings):
     config = make_config({'model.order': order, 'model.tokens': tokens})
     sampling = make_sampling(config, **settings)
-    draw = jax.jit(functools.partial(generate.generate, step.make_model(config), sampling=sampling))
+    draw = jax.jit(functools.partial(sampling.generate, step.make_model(config), sampling=sampling))
     return config, jax.tree.map(np.float32, random_params(config)), draw
 
   return make
@@ -178,7 +177,7 @@ def test_guidance_does_not_move_an_empty_text(sampler):
 @pytest.mark.parametrize('num_steps', [1, 2, 16, 63, 64, 200, 255, 256])
 def test_runs_cover_every_step_once_with_room_for_its_tokens(num_steps):
   counts = np.array(orders.RandomOrder(256, 8).counts(num_steps))
-  runs = generate._runs(counts)
+  runs = sampling._runs(counts)
   covered = np.concatenate([np.arange(num_steps)[run] for _, run in runs])
   np.testing.assert_array_equal(covered, np.arange(num_steps))
   widths = [width for width, _ in runs]
@@ -203,7 +202,7 @@ def test_every_one_of_256_tokens_is_drawn_once_as_scheduled(make_config, random_
   sampling = make_sampling(config, num_steps=num_steps, guidance_scale=1.0)
   draw = jax.jit(
     functools.partial(
-      generate.generate, step.make_model(config), sampling=sampling, progress=done.append
+      sampling.generate, step.make_model(config), sampling=sampling, progress=done.append
     )
   )
   _, drawn_at = draw(random_params(config), *make_texts(config), make_keys(5, 6, 7))

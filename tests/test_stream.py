@@ -189,7 +189,7 @@ def test_a_task_all_of_whose_records_are_broken_ends_the_mixture(tmp_path):
     shard.write_bytes(bytes(shard.stat().st_size))
   seqio.MixtureRegistry.add('half_sick', [('mixed_sound', 1), ('mixed_sick', 1)])
   with pytest.raises(errors.UserError, match=r"^every record of task 'mixed_sick' is broken"):
-    next(stream('half_sick', max_broken_share=0.1))
+    next(stream('half_sick', max_corrupt_fraction=0.1))
 
 
 # ---- Mirrored pictures ----
@@ -238,7 +238,7 @@ def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
     printed = commands.run_ok(
       '-m', 'fluid_jax.prepare', '--stage=ingest', '--source=folder', f'--path={root}/in',
       f'--out={root}/out', '--shard_bytes=400', '--workers=1',
-      '--validation_share=0',
+      '--validation_fraction=0',
     )  # fmt: skip
     assert 'kept 20 of 20 pairs' in printed
     found = stream(f'{root}/out', captions=True)

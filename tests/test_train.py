@@ -112,8 +112,8 @@ def test_a_run_writes_its_figures(whole):
       by_name.setdefault(name, {})[row['step']] = value
   for name in (
     'train/loss', 'train/learning_rate', 'train/grad_norm', 'train/param_norm',
-    'train/num_skipped', 'train/cut_text_share', 'speed/images_per_s', 'speed/tokens_per_s',
-    'speed/tflop_per_s', 'speed/share_of_peak', 'speed/data_wait_share',
+    'train/num_skipped', 'train/truncated_text_fraction', 'speed/images_per_s', 'speed/tokens_per_s',
+    'speed/tflop_per_s', 'speed/mfu', 'speed/data_wait_fraction',
   ):  # fmt: skip
     assert list(by_name[name]) == list(range(2, 21, 2)), name  # log_every
     assert np.isfinite(list(by_name[name].values())).all(), name

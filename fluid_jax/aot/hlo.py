@@ -60,7 +60,7 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Module:
   """Computations by name, each its instructions in the order in which they are issued."""
 
   computations: Mapping[str, Sequence[Instruction]]
@@ -95,7 +95,7 @@ class Timeline:
     return self.compute_seconds + self.exposed_seconds
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> Module:
   """A scheduled HLO module from `compiled.as_text()`."""
   computations, entry, current = {}, '', None
   for line in text.splitlines():
@@ -108,7 +108,7 @@ def parse(text: str) -> Program:
       current = None
     elif found := _INSTRUCTION.match(line):
       current.append(_instruction(found[1], found[2]))
-  return Program(computations, entry)
+  return Module(computations, entry)
 
 
 def _instruction(name: str, body: str) -> Instruction:
@@ -124,7 +124,7 @@ def _instruction(name: str, body: str) -> Instruction:
   return Instruction(name, shape, opcode, call[len(opcode) :])
 
 
-def flops(program: Program) -> float:
+def flops(program: Module) -> float:
   """FLOPs of all matrix products of one run; a multiply-add counts two."""
   memo: dict[str, float] = {}
 
@@ -145,7 +145,7 @@ def flops(program: Program) -> float:
   return of(program.entry)
 
 
-def trip_count(program: Program, loop: Instruction) -> int:
+def trip_count(program: Module, loop: Instruction) -> int:
   """How often a `while` runs: the bound in its condition (scans count from 0 by 1)."""
   condition = re.search(r'condition=%([\w.\-]+)', loop.rest)[1]
   bounds = [
@@ -199,7 +199,7 @@ def _product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float
 
 
 def timeline(
-  program: Program,
+  program: Module,
   clock_hz: float,
   collective_seconds: Callable[[str, float, np.ndarray | None], float],
 ) -> Timeline:
@@ -285,7 +285,7 @@ def _started(done: Instruction, pending: Mapping[str, tuple[float, str]]) -> str
 
 
 def _collective(
-  program: Program, instruction: Instruction
+  program: Module, instruction: Instruction
 ) -> tuple[str, tuple[str, float, np.ndarray | None] | None]:
   """What part an instruction has in a collective, and of which.
 

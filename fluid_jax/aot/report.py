@@ -35,8 +35,7 @@ from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, flops, main, sharding, step
-from fluid_jax import hardware as chips
+from fluid_jax import errors, flops, hardware, main, sharding, step
 from fluid_jax.aot import hlo
 from fluid_jax.encoders import frozen
 
@@ -66,7 +65,7 @@ _OPTION = flags.DEFINE_multi_string('compiler_option', [], 'Further options such
 def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
   """Descriptions of the devices of `num_slices` slices; UserError if there is no such slice."""
   try:
-    generation, shape = chips.slice_shape(topology)
+    generation, shape = hardware.slice_shape(topology)
   except ValueError as error:
     raise errors.UserError(f'--topology={error}') from error
   if importlib.util.find_spec('libtpu') is None:
@@ -77,11 +76,11 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
   try:
     description = topologies.get_topology_desc(
       platform='tpu',
-      topology_name=f'{generation}:{chips.dims_of(shape)}',
+      topology_name=f'{generation}:{hardware.dims_of(shape)}',
       # One device a chip; a host has 2 x 2 of them, or what a smaller slice has.
       chip_config_name='megacore' if len(shape) == 3 else 'default',
       chips_per_host_bounds=[min(2, side) for side in three[:2]] + [1],
-      wrap=(*chips.closes_into_rings(shape), False)[:3],
+      wrap=(*hardware.closes_into_rings(shape), False)[:3],
       num_slices=num_slices,
     )
   except (RuntimeError, ValueError) as error:
@@ -94,7 +93,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
 def compile_program(
   config: config_lib.Config, mesh: Mesh, what: str = 'train', options: dict[str, str] | None = None
 ) -> jax.stages.Compiled:
-  """The executable of the program that `step.build` or `step.build_sampler` makes."""
+  """The executable of the program that `step.build` or `step.make_sampler` makes."""
   if what == 'train':
     sharding.check_batch(config, mesh)
     program = step.build(config, mesh)
@@ -109,7 +108,7 @@ def compile_program(
         'change --config.train.batch_size or --mesh.',
         errors.DEVICES,
       )
-    traced = step.build_sampler(config, mesh).trace(*step.sampler_shapes(config, mesh))
+    traced = step.make_sampler(config, mesh).trace(*step.sampler_shapes(config, mesh))
   lowered = traced.lower(lowering_platforms=('tpu',))
   return lowered.compile(compiler_options=options or None)
 
@@ -128,7 +127,7 @@ def report(
   """
   devices = topology_devices(topology, num_slices)
   mesh = sharding.make_mesh(config, devices)
-  chip = chips.find(devices[0].device_kind)
+  chip = hardware.find(devices[0].device_kind)
   is_fast = jax.config.jax_optimization_level == 'O1'
   train = what == 'train'
   model_flops = (
@@ -204,7 +203,7 @@ def report(
 
 
 def _seconds(
-  chip: chips.Chip, mesh: Mesh, kind: str, size: float, groups: np.ndarray | None
+  chip: hardware.Chip, mesh: Mesh, kind: str, size: float, groups: np.ndarray | None
 ) -> float:
   """Time of one collective by its bytes: a ring over each axis of the torus that it spans."""
   devices = mesh.devices.reshape(-1)
@@ -219,7 +218,7 @@ def _seconds(
     for some in (members, devices)
   )
   # Flat slices have a third coordinate, of one value.
-  rings = chips.closes_into_rings(tuple(whole if whole[2] > 1 else whole[:2]))
+  rings = hardware.closes_into_rings(tuple(whole if whole[2] > 1 else whole[:2]))
   links = sum(
     2 if ring and part == side else 1
     for part, side, ring in zip(sides, whole, (*rings, False), strict=False)

@@ -74,7 +74,7 @@ class Stream:
     num_examples: number of examples of the split.
     step: the step of the next batch.
     arrays: names of the arrays of a batch but for `valid`.
-    num_cut: how many of our rows' texts of the last batch were longer than text_length.
+    num_truncated: how many of our rows' texts of the last batch were longer than text_length.
   """
 
   def __init__(
@@ -93,7 +93,7 @@ class Stream:
     rows: np.ndarray | None = None,
     shuffle: bool = True,
     captions: bool = False,
-    max_broken_share: float = 0.0,
+    max_corrupt_fraction: float = 0.0,
     random_flip: bool = False,
   ):
     """Opens the split; the first batch is that of `start_step`.
@@ -114,7 +114,7 @@ class Stream:
         one epoch in the stored order, with one language per example whatever the seed, and of a
         mixture all of one task after the other.
       captions: whether batches hold keys and texts.
-      max_broken_share: share of the split's records that may be broken, or not decode, before this
+      max_corrupt_fraction: share of the split's records that may be broken, or not decode, before this
         process gives up. Each of them is logged once, and the next whole record stands in its
         place, in every process and at every resumption alike. In the stored order, where all must
         be whole, the first ends it.
@@ -149,16 +149,16 @@ class Stream:
     self._rows = np.arange(batch_size) if rows is None else rows
     self.num_examples = int(self._sizes.sum())
     self.step = start_step
-    self.num_cut = 0
+    self.num_truncated = 0
     self._error = None
     self._random_flip = random_flip and shuffle
     self._broken: set[tuple[int, int]] = set()  # tasks and positions
     self._setting_aside = threading.Lock()
     self._readers = futures.ThreadPoolExecutor(_READERS)
-    allowed = math.ceil(max_broken_share * self.num_examples) if shuffle else 0
+    allowed = math.ceil(max_corrupt_fraction * self.num_examples) if shuffle else 0
     self._max_broken = min(allowed, self.num_examples - 1)
     dataset = self._dataset()
-    self.arrays = sorted(dataset.element_spec.keys() - {'is_cut'})
+    self.arrays = sorted(dataset.element_spec.keys() - {'is_truncated'})
     if random_flip and 'images' not in self.arrays:
       raise errors.UserError(
         f'examples of task {task_name!r} hold no pictures to mirror: leave data.random_flip off.'
@@ -240,7 +240,7 @@ class Stream:
       if (task, other) not in self._broken:
         try:
           return other, self.records[task][other]
-        except records.BrokenRecord as error:
+        except records.CorruptRecordError as error:
           self._set_aside(task, other, str(error))
     raise errors.UserError(
       f'every record of task {self._tasks[task].name!r} is broken: restore it.', errors.CORRUPT
@@ -257,7 +257,7 @@ class Stream:
     if len(self._broken) > self._max_broken:
       raise errors.UserError(
         f'{len(self._broken)} of the {self.num_examples} examples of task {self._name!r} are '
-        f'broken, the last one so: {reason} Raise data.max_broken_share to go on without them.',
+        f'broken, the last one so: {reason} Raise data.max_corrupt_fraction to go on without them.',
         errors.CORRUPT,
       )
     logging.warning('Set aside record %s: %s', self.records[task].key(position), reason)
@@ -339,7 +339,7 @@ class Stream:
       row['text_features'] = tf.pad(features, padding)
     elif length:
       ids = example['text']
-      row['is_cut'] = tf.size(ids) > length
+      row['is_truncated'] = tf.size(ids) > length
       ids = tf.concat([ids[:-1][: length - 1], ids[-1:]], 0)  # its end stays
       row['text_ids'] = tf.ensure_shape(tf.pad(ids, [[0, length - tf.size(ids)]]), [length])
     if self._captions:
@@ -370,8 +370,8 @@ class Stream:
           raise self._error from None
         self._find_undecoded(error)
         self._batches = iter(self._dataset().as_numpy_iterator())
-    if 'is_cut' in batch:
-      self.num_cut = int(batch.pop('is_cut').sum())
+    if 'is_truncated' in batch:
+      self.num_truncated = int(batch.pop('is_truncated').sum())
     batch['valid'] = self._valid(self._numbers(self.step)[self._rows])
     self.step += 1
     return batch
@@ -435,7 +435,7 @@ def open_config(config: config_lib.Config, split: str, **kwargs: Any) -> Stream:
     'text_length': config.text.length,
     'languages': config.data.languages,
     'module': config.data.module,
-    'max_broken_share': config.data.max_broken_share,
+    'max_corrupt_fraction': config.data.max_corrupt_fraction,
     'random_flip': config.data.random_flip,
     'vocabulary': config.text.vocabulary if config.text.source == 't5' else '',
   }

@@ -113,7 +113,7 @@ def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str 
   return payload, None if footer == _footer(payload) else 'is corrupt'
 
 
-class BrokenRecord(errors.UserError):
+class CorruptRecordError(errors.UserError):
   """One record fails its checksums or ends too early; its neighbours may be whole."""
 
 
@@ -220,7 +220,7 @@ class Records(Sequence):
 
     Raises:
       UserError: the shard or its entry cannot be read.
-      BrokenRecord: it ends too early, or the record fails one of its checksums.
+      CorruptRecordError: it ends too early, or the record fails one of its checksums.
     """
     shard, number = self._find(i)
     entry, path = self._entry(shard), self._directory / self._shards[shard]['file']
@@ -233,7 +233,7 @@ class Records(Sequence):
         errors.CORRUPT,
       ) from error
     if fault:
-      raise BrokenRecord(
+      raise CorruptRecordError(
         f'shard {path} {fault} at byte {offset} (record {entry.key(number)}): restore it or '
         'rebuild the set.',
         errors.CORRUPT,

@@ -2,7 +2,7 @@
 
 `pipeline.Stream` asks of a task of your own that its source is a `seqio.TFExampleDataSource` over
 shards that `records.Writer` wrote (`fluid_jax.prepare` turns other data into such), and that its
-preprocessors map each example to one example and draw at random only through `draw_text`.
+preprocessors map each example to one example and draw at random only through `sample_caption`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
     name = f'task {task.name!r}' if directory is None else str(directory)
     raise errors.UserError(
       f'{name} has no split {split!r}: use one of {", ".join(task.splits)}, or prepare it with a '
-      '--validation_share.'
+      '--validation_fraction.'
     )
   if directory is None:
     shards = task.source.list_shards(split)
@@ -188,7 +188,7 @@ def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
       preprocessors, features = [], {}
   elif 'ingest' in index:
     described = {'image': scalar, 'key': scalar, 'text': several, 'lang': several}
-    preprocessors = [seqio.map_over_dataset(draw_text, num_seeds=1), *tokenized]
+    preprocessors = [seqio.map_over_dataset(sample_caption, num_seeds=1), *tokenized]
     features = {'image': _picture(), 'text': text}
   else:
     raise errors.UserError(
@@ -249,7 +249,7 @@ def _add_emoji(name: str) -> None:
     preprocessors=[
       *([keep_subset] if select else []),
       seqio.map_over_dataset(_unpack_names),
-      seqio.map_over_dataset(draw_text, num_seeds=1),
+      seqio.map_over_dataset(sample_caption, num_seeds=1),
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
     ],
@@ -265,8 +265,8 @@ def _unpack_names(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
   return {**example, 'lang': tf.strings.split(lines[0]), 'text': lines[1:]}
 
 
-def draw_text(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-  """Keeps one of an example's texts; use it as `seqio.map_over_dataset(draw_text, num_seeds=1)`.
+def sample_caption(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+  """Keeps one of an example's texts; use it as `seqio.map_over_dataset(sample_caption, num_seeds=1)`.
 
   Args:
     example: `text` and `lang`, string [N]. `pipeline.Stream` adds `languages`, string [K], to

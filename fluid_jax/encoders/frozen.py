@@ -83,7 +83,7 @@ def forward_flops(config: config_lib.Config) -> dict[str, float]:
   """
   encoders, found = make(config), {'image': 0.0, 'text': 0.0}
   params = nn.unbox(jax.eval_shape(encoders.init))
-  if isinstance(encoders.image, tokenizers.Network) and not config.is_image_prepared:
+  if isinstance(encoders.image, tokenizers.NetworkTokenizer) and not config.is_image_prepared:
     side = config.image.size
     pictures = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     found['image'] = flops.traced_flops(encoders.image.encode_images, params['image'], pictures)

@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     """images_BxHxWx3 uint8 of tokens."""
 
 
-class Patches:
+class PatchTokenizer:
   """A patch tokenizer, whose few numbers are constants of the program."""
 
   def __init__(self, tokenizer: patches.PatchPCA | patches.PatchKMeans):
@@ -63,7 +63,7 @@ class Patches:
     return self.tokenizer.decode(tokens)
 
 
-class Network:
+class NetworkTokenizer:
   """A VAE or VQGAN, which encodes pictures, or whose outputs were prepared.
 
   Prepared are `image_moments` (means, then log variances) or `image_codes`. Without the network's
@@ -109,7 +109,7 @@ class Network:
       if 'image_codes' in made:
         return made['image_codes']
       moments = made['image_moments']
-    return (draw_latents(moments, key, example_B) - self.mean_C) * self.scale_C
+    return (sample_latents(moments, key, example_B) - self.mean_C) * self.scale_C
 
   def encode_images(self, params: Any, images_BxHxWx3: jax.Array) -> dict[str, jax.Array]:
     """What is prepared of uint8 pictures: image_codes_BxL int32 or image_moments_BxLx2C float32."""
@@ -123,7 +123,7 @@ class Network:
     return self.network.decode(params, tokens / self.scale_C + self.mean_C)
 
 
-def draw_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Array) -> jax.Array:
+def sample_latents(moments_BxLx2C: jax.Array, key: jax.Array, example_B: jax.Array) -> jax.Array:
   """latents_BxLxC; an example's noise depends on its global index alone."""
   shape = (moments_BxLx2C.shape[1], moments_BxLx2C.shape[2] // 2)
   noise_BxLxC = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(example_B)
@@ -161,14 +161,14 @@ def make(config: config_lib.Config) -> Tokenizer:
     _check_shape(config, name, network)
     mean = image.latent_mean or getattr(network, 'latent_mean', (0.0,))
     scale = image.latent_scale or getattr(network, 'latent_scale', (1.0,))
-    return Network(network, path, mean, scale, name == 'trained')
+    return NetworkTokenizer(network, path, mean, scale, name == 'trained')
   if config.is_image_prepared:
     if name != 'prepared':
       raise errors.UserError(
         f'image.tokenizer={image.tokenizer!r} names no network: write prepared:NAME:PATH with one '
         f'of {", ".join((*NETWORKS, "trained"))}.'
       )
-    return Network(None, '', image.latent_mean or (0.0,), image.latent_scale or (0.18215,))
+    return NetworkTokenizer(None, '', image.latent_mean or (0.0,), image.latent_scale or (0.18215,))
   kind = patches.PatchPCA if config.is_continuous else patches.PatchKMeans
   size = image.channels if config.is_continuous else image.vocab_size
   patch = image.size // config.grid_size
@@ -181,7 +181,7 @@ def make(config: config_lib.Config) -> Tokenizer:
       f'channels or codes, but the config asks for {kind.__name__}, {patch} and {size}: '
       'change image.size, image.num_tokens, image.channels or image.vocab_size.'
     )
-  return Patches(tokenizer)
+  return PatchTokenizer(tokenizer)
 
 
 def fits(config: config_lib.Config, network: kl_vae.KLVAE | vq.VQGAN) -> bool:

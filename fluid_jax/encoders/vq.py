@@ -23,7 +23,7 @@ LLAMAGEN = dataclasses.replace(TAMING, code_channels=8)
 _OTHERS = r'loss\.|quantize\.codebook_used$|model_ema\.'
 
 
-class Network(autoencoder.Autoencoder):
+class VQAutoencoder(autoencoder.Autoencoder):
   """An autoencoder with a codebook."""
 
   vocab_size: int = 8192
@@ -58,8 +58,8 @@ class VQGAN:
   dtype: Any = jnp.float32
 
   @property
-  def network(self) -> Network:
-    return Network(self.shape, self.dtype, vocab_size=self.vocab_size)
+  def network(self) -> VQAutoencoder:
+    return VQAutoencoder(self.shape, self.dtype, vocab_size=self.vocab_size)
 
   def encode(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
     """tokens_BxL int32 of uint8 pictures."""

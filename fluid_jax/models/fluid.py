@@ -63,7 +63,7 @@ class Fluid(nn.Module):
       (self.order.num_tokens, self.width),
     )
     # An unknown token in random order; the start token in raster order.
-    self.unknown_token = vector('unknown_token', self.width, axes=('embed',))
+    self.mask_token = vector('mask_token', self.width, axes=('embed',))
     self.null_text = vector('null_text', self.width, axes=('embed',))
     self.text_position_embedding = vector(
       'text_position_embedding', self.text_length, self.width, axes=('length', 'embed')
@@ -189,9 +189,9 @@ class Fluid(nn.Module):
       return jax.vmap(lambda i: function(jax.random.fold_in(key, i)))(example_B)
 
     return {
-      'mask_BxL': self.order.draw_mask(key_mask, example_B),
+      'mask_BxL': self.order.sample_mask(key_mask, example_B),
       'drop_B': per_example(lambda k: jax.random.bernoulli(k, drop_rate), key_drop),
-      **per_example(lambda k: self.head.draw_noise(k, self.order.num_tokens), key_noise),
+      **per_example(lambda k: self.head.sample_noise(k, self.order.num_tokens), key_noise),
     }
 
   # ---- sampling ----
@@ -213,15 +213,15 @@ class Fluid(nn.Module):
     `token` is the token before it, (B, 1, C) or (B, 1); at index 0 the start token is used.
     """
     x_Bx1xD = self.head.embed(token).astype(self.dtype)
-    x_Bx1xD = jnp.where(index == 0, self.unknown_token.astype(self.dtype), x_Bx1xD)
+    x_Bx1xD = jnp.where(index == 0, self.mask_token.astype(self.dtype), x_Bx1xD)
     x_Bx1xD += self.position_embedding[index].astype(self.dtype)
     x_Bx1xD, stacked = self.blocks.decode(x_Bx1xD, caches[0], text_kv[0], text_mask_BxT, index)
     x_Bx1xD, last = self.last_block.decode(x_Bx1xD, caches[1], text_kv[1], text_mask_BxT, index)
     return self.final_norm(x_Bx1xD), (stacked, last)
 
   def _inputs(self, tokens, mask_BxL):
-    unknown_D = self.unknown_token.astype(self.dtype)
-    x_BxLxD = self.order.inputs(self.head.embed(tokens), mask_BxL, unknown_D)
+    mask_token_D = self.mask_token.astype(self.dtype)
+    x_BxLxD = self.order.inputs(self.head.embed(tokens), mask_BxL, mask_token_D)
     return layers.split_by_example(x_BxLxD + self.position_embedding.astype(self.dtype))
 
 

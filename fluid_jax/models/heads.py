@@ -60,7 +60,7 @@ class DiffusionHead(nn.Module):
   def embed(self, tokens_BxLxC: jax.Array) -> jax.Array:
     return self.token_embedding(tokens_BxLxC)
 
-  def draw_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
+  def sample_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
     """The noise of one example: t_LxS int32, uniform over the times, and noise_LxSxC."""
     key_t, key_noise = jax.random.split(key)
     shape = (num_tokens, self.num_draws)
@@ -141,7 +141,7 @@ class SoftmaxHead(nn.Module):
   def embed(self, tokens_BxL: jax.Array) -> jax.Array:
     return self.token_embedding(tokens_BxL)
 
-  def draw_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
+  def sample_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
     return {}  # cross-entropy needs no noise
 
   def loss(

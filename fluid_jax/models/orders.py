@@ -27,7 +27,7 @@ class Order(abc.ABC):
     """Most positions that one group of examples can ask to be predicted."""
 
   @abc.abstractmethod
-  def draw_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
+  def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
     """True at the positions to predict; a function of `key` and the global example index.
 
     Args:
@@ -39,7 +39,7 @@ class Order(abc.ABC):
     """
 
   @abc.abstractmethod
-  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, unknown_D: jax.Array) -> jax.Array:
+  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, mask_token_D: jax.Array) -> jax.Array:
     """The decoder's inputs, in which no position sees what it predicts."""
 
   @abc.abstractmethod
@@ -74,7 +74,7 @@ class RandomOrder(Order):
   def capacity(self) -> int:
     return int(self._most_masked().sum())
 
-  def draw_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
+  def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
     key_group, key_ratio, key_position = jax.random.split(key, 3)
     group_B, member_B = example_B // self.group_size, example_B % self.group_size
 
@@ -90,8 +90,8 @@ class RandomOrder(Order):
 
     return jax.vmap(draw)(group_B, member_B, example_B)
 
-  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, unknown_D: jax.Array) -> jax.Array:
-    return jnp.where(mask_BxL[..., None], unknown_D, x_BxLxD)
+  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, mask_token_D: jax.Array) -> jax.Array:
+    return jnp.where(mask_BxL[..., None], mask_token_D, x_BxLxD)
 
   def counts(self, num_steps: int) -> list[int]:
     """MaskGIT's cosine schedule as MAR runs it: at least one token a step, the rest at the end."""
@@ -114,11 +114,11 @@ class RasterOrder(Order):
   def capacity(self) -> int:
     return self.group_size * self.num_tokens
 
-  def draw_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
+  def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
     return jnp.ones((example_B.shape[0], self.num_tokens), bool)
 
-  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, unknown_D: jax.Array) -> jax.Array:
-    start_Bx1xD = jnp.broadcast_to(unknown_D, (x_BxLxD.shape[0], 1, x_BxLxD.shape[2]))
+  def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, mask_token_D: jax.Array) -> jax.Array:
+    start_Bx1xD = jnp.broadcast_to(mask_token_D, (x_BxLxD.shape[0], 1, x_BxLxD.shape[2]))
     return jnp.concatenate([start_Bx1xD, x_BxLxD[:, :-1]], axis=1)
 
   def counts(self, num_steps: int) -> list[int]:

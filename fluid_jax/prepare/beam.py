@@ -20,8 +20,7 @@ from apache_beam.options import pipeline_options
 from etils import epath
 
 from fluid_jax.data import records
-from fluid_jax.prepare import images as pictures
-from fluid_jax.prepare import ingest
+from fluid_jax.prepare import images, ingest
 
 # A pair that is kept: its unit and place there, and all of `ingest.Kept`.
 _Row = tuple[int, int, tuple]
@@ -72,7 +71,7 @@ def _first(group: tuple[int, Iterable[_Row]]) -> _Row:
 def _pieces(row: _Row, distance: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
   """(which piece, its bits) and what is to be compared: order and perceptual hash."""
   kept = ingest.Kept(*row[2])
-  for number, piece in enumerate(pictures.pieces(np.array([kept.perceptual], np.uint64), distance)):
+  for number, piece in enumerate(images.pieces(np.array([kept.perceptual], np.uint64), distance)):
     yield (number, int(piece[0])), (kept.order, kept.perceptual)
 
 
@@ -81,7 +80,7 @@ def _alike(
 ) -> Iterator[tuple[int, None]]:
   """The places in the order of those that are like an earlier one of their group."""
   order, perceptual = np.array(sorted(set(group[1])), np.uint64).T
-  for dropped in order[pictures.near_duplicates(order, perceptual, distance)].tolist():
+  for dropped in order[images.near_duplicates(order, perceptual, distance)].tolist():
     yield dropped, None
 
 

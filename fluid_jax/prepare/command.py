@@ -19,8 +19,7 @@ from absl import flags
 
 from fluid_jax import errors, main, metrics
 from fluid_jax.data import records
-from fluid_jax.prepare import images as pictures
-from fluid_jax.prepare import ingest, sources, tables
+from fluid_jax.prepare import images, ingest, sources, tables
 
 _STAGE = flags.DEFINE_enum('stage', None, ['ingest', 'encode', 'measure'], 'What to do.')
 _OUT = flags.DEFINE_string('out', None, 'Where the set goes: a folder, or in a bucket.')
@@ -45,7 +44,7 @@ flags.DEFINE_list(
 flags.DEFINE_string('language', tables.UNKNOWN, 'ingest: of captions whose source tells none.')
 flags.DEFINE_string('split', None, 'ingest: the split of the set. Default: train.')
 flags.DEFINE_float(
-  'validation_share',
+  'validation_fraction',
   None,
   'ingest: share of the pairs to hold out. Default: 0.01 of a set to train on.',
   lower_bound=0,
@@ -67,7 +66,7 @@ flags.DEFINE_integer(
   -1,
   'ingest: keeps one of pictures whose 64-bit perceptual hashes differ in so few bits; -1: all.',
   lower_bound=-1,
-  upper_bound=pictures.MAX_DISTANCE,
+  upper_bound=images.MAX_DISTANCE,
 )
 flags.DEFINE_integer('shard_bytes', 256 << 20, 'ingest: of a shard, about.', lower_bound=1)
 _WORKERS = flags.DEFINE_integer('workers', os.cpu_count(), 'ingest: processes.', lower_bound=1)
@@ -87,8 +86,8 @@ def _options() -> ingest.Options:
   values['split'] = values['split'] or (
     'validation' if values['source'] in sources.COCO_SETS else 'train'
   )
-  if values['validation_share'] is None:
-    values['validation_share'] = 0.01 if values['split'] == 'train' else 0.0
+  if values['validation_fraction'] is None:
+    values['validation_fraction'] = 0.01 if values['split'] == 'train' else 0.0
   options = ingest.Options(
     **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
   )
@@ -107,7 +106,7 @@ def _ingest(out: str) -> None:
       told[what](done)
 
     peak = ingest.run(options, out, _WORKERS.value, progress)
-    metrics.say(f'peak memory of a worker {peak} MB')
+    metrics.log(f'peak memory of a worker {peak} MB')
   else:
     try:
       from fluid_jax.prepare import beam
@@ -118,20 +117,22 @@ def _ingest(out: str) -> None:
   counts = index['counts']
   sizes = {s: sum(shard['records'] for shard in shards) for s, shards in index['splits'].items()}
   kept, read = counts['pairs']['kept'], counts['pairs']['read']
-  metrics.say(f'{options.path}: kept {kept} of {read} pairs')
+  metrics.log(f'{options.path}: kept {kept} of {read} pairs')
   for name in ('pairs left out', 'captions left out', 'pictures repaired'):
     for reason, number in sorted(counts.get(name, {}).items(), key=lambda item: -item[1]):
       if number:
-        metrics.say(f'  {name}: {number}  {reason}')
+        metrics.log(f'  {name}: {number}  {reason}')
   if digest := index.get('captions_sha256'):
-    metrics.say(f'captions of {options.source}: sha256 {digest}')
-  metrics.say(
+    metrics.log(f'captions of {options.source}: sha256 {digest}')
+  metrics.log(
     f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}); what is broken is '
     f'in {ingest.QUARANTINE}, the histograms in {ingest.REPORT}; train on it with\n'
     f'  --config.data.task={out if "/" in out else f"./{out}"}'
   )
   if 'train' in sizes and 'validation' not in sizes:
-    metrics.say('  (but first hold some pairs out: training asks for them; see --validation_share)')
+    metrics.log(
+      '  (but first hold some pairs out: training asks for them; see --validation_fraction)'
+    )
 
 
 _PATHS = (FileNotFoundError, FileExistsError, PermissionError)
@@ -142,18 +143,18 @@ _UNITS = {'examine': 'units', 'gather': 'shards'}
 def _encode(out: str | None) -> None:
   import jax  # which workers of `ingest` need not load
 
-  from fluid_jax import distributed as processes
+  from fluid_jax import distributed
   from fluid_jax.prepare import encode
 
   config = main.read_config(sys.argv)
-  with processes.joined(main.PEER_TIMEOUT_S.value):
+  with distributed.initialize(main.PEER_TIMEOUT_S.value):
     encode.check_processes(config)
     if out is None:
       found = encode.measure(config, _NUM_EXAMPLES.value)
       lines = ['tokens have mean 0 and variance 1 with', *encode.as_flags(found)]
     else:
       lines = [f'wrote {out}; train on it with', *encode.encode(config, out)]
-    metrics.say('\n  '.join(lines), jax.process_index() == 0)
+    metrics.log('\n  '.join(lines), jax.process_index() == 0)
 
 
 def run() -> int:

@@ -18,8 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
-from fluid_jax import distributed as processes
-from fluid_jax import errors, metrics, sharding
+from fluid_jax import distributed, errors, metrics, sharding
 from fluid_jax.data import examples, pipeline, records, tasks
 from fluid_jax.encoders import frozen, tokenizers
 
@@ -36,7 +35,7 @@ class Encode:
       UserError: they are not of the config's shapes, cannot be read, or there is nothing to encode.
     """
     image = tokenizers.make(config)
-    if config.is_image_prepared or not isinstance(image, tokenizers.Network):
+    if config.is_image_prepared or not isinstance(image, tokenizers.NetworkTokenizer):
       raise errors.UserError(
         f'image.tokenizer={config.image.tokenizer!r} is no network to encode pictures with: name '
         f'one with its weights, as in sd_vae:vae.safetensors ({", ".join(tokenizers.NETWORKS)}).'
@@ -146,9 +145,9 @@ def as_flags(found: dict[str, list[float]]) -> list[str]:
 
 def check_processes(config: config_lib.Config) -> None:
   """UserError in all processes of a run if they do not encode the same."""
-  if processes.count() > 1:
-    facts = {'config': dataclasses.asdict(config), 'code': processes.code_facts()}
-    processes.agree(facts | {'encoders': frozen.file_facts(config)})
+  if distributed.count() > 1:
+    facts = {'config': dataclasses.asdict(config), 'code': distributed.code_facts()}
+    distributed.check_consistent(facts | {'encoders': frozen.file_facts(config)})
 
 
 def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[float]]:
@@ -208,10 +207,10 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   }
   if jax.process_index() == 0:
     records.Writer(out, **facts)
-  processes.meet('begun')
+  distributed.barrier('begun')
   parts = records.Writer(out, **facts)
   numbers = {split: _encode_split(program, parts, split) for split in task.splits}
-  processes.meet('encoded')
+  distributed.barrier('encoded')
   sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
   found = statistics(sums) if config.is_continuous and sums else {}
   if jax.process_index() == 0:
@@ -238,7 +237,7 @@ def _encode_split(program: Encode, parts: records.Writer, split: str) -> range:
     for number in range(num_parts)
     if not all(parts.has(split, number * count + other) for other in range(count))
   ]
-  processes.meet(f'found_{split}')
+  distributed.barrier(f'found_{split}')
   progress = None
   for number in missing:
     first = number * steps

@@ -34,7 +34,7 @@ _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError,
 _BROKEN += (TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError)
 
 
-class Refused(Exception):
+class RejectedError(Exception):
   """Why a pair is not taken: a few words to count by, and what was found."""
 
   def __init__(self, reason: str, found: str = ''):
@@ -62,34 +62,34 @@ def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
     store_side: if not 0, pictures whose shorter side is longer are made so small.
 
   Raises:
-    Refused: it is no picture, broken, animated or too large.
+    RejectedError: it is no picture, broken, animated or too large.
   """
   if not data:
-    raise Refused('picture is empty')
+    raise RejectedError('picture is empty')
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # of damaged metadata, which is not kept
       return _read(data, max_pixels, store_side)
-  except Refused:
+  except RejectedError:
     raise
   except MemoryError as error:
-    raise Refused('picture has too many pixels', str(error)) from error
+    raise RejectedError('picture has too many pixels', str(error)) from error
   except UnidentifiedImageError as error:  # whose words hold an address in memory
-    raise Refused('picture cannot be decoded', 'of no known format') from error
+    raise RejectedError('picture cannot be decoded', 'of no known format') from error
   except _BROKEN as error:
-    raise Refused('picture cannot be decoded', str(error)) from error
+    raise RejectedError('picture cannot be decoded', str(error)) from error
 
 
 def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
   image = Image.open(io.BytesIO(data), formats=_FORMATS)
   if image.width * image.height > max_pixels:
-    raise Refused('picture has too many pixels', f'{image.width} x {image.height}')
+    raise RejectedError('picture has too many pixels', f'{image.width} x {image.height}')
   if image.format not in ('JPEG', 'MPO') and getattr(image, 'is_animated', False):
-    raise Refused('picture is animated', f'{image.n_frames} frames')
+    raise RejectedError('picture is animated', f'{image.n_frames} frames')
   if image.format == 'PNG':
     Image.open(io.BytesIO(data), formats=('PNG',)).verify()  # checksums, which decoding leaves out
   if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > _MAX_SCANS:
-    raise Refused('picture has too many scans', str(data.count(b'\xff\xda')))
+    raise RejectedError('picture has too many scans', str(data.count(b'\xff\xda')))
   shorter_side = min(image.size)
   if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
     image.draft(None, (2 * store_side, 2 * store_side))

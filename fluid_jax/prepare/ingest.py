@@ -28,8 +28,7 @@ from etils import epath
 
 from fluid_jax import errors
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import images as pictures
-from fluid_jax.prepare import pairs, report, sources, tables
+from fluid_jax.prepare import images, pairs, report, sources, tables
 from fluid_jax.prepare import workers as workers_lib
 
 SCHEMA = {  # features of an example
@@ -63,7 +62,7 @@ class Options:
   columns: tuple[str, ...] = ()
   language: str = tables.UNKNOWN
   split: str = 'train'
-  validation_share: float = 0.0
+  validation_fraction: float = 0.0
   min_side: int = 1
   max_aspect: float = 0.0
   store_side: int = 0
@@ -82,8 +81,8 @@ class Options:
       raise errors.UserError('--min_score needs the column: give --columns=score=NAME.')
     if not self.split.isidentifier():
       raise errors.UserError(f'--split={self.split} is no word: name it train or validation.')
-    if self.validation_share and self.split != 'train':
-      raise errors.UserError('--validation_share is of --split=train: leave one of them out.')
+    if self.validation_fraction and self.split != 'train':
+      raise errors.UserError('--validation_fraction is of --split=train: leave one of them out.')
 
   def open_source(self) -> Any:
     columns = tables.Columns.parse(self.columns, self.language)
@@ -121,12 +120,12 @@ def clean_caption(text: str | bytes) -> str:
   """A caption in NFC on one line, without control characters.
 
   Raises:
-    Refused: it is not UTF-8.
+    RejectedError: it is not UTF-8.
   """
   try:
     text = text.decode() if isinstance(text, bytes) else text.encode().decode()
   except UnicodeError as error:
-    raise pictures.Refused('caption is not UTF-8') from error
+    raise images.RejectedError('caption is not UTF-8') from error
   text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
   text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in text)
   return ' '.join(text.split())
@@ -141,23 +140,23 @@ def clean_key(key: str) -> str:
 
 
 def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[str], list[str]]:
-  """The captions that are kept, and their languages; Refused with the last reason if none is."""
-  texts, langs, refused = [], [], pictures.Refused('no caption')
+  """The captions that are kept, and their languages; RejectedError with the last reason if none is."""
+  texts, langs, refused = [], [], images.RejectedError('no caption')
   found = zip(pair.texts, pair.langs, strict=True)
   for text, lang in itertools.islice(found, examples.MAX_VALUES):
     try:
       if not isinstance(text, str | bytes):
-        raise pictures.Refused('caption is no text')
+        raise images.RejectedError('caption is no text')
       if options.languages and lang not in map(tables.tag, options.languages):
-        raise pictures.Refused('languages')
+        raise images.RejectedError('languages')
       if len(text) > 16 * options.max_caption:  # whatever is cleaned away
-        raise pictures.Refused('max_caption')
+        raise images.RejectedError('max_caption')
       text = clean_caption(text)
       if len(text) < options.min_caption:
-        raise pictures.Refused('min_caption' if text else 'no caption')
+        raise images.RejectedError('min_caption' if text else 'no caption')
       if len(text) > options.max_caption:
-        raise pictures.Refused('max_caption')
-    except pictures.Refused as error:
+        raise images.RejectedError('max_caption')
+    except images.RejectedError as error:
       refused = error
       counts.add('captions left out', error.reason)
       continue
@@ -172,23 +171,23 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> Kept:
   """Checks, filters and repairs a pair.
 
   Raises:
-    Refused: it is not kept.
+    RejectedError: it is not kept.
   """
   texts, langs = _captions(pair, options, counts)
   score = math.nan if pair.score is None else pair.score
   if options.min_score is not None and not score >= options.min_score:
-    raise pictures.Refused('min_score')
-  picture = pictures.read(pair.image, max_pixels=options.max_pixels, store_side=options.store_side)
+    raise images.RejectedError('min_score')
+  picture = images.read(pair.image, max_pixels=options.max_pixels, store_side=options.store_side)
   shorter, longer = sorted((picture.width, picture.height))
   if picture.shorter_side < options.min_side:
-    raise pictures.Refused('min_side')
+    raise images.RejectedError('min_side')
   if options.max_aspect and longer > options.max_aspect * shorter:
-    raise pictures.Refused('max_aspect')
+    raise images.RejectedError('max_aspect')
   key = clean_key(pair.key)
   if not key:
-    raise pictures.Refused('no key')
+    raise images.RejectedError('no key')
   digest = hashlib.sha256(key.encode()).digest()
-  is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_share * 2**64
+  is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_fraction * 2**64
   features = {
     'image': picture.data,
     'key': key,
@@ -212,7 +211,7 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> Kept:
     key=key,
     order=int.from_bytes(digest[:8], 'big'),
     payload=examples.encode(features),
-    perceptual=pictures.perceptual_hash(picture.image) if options.near_duplicates >= 0 else 0,
+    perceptual=images.perceptual_hash(picture.image) if options.near_duplicates >= 0 else 0,
   )
 
 
@@ -231,7 +230,7 @@ def read_unit(
       try:
         yield examine(item, options, counts)
         continue
-      except pictures.Refused as error:
+      except images.RejectedError as error:
         reason, why = error.reason, str(error)
       except Exception as error:  # what nobody thought of costs a pair and not the set
         reason, why = 'pair cannot be read', f'pair cannot be read ({error!r})'
@@ -294,7 +293,7 @@ class Plan:
     counts.add('pairs left out', 'duplicate key', int(is_twin.sum()))
     table, run = table[~is_twin], run[~is_twin]
     if options.near_duplicates >= 0:
-      is_alike = pictures.near_duplicates(
+      is_alike = images.near_duplicates(
         table['order'], table['perceptual'], options.near_duplicates
       )
       counts.add('pairs left out', 'near duplicate', int(is_alike.sum()))

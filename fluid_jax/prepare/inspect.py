@@ -17,8 +17,7 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, main, sharding
-from fluid_jax import plots as labels
+from fluid_jax import errors, main, plots, sharding
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, tokenizers
 
@@ -43,7 +42,7 @@ def pictures(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np.ndar
   if 'images' in batch:
     return batch['images']
   tokenizer = tokenizers.make(config)
-  if isinstance(tokenizer, tokenizers.Network) and not tokenizer.path:
+  if isinstance(tokenizer, tokenizers.NetworkTokenizer) and not tokenizer.path:
     return None
   mesh = sharding.make_mesh(config)
   params = frozen.load(config, mesh)['image']
@@ -62,7 +61,7 @@ def draw(images: np.ndarray, texts: list[str]) -> Image.Image:
   for number, (image, text) in enumerate(zip(images, texts, strict=True)):
     x, y = number % columns * _CELL, number // columns * (_CELL + _LINE)
     picture = Image.fromarray(image).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-    text = labels.plain(text)
+    text = plots.plain(text)
     while text and canvas.textlength(text, font) > _CELL - 4:
       text = text[:-1]
     canvas.text((x + 2, y + _CELL + 2), text, fill='black', font=font)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fluid_jax import plots as labels
+from fluid_jax import plots
 
 _PANELS = (  # counter of `ingest.Counts`, and how its bars are ordered
   ('pairs left out', 'number'),
@@ -26,7 +26,7 @@ def draw(title: str, counts: Mapping[str, Mapping[str, int]]) -> Image.Image:
   picture = Image.new('RGB', size, 'white')
   canvas = ImageDraw.Draw(picture)
   font, bold = ImageFont.load_default(12), ImageFont.load_default(15)
-  canvas.text((_MARGIN, _MARGIN), labels.plain(title), 'black', bold)
+  canvas.text((_MARGIN, _MARGIN), plots.plain(title), 'black', bold)
   for panel, (name, order) in enumerate(_PANELS):
     left = _MARGIN + panel % _COLUMNS * _WIDTH
     top = 2 * _LINE + _MARGIN + panel // _COLUMNS * height
@@ -40,7 +40,7 @@ def draw(title: str, counts: Mapping[str, Mapping[str, int]]) -> Image.Image:
       y, more = top + _LINE * line + 4, ''
       if line == _BARS and len(shown) > _BARS:
         more, label = f'and {len(shown) - _BARS + 1} more', ''
-      canvas.text((left, y), more or labels.plain(label)[:28], 'black', font)
+      canvas.text((left, y), more or plots.plain(label)[:28], 'black', font)
       if label:
         length = round((_WIDTH - _LABEL - 80) * bars[label] / max(bars.values()))
         canvas.rectangle((left + _LABEL, y + 2, left + _LABEL + length, y + 13), '#4a7ab5')

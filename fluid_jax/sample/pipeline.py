@@ -18,9 +18,8 @@ from jax.experimental import multihost_utils
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, export, sharding, step
+from fluid_jax import checkpoint, errors, export, plots, sharding, step
 from fluid_jax import config as config_lib
-from fluid_jax import plots as labels
 from fluid_jax.encoders import frozen, text
 
 # Images are always drawn in batches of this size, the last one filled up: one program serves every
@@ -53,7 +52,7 @@ class Sampler:
     self._encoders = encoders
     self._decode = jax.jit(frozen.make(config).image.decode)
     self._label = ''
-    self._draw = step.build_sampler(config, progress=self._progress if show_progress else None)
+    self._draw = step.make_sampler(config, progress=self._progress if show_progress else None)
 
   def draw(
     self, params: Any, prompts: Sequence[str], seeds: Sequence[int]
@@ -103,7 +102,7 @@ def draw_grid(images: np.ndarray, prompts: Sequence[str], num_images: int) -> Im
     picture = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
     grid.paste(picture, (column * cell, row * (cell + line) + line))
   for row, prompt in enumerate(prompts):
-    canvas.text((4, row * (cell + line) + 2), labels.plain(prompt), fill='black', font=font)
+    canvas.text((4, row * (cell + line) + 2), plots.plain(prompt), fill='black', font=font)
   return grid
 
 

@@ -37,7 +37,7 @@ class Data:
   task: str = 'webli'  # name of a seqio task, or the path of a prepared set; its texts are not read
   module: str = ''  # Python module that registers it, if it is yours
   image_size: int = 256  # pixels a side
-  max_broken_share: float = 0.001  # of records, before training ends; others take their places
+  max_corrupt_fraction: float = 0.001  # of records, before training ends; others take their places
   random_flip: bool = False  # mirrors half of the pictures
 
 

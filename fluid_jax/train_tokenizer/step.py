@@ -176,7 +176,7 @@ def _train_step(
   codebook, discriminator = state.codebook, state.discriminator
   if codebook:
     codebook, codes_VxC, share = _move_codes(config, codebook, key, *encoded)
-    figures['codes_used_share'] = share
+    figures['codes_used_fraction'] = share
     network = network.replace(params={**network.params, 'codebook': codes_VxC})
   if config.losses.adversarial:
 
@@ -215,7 +215,7 @@ def _reconstruction(
   batch, height, width, _ = encoded.shape
   if isinstance(tokenizer, kl_vae.KLVAE):
     moments_BxLx2C = kl_vae.to_moments(encoded, tokenizer.patch)
-    latents_BxLxC = tokenizers.draw_latents(moments_BxLx2C, key, jnp.arange(batch))
+    latents_BxLxC = tokenizers.sample_latents(moments_BxLx2C, key, jnp.arange(batch))
     z_BxhxwxC = kl_vae.from_tokens(latents_BxLxC, tokenizer.patch)
     kl = tokenizer_losses.kl_divergence(moments_BxLx2C).mean() / x_BxHxWx3[0].size
     return network(z_BxhxwxC, method='decode'), {'kl': kl}, ()

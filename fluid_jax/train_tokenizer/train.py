@@ -24,8 +24,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import distributed as processes
-from fluid_jax import errors, flops, loop, main, metrics, sharding
+from fluid_jax import distributed, errors, flops, loop, main, metrics, sharding
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import kl_vae, patches, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
@@ -108,7 +107,7 @@ def _open_stream(
     image_size=config.data.image_size,
     text_length=0,
     module=config.data.module,
-    max_broken_share=config.data.max_broken_share,
+    max_corrupt_fraction=config.data.max_corrupt_fraction,
     random_flip=config.data.random_flip,
     rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
@@ -168,7 +167,7 @@ def evaluate(
     found = {key: value / count for key, value in sums.items()}
     if config.network.kind == 'vq':
       shares = counts_V[counts_V > 0] / counts_V.sum()
-      found['codes_used_share'] = len(shares) / len(counts_V)
+      found['codes_used_fraction'] = len(shares) / len(counts_V)
       found['code_perplexity'] = float(np.exp(-(shares * np.log(shares)).sum()))
     if metric:
       found |= metric.result()
@@ -237,7 +236,7 @@ def write(
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
     facts |= {'name': config.name, 'step': int(state.step)}
     trained.save(network, params, path, facts)
-  metrics.say(
+  metrics.log(
     f'wrote {path}; train Fluid on it with\n'
     f'  --config.image.tokenizer=trained:{path} --config.image.size={config.data.image_size} '
     f'--config.image.num_tokens={config.num_tokens}',
@@ -255,7 +254,7 @@ def run() -> int:
     return 0
   if not flags.FLAGS.workdir:
     raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  with processes.joined(main.PEER_TIMEOUT_S.value):
+  with distributed.initialize(main.PEER_TIMEOUT_S.value):
     return train(config, flags.FLAGS.workdir)
 
 

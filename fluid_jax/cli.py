@@ -1,0 +1,272 @@
+"""Command lines: one style of flags, --help and errors for every command.
+
+A command makes a `Parser`, adds its flags, and reads `sys.argv` with `Parser.read` or, if it takes
+--config, `Parser.read_config`:
+
+    parser = cli.Parser('python -m fluid_jax.main', 'Trains Fluid.', settings=config_lib.Config)
+    parser.add_argument('--workdir', help='folder for checkpoints and metrics')
+    args, config = parser.read_config(argv, config_lib.resolve)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import pathlib
+import re
+import textwrap
+import tokenize
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from absl import flags
+from ml_collections import config_flags
+
+import fluid_jax
+from fluid_jax import errors
+
+T = TypeVar('T')
+
+_PACKAGE = pathlib.Path(fluid_jax.__file__).parent
+# Installed packages hold the configs as fluid_jax/configs; a checkout has them at its top level.
+CONFIG_FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
+
+
+class Parser(argparse.ArgumentParser):
+  """Flags of one command. Wrong flags raise UserError; --help exits with 0."""
+
+  def __init__(self, command: str, description: str, settings: type | None = None):
+    """Makes a parser.
+
+    Args:
+      command: how it is called, such as 'python -m fluid_jax.main'.
+      description: what it does and an example, shown by --help.
+      settings: the dataclass of settings, for a command that takes --config.
+    """
+    super().__init__(
+      prog=command,
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    self._settings = settings
+    if settings is not None:
+      self.add_argument(
+        '--config',
+        help='config: a name (demo), a file (configs/demo.py), or either with a variant '
+        '(demo:order=raster,tokens=discrete)',
+      )
+      self.add_argument(
+        '--config.GROUP.NAME',
+        dest='_override',
+        metavar='VALUE',
+        help='override a setting, as in --config.train.num_steps=100; see the list below',
+      )
+
+  def format_help(self) -> str:
+    text = super().format_help()
+    if self._settings is not None:
+      text += f'\nsettings, with their defaults:\n{describe_settings(self._settings)}'
+    return text
+
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(f'{message} (see --help)')
+
+  def read(self, argv: Sequence[str]) -> argparse.Namespace:
+    """Parses `argv`, the words after the command.
+
+    Raises:
+      UserError: a flag is unknown or has a wrong value.
+    """
+    args, rest = self.parse_known_args(argv)
+    if rest:
+      self._reject(rest[0])
+    return args
+
+  def read_config(
+    self, argv: Sequence[str], resolve: Callable[[Mapping[str, Any]], T]
+  ) -> tuple[argparse.Namespace, T]:
+    """Parses `argv` and reads its config.
+
+    Args:
+      argv: the words after the command.
+      resolve: makes a checked config from the values, overrides included.
+
+    Raises:
+      UserError: a flag, the config file or a setting is wrong.
+    """
+    args, rest = self.parse_known_args(argv)
+    for word in rest:
+      if word.startswith('-') and not word.startswith('--config.'):
+        self._reject(word)
+    if not args.config:
+      raise errors.UserError(
+        f'--config is missing: give a name, such as --config=demo ({", ".join(config_names())}), '
+        'or a file.'
+      )
+    return args, resolve(load_config(args.config, rest))
+
+  def _reject(self, word: str) -> NoReturn:
+    if not word.startswith('-'):
+      raise errors.UserError(f'{word!r} is not a flag: flags begin with -- (see --help).')
+    name = word.partition('=')[0]
+    close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise errors.UserError(f'unknown flag {name}{hint} (see --help)')
+
+
+def config_names() -> list[str]:
+  """Names of the configs that come with the package."""
+  folder = next((folder for folder in CONFIG_FOLDERS if folder.is_dir()), None)
+  return sorted(path.stem for path in folder.glob('*.py')) if folder else []
+
+
+def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+  """Values of a config, unresolved.
+
+  Args:
+    value: a name, a file, or either with ':' and a variant.
+    overrides: '--config.a.b=value' words.
+
+  Raises:
+    UserError: there is no such config, it fails, or an override does not fit it.
+  """
+  name, colon, variant = value.partition(':')
+  path = _find_config(name)
+  words = ['', f'--config={path}{colon}{variant}', *overrides]
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=words)
+  try:
+    with contextlib.redirect_stderr(io.StringIO()):  # absl prints beside what it raises
+      rest = values(words)
+    config = holder.value.to_dict()
+  except errors.UserError:
+    raise
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    if _raised_in(error, path):
+      raise _config_failed(path, error) from error
+    # The libraries name the flag or key and may suggest another.
+    reason = error.args[0] if error.args else error
+    if isinstance(reason, KeyError):  # ml_collections' error for a key that does not exist
+      reason = f'the config has no key {reason.args[0]}'
+    reason = ': '.join(line.strip() for line in str(reason).splitlines())
+    raise errors.UserError(f'{reason} (see --help)') from error
+  except Exception as error:
+    raise _config_failed(path, error) from error
+  if rest[1:]:
+    raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with -- (see --help).')
+  return config
+
+
+def _find_config(name: str) -> pathlib.Path:
+  path = pathlib.Path(name)
+  if path.is_file():
+    return path
+  if re.fullmatch(r'\w+', name):
+    for folder in CONFIG_FOLDERS:
+      if (folder / f'{name}.py').is_file():
+        return folder / f'{name}.py'
+  if path.with_suffix('.py').is_file():
+    raise errors.UserError(f'--config={name} is not a file: did you mean {path}.py?')
+  close = difflib.get_close_matches(path.stem, config_names(), n=1)
+  hint = f'did you mean {close[0]}?' if close else f'known names: {", ".join(config_names())}.'
+  raise errors.UserError(f'--config={name} is neither a file nor the name of a config; {hint}')
+
+
+def _raised_in(error: BaseException, path: pathlib.Path) -> int:
+  """The last line of a file that an error came through; 0 if it did not."""
+  line, frame = 0, error.__traceback__
+  while frame is not None:
+    if frame.tb_frame.f_code.co_filename == str(path):
+      line = frame.tb_lineno
+    frame = frame.tb_next
+  return line
+
+
+def _config_failed(path: pathlib.Path, error: Exception) -> errors.UserError:
+  line = getattr(error, 'lineno', None) or _raised_in(error, path)
+  reason = str(getattr(error, 'msg', error)).splitlines()
+  return errors.UserError(
+    f'{path}, line {line}: {type(error).__name__}: {reason[0] if reason else ""}; '
+    'correct the config file.'
+  )
+
+
+def describe_settings(settings: type) -> str:
+  """One line for each setting of a dataclass of groups: name, default, and its comment."""
+  lines = []
+  for field in dataclasses.fields(settings):
+    group = getattr(settings(), field.name)
+    if not dataclasses.is_dataclass(group):
+      lines.append(_setting(field.name, group, ''))
+      continue
+    comments = {}
+    for cls in reversed(type(group).__mro__[:-1]):
+      comments |= _comments(cls)
+    for inner in dataclasses.fields(group):
+      comment = comments.get(inner.name, '')
+      lines.append(_setting(f'{field.name}.{inner.name}', getattr(group, inner.name), comment))
+  return '\n'.join(lines) + '\n'
+
+
+def _setting(name: str, default: Any, comment: str) -> str:
+  head = f'  {name:<32} {default!r:<18} '
+  return (
+    textwrap.fill(
+      comment, 100, initial_indent=head, subsequent_indent=' ' * 53, break_long_words=False
+    )
+    if comment
+    else head.rstrip()
+  )
+
+
+def _comments(cls: type) -> dict[str, str]:
+  """Comments of a dataclass's fields by name: those above a field, and that at its end."""
+  found, above, name = {}, [], None
+  source = textwrap.dedent(inspect.getsource(cls))
+  at_start = True
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    if token.type == tokenize.COMMENT:
+      text = token.string.lstrip('# ')
+      if name is None:
+        above.append(text)
+      else:
+        found[name] = ' '.join([found.get(name, ''), text]).strip()
+    elif token.type == tokenize.NAME and at_start and token.line.strip().startswith(token.string):
+      name = token.string if re.match(rf'\s*{token.string}\s*:', token.line) else name
+      if name == token.string:
+        found[name] = ' '.join(above)
+        above = []
+    if token.type == tokenize.NEWLINE:
+      name, at_start = None, True
+    elif token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
+      at_start = False
+  return found
+
+
+def add_run_flags(parser: Parser) -> None:
+  """The flags of commands that train."""
+  parser.add_argument('--workdir', help='folder for checkpoints and metrics')
+  parser.add_argument(
+    '--print_config', action='store_true', help='print the resolved config as JSON and exit'
+  )
+  parser.add_argument(
+    '--validate_only',
+    action='store_true',
+    help='check the config, print parameters, FLOPs and bytes, and exit; uses no device',
+  )
+  add_process_flags(parser)
+
+
+def add_process_flags(parser: Parser) -> None:
+  """The flags of commands that may run as several processes."""
+  parser.add_argument(
+    '--peer_timeout_s',
+    type=int,
+    # Far more than a busy host or network takes, far less than a pod's time is worth.
+    default=60,
+    metavar='SECONDS',
+    help='seconds without a heartbeat after which another process counts as lost (default: 60)',
+  )

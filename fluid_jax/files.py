@@ -1,0 +1,45 @@
+"""Files that are either whole or absent, and one error for those that cannot be written."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from fluid_jax import errors
+
+
+def write(path: epath.PathLike, data: bytes | str) -> None:
+  """Writes a file so that readers see the old content or all of the new.
+
+  Args:
+    path: local, or in a bucket.
+    data: bytes, or text to be stored as UTF-8.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = epath.Path(path)
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def writing(
+  path: os.PathLike[str] | str, kinds: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+  """Turns a failed write to `path` into a UserError (exit code 6).
+
+  Args:
+    path: what is written, for the message.
+    kinds: exceptions of the library that writes, besides OSError.
+  """
+  try:
+    yield
+  except (OSError, *kinds) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise errors.UserError(
+      f'{path} cannot be written ({reason}): free some space, or give a path that you can write to.',
+      errors.STORAGE,
+    ) from error
