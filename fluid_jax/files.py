@@ -40,6 +40,6 @@ def writing(
   except (OSError, *kinds) as error:
     reason = getattr(error, 'strerror', None) or error
     raise errors.UserError(
-      f'{path} cannot be written ({reason}): free some space, or give a path that you can write to.',
+      f'{path} cannot be written ({reason}): free some space or give a writable path.',
       errors.STORAGE,
     ) from error
