@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each with the exit code that a scheduler acts on."""
+"""Errors that the user can fix, and the exit codes of all commands."""
 
 import errno
 import sys
@@ -6,20 +6,28 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-# Exit codes: 0 done, 42 preempted and saved, 128 and above crash; 1 to 41 are permanent, so that
-# a scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on them.
-CONFIG = 2  # a wrong config, flag or prompt
-DEVICES = 3  # a mesh that does not fit the devices, or processes that cannot find each other
-MISMATCH = 4  # a checkpoint, workdir or process of another config
-CORRUPT = 5  # broken or missing data or checkpoint files
-STORAGE = 6  # an unwritable or full disk
+# Exit codes:
+#   0              finished
+#   1 to 41        permanent error: a restart cannot fix it
+#   42             preempted: the state is saved, and the same command resumes
+#   128 and above  crash or signal
+# A scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on a permanent
+# error.
+CONFIG = 2  # wrong config, flag or prompt
+DEVICES = 3  # the mesh does not fit the devices, or the processes cannot connect to each other
+MISMATCH = 4  # the checkpoint, the workdir or another process has a different config
+CORRUPT = 5  # data or a checkpoint is corrupt or missing
+STORAGE = 6  # the disk is full or not writable
 PREEMPTED = 42
-INTERRUPTED = 130
+INTERRUPTED = 130  # Ctrl-C
 CRASH = 134
 
 
 class UserError(Exception):
-  """One sentence that says what is wrong and how to mend it; ends the program with `exit_code`."""
+  """An error that the user can fix; `run` prints it and exits with `exit_code`.
+
+  The message is one sentence that says what is wrong and what to do.
+  """
 
   def __init__(self, message: str, exit_code: int = CONFIG):
     super().__init__(message)
@@ -27,24 +35,30 @@ class UserError(Exception):
 
 
 def and_more(items: Sequence[str], limit: int = 3, separator: str = '; ') -> str:
-  """The first `limit` items in one line, and how many more there are."""
+  """Joins the first `limit` items; if there are others, adds "and N more"."""
   more = f' and {len(items) - limit} more' if len(items) > limit else ''
   return separator.join(items[:limit]) + more
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-  """Ends the process with what `main` returns, or with an error's sentence and exit code."""
+  """Calls `main` and exits with its return value, or with the exit code of its error.
+
+  A UserError, Ctrl-C or a full disk prints one line; any other exception prints a traceback.
+  """
   try:
     code = main() or 0
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = error.exit_code
   except KeyboardInterrupt:
-    print('error: interrupted: the same command goes on where it was.', file=sys.stderr)
+    print('error: interrupted; the same command resumes.', file=sys.stderr)
     code = INTERRUPTED
   except Exception as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-      print(f'error: the disk is full ({error}): make room and run it again.', file=sys.stderr)
+      print(
+        f'error: the disk is full ({error}): free some space and run the same command again.',
+        file=sys.stderr,
+      )
       code = STORAGE
     else:
       traceback.print_exc()

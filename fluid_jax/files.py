@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and one error for those that cannot be written."""
+"""Atomic file writes, and one error for paths that cannot be written."""
 
 import contextlib
 import os
@@ -10,30 +10,46 @@ from fluid_jax import errors
 
 
 def write(path: epath.PathLike, data: bytes | str) -> None:
-  """Writes a file so that readers see the old content or all of the new.
+  """Writes a file atomically: readers see the old content or all of the new content.
+
+  A local file is on the disk when this function returns, so it survives a crash of the machine.
 
   Args:
-    path: local, or in a bucket.
-    data: bytes, or text to be stored as UTF-8.
+    path: a local path or a URL of object storage (gs://...).
+    data: bytes, or text to store as UTF-8.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
   """
   path = epath.Path(path)
   temporary = path.with_name(f'{path.name}.tmp')
   temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+  is_local = '://' not in os.fspath(path)
+  if is_local:
+    fsync(temporary)
   temporary.replace(path)
+  if is_local:
+    fsync(path.parent)  # the rename itself is in the directory
+
+
+def fsync(path: os.PathLike[str] | str) -> None:
+  """Flushes a local file or directory to the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 @contextlib.contextmanager
 def writing(
   path: os.PathLike[str] | str, kinds: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-  """Turns a failed write to `path` into a UserError (exit code 6).
+  """Turns a failed write into a UserError (exit code 6).
 
   Args:
-    path: what is written, for the message.
-    kinds: exceptions of the library that writes, besides OSError.
+    path: the file or directory to name in the message.
+    kinds: exceptions that the writing library raises in addition to OSError.
   """
   try:
     yield

@@ -1,4 +1,4 @@
-"""Checkpoints under flipped bits, cut-off saves, full disks, other models and other meshes."""
+"""Checkpoints: flipped bits, interrupted saves, full disks, other models and other meshes."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import pytest
 
-from fluid_jax import checkpoint, errors
+from fluid_jax import checkpoint, errors, manifest
 
 CONFIG = {'model': {'width': 8, 'order': 'random'}, 'learning_rate': 3e-4}
 
@@ -37,7 +37,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def make_state(seed: int) -> State:
-  """A state whose every leaf depends on `seed`."""
+  """Returns a state in which every leaf depends on `seed`."""
   rng = np.random.default_rng(seed)
 
   def params():
@@ -55,7 +55,7 @@ def make_state(seed: int) -> State:
 
 
 def small_state(seed: int) -> dict:
-  """Two fields, to have fewer files."""
+  """Returns a state with only two fields, for fewer files."""
   return {
     'ema_params': {'w': jnp.asarray(np.random.default_rng(seed).normal(size=(16,)), jnp.float32)},
     'step': jnp.int32(seed),
@@ -82,7 +82,7 @@ def save_steps(directory, *steps, make=small_state, keep=5):
 
 
 def restore(directory, state, **kwargs):
-  """What a fresh process would get."""
+  """Restores with a new Checkpointer, as a new process does."""
   with contextlib.closing(checkpoint.Checkpointer(directory, keep=5, config=CONFIG)) as loader:
     return loader.restore(abstract(state), **kwargs)
 
@@ -93,7 +93,7 @@ def files_of(directory, step):
 
 @contextlib.contextmanager
 def changed(path, new_bytes):
-  """The file with other bytes, or without it if `new_bytes` is None."""
+  """Replaces the content of a file, or deletes the file if `new_bytes` is None, for a while."""
   old = path.read_bytes()
   path.unlink() if new_bytes is None else path.write_bytes(new_bytes)
   try:
@@ -121,7 +121,7 @@ def test_round_trip_is_bit_equal(tmp_path, with_ema):
   expected = jax.tree.map(np.copy, expected)
   with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep=1, config=CONFIG)) as saver:
     saver.save(7, state, {'example': 96, 'epoch': np.int32(2)})
-    # The next train step overwrites the state's memory while the save goes on.
+    # The next train step overwrites the memory of the state during the save.
     jax.block_until_ready(
       jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     )
@@ -132,34 +132,34 @@ def test_round_trip_is_bit_equal(tmp_path, with_ema):
   assert step == 7
 
 
-def test_manifest_tells_the_whole_step(tmp_path):
+def test_manifest_describes_the_step(tmp_path):
   save_steps(tmp_path, 10, make=make_state)
-  manifest = json.loads((tmp_path / '00000010' / checkpoint.MANIFEST).read_text())
-  assert manifest['step'] == 10
-  assert manifest['config'] == CONFIG
-  assert manifest['data_state'] == {'example': 320}
-  assert manifest['versions']['jax'] == jax.__version__
-  assert manifest['tree']['params/scale'] == 'bfloat16[8]'
-  assert manifest['tree']['opt_state/1/0/mu/block/kernel'] == 'float32[4,8]'
-  assert len(manifest['tree']) == len(jax.tree.leaves(make_state(10)))
-  assert manifest['files'] == {
+  content = json.loads((tmp_path / '00000010' / manifest.FILENAME).read_text())
+  assert content['step'] == 10
+  assert content['config'] == CONFIG
+  assert content['data_state'] == {'example': 320}
+  assert content['versions']['jax'] == jax.__version__
+  assert content['tree']['params/scale'] == 'bfloat16[8]'
+  assert content['tree']['opt_state/1/0/mu/block/kernel'] == 'float32[4,8]'
+  assert len(content['tree']) == len(jax.tree.leaves(make_state(10)))
+  assert content['files'] == {
     file.relative_to(tmp_path / '00000010').as_posix(): {
       'size': len(file.read_bytes()),
       'sha256': hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     for file in files_of(tmp_path, 10)
-    if file.name != checkpoint.MANIFEST
+    if file.name != manifest.FILENAME
   }
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_returns_none_without_a_checkpoint(tmp_path):
   assert restore(tmp_path / 'absent', small_state(0)) is None
   save_steps(tmp_path, 10)
-  (tmp_path / '00000010' / checkpoint.MANIFEST).unlink()
+  (tmp_path / '00000010' / manifest.FILENAME).unlink()
   assert restore(tmp_path, small_state(0)) is None
 
 
-def test_flipped_bits_are_refused(two_steps, caplog):
+def test_flipped_bits_are_detected(two_steps, caplog):
   rng = random.Random(0)
   files = files_of(two_steps, 20)
   chosen = [file for file in files if file.stat().st_size] * 60
@@ -170,13 +170,13 @@ def test_flipped_bits_are_refused(two_steps, caplog):
       restored, data_state, step = restore(two_steps, small_state(0))
     assert (step, data_state) == (10, {'example': 320}), file
     assert_same_bits(restored, small_state(10))
-    [message] = [r.getMessage() for r in caplog.records if 'passed over' in r.getMessage()]
-    assert message.startswith('Took step 10 and passed over step 20')
+    [message] = [r.getMessage() for r in caplog.records if 'skipped' in r.getMessage()]
+    assert message.startswith('Using step 10; skipped step 20')
     assert str(file) in message
   assert restore(two_steps, small_state(0))[2] == 20
 
 
-def test_truncated_and_missing_files_are_refused(two_steps):
+def test_truncated_and_missing_files_are_detected(two_steps):
   loader = checkpoint.Checkpointer(two_steps, keep=5, config=CONFIG)
   for file in files_of(two_steps, 20):
     data = file.read_bytes()
@@ -189,7 +189,7 @@ def test_truncated_and_missing_files_are_refused(two_steps):
   assert loader.find() == 20
 
 
-def test_sizes_alone_can_be_verified(two_steps):
+def test_verify_size_compares_only_sizes(two_steps):
   loader = checkpoint.Checkpointer(two_steps, keep=5, config=CONFIG, verify='size')
   file = two_steps / '00000020' / '_CHECKPOINT_METADATA'
   with changed(file, flip(file.read_bytes(), 9)):
@@ -198,7 +198,7 @@ def test_sizes_alone_can_be_verified(two_steps):
     assert loader.find() == 10
 
 
-def test_a_damaged_step_that_was_asked_for_is_refused(two_steps):
+def test_restoring_a_given_corrupt_step_fails(two_steps):
   file = max(files_of(two_steps, 20)[1:], key=lambda file: file.stat().st_size)
   old = file.read_bytes()
   new = flip(old, 100)
@@ -207,15 +207,18 @@ def test_a_damaged_step_that_was_asked_for_is_refused(two_steps):
   assert caught.value.exit_code == errors.CORRUPT
   for part in [str(file), hashlib.sha256(old).hexdigest(), hashlib.sha256(new).hexdigest()]:
     assert part in str(caught.value)
-  with pytest.raises(errors.UserError, match=r'steps \[10, 20\], cannot give step 15'):
+  with pytest.raises(errors.UserError, match=r'cannot restore step 15 .* has the steps \[10, 20\]'):
     restore(two_steps, small_state(0), step=15)
   assert restore(two_steps, small_state(0), step=10)[2] == 10
 
 
-def test_damaged_steps_only_are_an_error_and_stay(tmp_path):
+def test_only_corrupt_steps_is_an_error_and_keeps_their_files(tmp_path):
   save_steps(tmp_path, 10)
   file = files_of(tmp_path, 10)[-1]
-  with changed(file, b''), pytest.raises(errors.UserError, match='cannot give step 10') as caught:
+  with (
+    changed(file, b''),
+    pytest.raises(errors.UserError, match='cannot restore step 10') as caught,
+  ):
     restore(tmp_path, small_state(0))
   assert caught.value.exit_code == errors.CORRUPT
   assert restore(tmp_path, small_state(0))[2] == 10
@@ -229,27 +232,27 @@ def with_leaf(name, leaf):
 MISMATCHES = {
   'shape': (
     with_leaf('scale', jax.ShapeDtypeStruct((9,), jnp.bfloat16)),
-    'params/scale is bfloat16[8] there and bfloat16[9] here',
+    'params/scale: bfloat16[8] in the checkpoint, bfloat16[9] here',
   ),
   'dtype': (
     with_leaf('scale', jax.ShapeDtypeStruct((8,), jnp.float32)),
-    'params/scale is bfloat16[8] there and float32[8] here',
+    'params/scale: bfloat16[8] in the checkpoint, float32[8] here',
   ),
   'missing': (
     with_leaf('bias', jax.ShapeDtypeStruct((8,), jnp.float32)),
-    'params/bias is absent there and float32[8] here',
+    'params/bias: missing in the checkpoint, float32[8] here',
   ),
   'extra': (
     with_leaf('block', {}),
-    'params/block/kernel is float32[4,8] there and absent here',
+    'params/block/kernel: float32[4,8] in the checkpoint, missing here',
   ),
   'no_ema': (
     abstract(make_state(0)).replace(ema_params=None),
-    'ema_params/block/kernel is float32[4,8] there and absent here; ema_params/scale is',
+    'ema_params/block/kernel: float32[4,8] in the checkpoint, missing here; ema_params/scale: ',
   ),
   'optimizer': (
     abstract(make_state(0)).replace(opt_state=abstract(optax.sgd(1.0, 0.9).init(jnp.zeros(3)))),
-    'opt_state/0/trace is absent there and float32[3] here; opt_state/1/0/count is int32[] there',
+    'opt_state/0/trace: missing in the checkpoint, float32[3] here; opt_state/1/0/count: int32',
   ),
 }
 
@@ -262,7 +265,7 @@ def train_directory(tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', MISMATCHES)
-def test_another_state_is_refused(train_directory, case):
+def test_restoring_a_different_state_fails(train_directory, case):
   wanted, text = MISMATCHES[case]
   loader = checkpoint.Checkpointer(train_directory, keep=5, config=CONFIG)
   with pytest.raises(errors.UserError) as caught:
@@ -271,13 +274,13 @@ def test_another_state_is_refused(train_directory, case):
   assert text in str(caught.value)
 
 
-def test_long_lists_of_differences_are_cut(train_directory):
+def test_long_lists_of_differences_are_shortened(train_directory):
   loader = checkpoint.Checkpointer(train_directory, keep=5, config=CONFIG)
   with pytest.raises(errors.UserError, match='and 2 more'):
     loader.restore({'params': {str(i): jax.ShapeDtypeStruct((), jnp.int32) for i in range(5)}})
 
 
-def test_one_field_is_restored_from_its_own_files(train_directory, tmp_path):
+def test_one_field_is_restored_from_only_its_files(train_directory, tmp_path):
   shutil.copytree(train_directory, tmp_path, dirs_exist_ok=True)
   for part in ['params', 'opt_state', 'step']:
     shutil.rmtree(tmp_path / '00000020' / part)
@@ -292,11 +295,11 @@ def test_one_field_is_restored_from_its_own_files(train_directory, tmp_path):
     assert restore(tmp_path, wanted)[2] == 10
 
 
-def test_config_of_a_directory(two_steps):
+def test_read_config(two_steps):
   assert checkpoint.read_config(two_steps) == CONFIG
   assert checkpoint.read_config(two_steps, step=10) == CONFIG
-  manifest = two_steps / '00000020' / checkpoint.MANIFEST
-  with changed(manifest, manifest.read_bytes().replace(b'random', b'raster')):
+  file = two_steps / '00000020' / manifest.FILENAME
+  with changed(file, file.read_bytes().replace(b'random', b'raster')):
     assert checkpoint.read_config(two_steps) == CONFIG
     with pytest.raises(errors.UserError, match='no checkpoint of step 20'):
       checkpoint.read_config(two_steps, step=20)
@@ -305,7 +308,7 @@ def test_config_of_a_directory(two_steps):
   assert caught.value.exit_code == errors.CORRUPT
 
 
-def test_retention_counts_verified_steps_only(tmp_path):
+def test_corrupt_steps_do_not_count_as_kept(tmp_path):
   save_steps(tmp_path, 1, 2, 3, 4, keep=3)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['00000002', '00000003', '00000004']
   files_of(tmp_path, 3)[-1].write_bytes(b'')
@@ -319,7 +322,7 @@ def test_retention_counts_verified_steps_only(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['00000005', '00000006']
 
 
-def test_damaged_step_is_replaced_when_training_comes_to_it_again(two_steps):
+def test_corrupt_step_is_replaced_when_training_reaches_it_again(two_steps):
   files_of(two_steps, 20)[-1].write_bytes(b'')
   with contextlib.closing(checkpoint.Checkpointer(two_steps, keep=2, config=CONFIG)) as saver:
     assert saver.restore(abstract(small_state(0)))[2] == 10
@@ -346,8 +349,8 @@ def test_saving_a_step_twice(two_steps):
   assert files_of(two_steps, 30) == before
 
 
-def test_writers_remove_cut_off_steps_and_readers_do_not(two_steps, caplog):
-  (two_steps / '00000020' / checkpoint.MANIFEST).unlink()
+def test_saving_removes_incomplete_steps_and_restoring_does_not(two_steps, caplog):
+  (two_steps / '00000020' / manifest.FILENAME).unlink()
   (two_steps / '00000010').rename(two_steps / '00000030')
   (two_steps / '00000030.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
   (two_steps / '00000005.deleted').mkdir()
@@ -360,11 +363,11 @@ def test_writers_remove_cut_off_steps_and_readers_do_not(two_steps, caplog):
     assert f'Removing {two_steps / name},' in caplog.text
 
 
-def test_a_manifest_that_cannot_be_read_today_is_not_removed(two_steps, monkeypatch):
+def test_step_with_a_temporarily_unreadable_manifest_is_not_removed(two_steps, monkeypatch):
   read_bytes = pathlib.Path.read_bytes
 
   def fail(path):
-    if path == two_steps / '00000010' / checkpoint.MANIFEST:
+    if path == two_steps / '00000010' / manifest.FILENAME:
       raise OSError(5, 'Input/output error', str(path))
     return read_bytes(path)
 
@@ -377,17 +380,17 @@ def test_a_manifest_that_cannot_be_read_today_is_not_removed(two_steps, monkeypa
   assert restore(two_steps, small_state(0), step=10)[2] == 10
 
 
-def test_interrupted_wait_does_not_forget_the_save(tmp_path, monkeypatch):
+def test_interrupted_wait_keeps_the_save_pending(tmp_path, monkeypatch):
   def interrupt(*_):
     raise InterruptedError
 
-  write_manifest = checkpoint._write_manifest
+  write_manifest = manifest.write
 
   def write_slowly(*args):
     time.sleep(1)
     write_manifest(*args)
 
-  monkeypatch.setattr(checkpoint, '_write_manifest', write_slowly)
+  monkeypatch.setattr(manifest, 'write', write_slowly)
   handler = signal.signal(signal.SIGALRM, interrupt)
   with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep=5, config=CONFIG)) as saver:
     saver.save(10, small_state(10), {})
@@ -400,13 +403,13 @@ def test_interrupted_wait_does_not_forget_the_save(tmp_path, monkeypatch):
     assert_same_bits(restore(tmp_path, small_state(0), step=step)[0], small_state(step))
 
 
-def test_cut_off_deletion_leaves_no_step(two_steps, monkeypatch):
-  def cut_off(path):
+def test_interrupted_deletion_leaves_no_partial_step(two_steps, monkeypatch):
+  def fail(path):
     raise PermissionError(13, 'Permission denied', str(path))
 
   with contextlib.closing(checkpoint.Checkpointer(two_steps, keep=1, config=CONFIG)) as saver:
     saver.restore(abstract(small_state(0)))
-    monkeypatch.setattr(shutil, 'rmtree', cut_off)
+    monkeypatch.setattr(shutil, 'rmtree', fail)
     saver.save(30, small_state(30), {})
     with pytest.raises(errors.UserError, match='Permission denied'):
       saver.wait()
@@ -417,7 +420,7 @@ def test_cut_off_deletion_leaves_no_step(two_steps, monkeypatch):
   assert [path.name for path in two_steps.iterdir()] == ['00000040']
 
 
-def test_too_little_space_is_refused_before_the_save(two_steps, monkeypatch):
+def test_save_does_not_start_without_enough_space(two_steps, monkeypatch):
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=67))
   with contextlib.closing(checkpoint.Checkpointer(two_steps, keep=1, config=CONFIG)) as saver:
     with pytest.raises(errors.UserError) as caught:
@@ -429,7 +432,7 @@ def test_too_little_space_is_refused_before_the_save(two_steps, monkeypatch):
   assert sorted(path.name for path in two_steps.iterdir()) == ['00000010', '00000020']
 
 
-def test_failed_write_surfaces_at_the_next_save_and_harms_nothing(tmp_path):
+def test_failed_write_is_raised_by_the_next_save_and_keeps_old_steps(tmp_path):
   def make(seed):
     return {'params': jnp.asarray(np.random.default_rng(seed).normal(size=100_000), jnp.float32)}
 
@@ -437,11 +440,11 @@ def test_failed_write_surfaces_at_the_next_save_and_harms_nothing(tmp_path):
   saver = checkpoint.Checkpointer(tmp_path, keep=1, config=CONFIG)
   saver.restore(abstract(make(0)))
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  # As on a full disk, write(2) fails; unlike a mount, this needs no rights.
+  # As on a full disk, write(2) fails; unlike mounting a small disk, this needs no privileges.
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
   try:
     saver.save(20, make(20), {})
-    with pytest.raises(errors.UserError, match='Step 20 cannot be saved') as caught:
+    with pytest.raises(errors.UserError, match='step 20 cannot be saved') as caught:
       saver.save(30, make(30), {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -457,7 +460,7 @@ def test_failed_write_surfaces_at_the_next_save_and_harms_nothing(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['00000030']
 
 
-def test_unwritable_directory(tmp_path):
+def test_unwritable_directory_is_a_storage_error(tmp_path):
   (tmp_path / 'file').touch()
   saver = checkpoint.Checkpointer(tmp_path / 'file' / 'checkpoints', keep=1, config=CONFIG)
   with pytest.raises(errors.UserError, match='Not a directory') as caught:
@@ -466,7 +469,7 @@ def test_unwritable_directory(tmp_path):
   saver.close()
 
 
-def test_faults_of_the_program_are_not_called_faults_of_the_disk(tmp_path):
+def test_programming_error_is_not_reported_as_a_storage_error(tmp_path):
   saver = checkpoint.Checkpointer(tmp_path, keep=1, config={'function': print})
   saver.save(1, small_state(1), {})
   with pytest.raises(TypeError):
@@ -474,7 +477,7 @@ def test_faults_of_the_program_are_not_called_faults_of_the_disk(tmp_path):
   assert restore(tmp_path, small_state(1)) is None
 
 
-def test_bad_arguments(tmp_path):
+def test_invalid_arguments(tmp_path):
   with pytest.raises(errors.UserError, match='at least 1'):
     checkpoint.Checkpointer(tmp_path, keep=0, config=CONFIG)
   with pytest.raises(errors.UserError, match='mount gs://bucket/run'):
@@ -491,7 +494,7 @@ def save_until_killed(directory, reports):
 
 
 @pytest.mark.multiprocess
-def test_killed_at_any_moment_the_newest_step_loads(tmp_path):
+def test_newest_step_is_valid_after_sigkill_at_any_time(tmp_path):
   rng = random.Random(1)
   processes = multiprocessing.get_context('forkserver')
   processes.set_forkserver_preload(['fluid_jax.checkpoint', 'flax.struct', 'optax', 'pytest'])
@@ -514,11 +517,11 @@ def test_killed_at_any_moment_the_newest_step_loads(tmp_path):
     assert step in (reported, reported + 1)
     assert data_state == {'example': step}
     assert_same_bits(restored, small_state(step))
-  assert leftovers  # else no kill came in the middle of a save
+  assert leftovers  # otherwise no kill interrupted a save
 
 
 def run_together(*commands, devices):
-  """Runs Python commands in as many processes on fake devices; all must succeed."""
+  """Runs each Python command in its own process with fake CPU devices; all must succeed."""
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
@@ -564,7 +567,7 @@ saver.close()
 
 
 @pytest.mark.multiprocess
-def test_restore_to_other_shardings_and_device_counts(tmp_path):
+def test_restore_to_different_shardings_and_device_counts(tmp_path):
   run_together((RESHARD, tmp_path), devices=4)
   restored, _, _ = restore(tmp_path, {'params': {'w': jnp.zeros((8, 8))}})
   np.testing.assert_array_equal(restored['params']['w'], np.arange(64.0).reshape(8, 8))
@@ -590,7 +593,7 @@ if jax.process_index() == 0:
   shutil.disk_usage = lambda path: types.SimpleNamespace(free=0)
 try:
   saver.save(3, {'w': make(3)}, {})
-  raise SystemExit('a full disk was not noticed')
+  raise SystemExit('the full disk was not detected')
 except errors.UserError as error:
   assert error.exit_code == errors.STORAGE, error
 restored, data_state, step = saver.restore(abstract)
