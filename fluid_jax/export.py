@@ -1,23 +1,21 @@
-"""A checkpoint as a folder of safetensors that loads anywhere, offline; and back.
+"""Exports a checkpoint to a folder of safetensors that works offline on any machine; imports one.
 
-python -m fluid_jax.export export --workdir=DIR --out=EXPORT
-python -m fluid_jax.export import --from=EXPORT --workdir=NEW
+python -m fluid_jax.export --workdir=DIR --out=EXPORT
+python -m fluid_jax.export --import=EXPORT --workdir=NEW
 
-    EXPORT/model.safetensors      parameters by their paths, such as 'blocks.mlp.wi.kernel'; where
-                                  they are many model-00001-of-0000N.safetensors and their index
-    EXPORT/tokenizer.safetensors  the tokenizer, if it is a file of the user's own
-    EXPORT/README.md              a model card
-    EXPORT/config.json            written last: config, step, and SHA-256 of these files, of itself,
-                                  and of the encoders' files, which are named and not copied
+EXPORT/model.safetensors      parameters by path, such as 'blocks.mlp.wi.kernel'; a large model
+                              has model-00001-of-0000N.safetensors and an index instead
+EXPORT/tokenizer.safetensors  the image tokenizer, if the user trained it
+EXPORT/README.md              a model card
+EXPORT/config.json            written last: config, step, and the SHA-256 of the files above, of
+                              itself, and of the encoders' files, which are not copied
 """
 
-import argparse
-import contextlib
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,36 +26,55 @@ from etils import epath
 from flax import traverse_util
 
 import fluid_jax
-from fluid_jax import checkpoint, errors, flops, optim, sharding, step, summary
+from fluid_jax import (
+  checkpoint,
+  cli,
+  errors,
+  files,
+  manifest,
+  model_card,
+  optim,
+  sharding,
+  step,
+)
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import tokenizers
 from fluid_jax.encoders import weights as weights_lib
 
-FIELDS = {'ema': 'ema_params', 'raw': 'params'}  # of the state, by the name of the weights
-FILE_BYTES = 4 << 30  # of parameters in a file, unless a single one is larger
+FIELDS = {'ema': 'ema_params', 'raw': 'params'}  # field of the training state by --weights
+FILE_BYTES = 4 << 30  # maximum size of a file, unless a single parameter is larger
 
-# Of those whose parameters have digests too, the names of these.
-_PART = {'image.tokenizer': 'image', 'text.t5_path': 'text'}
+# Settings of encoders that have a digest of their parameters: the key of that digest.
+_DIGEST_KEY = {'image.tokenizer': 'image', 'text.t5_path': 'text'}
 _MODEL, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _TOKENIZER, _CONFIG = 'tokenizer.safetensors', 'config.json'
 
 
-# ---- out ----
+# ---- Export ----
 
 
 def write(
   workdir: pathlib.Path, out: pathlib.Path, weights: str = 'ema', wanted_step: int | None = None
 ) -> int:
-  """Writes an export of `wanted_step`, or of the newest that verifies; returns its step.
+  """Writes an export of a checkpoint.
 
-  Host memory holds the parameters of one file at a time, beside what devices of the host hold.
+  Host memory contains the parameters of one file at a time, besides the arrays of CPU devices.
+
+  Args:
+    workdir: the folder of a training run.
+    out: the folder to create; it may exist if it is empty.
+    weights: 'ema' or 'raw'.
+    wanted_step: the step of the checkpoint, by default the newest valid one.
+
+  Returns:
+    The step of the exported checkpoint.
 
   Raises:
-    UserError: `out` is there (exit code 2) or cannot be written (6); there is no such checkpoint,
-      or no file of an encoder (5).
+    UserError: `out` exists (exit code 2) or cannot be written (6); the checkpoint or a file of an
+      encoder is missing or corrupt (5).
   """
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-    raise errors.UserError(f'--out={out} is there already: remove it or give another folder.')
+    raise errors.UserError(f'--out={out} already exists: remove it or give another folder.')
   directory = workdir / 'checkpoints'
   saved = checkpoint.read_config(directory, wanted_step)
   config = sharding.config_here(saved)
@@ -68,9 +85,9 @@ def write(
   found = checkpointer.find(wanted, wanted_step)
   saved = checkpoint.read_config(directory, found)
   num_skipped = checkpointer.read(found, {'num_skipped': shapes.num_skipped})['num_skipped']
-  # A folder of another name until it is whole.
+  # The folder gets its final name when it is complete.
   folder = out.absolute().with_name(f'{out.absolute().name}.export-tmp')
-  with _written(out):
+  with files.writing(out, (safetensors.SafetensorError,)):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -87,26 +104,14 @@ def write(
         'files': weights_lib.digests(str(model)),
         'encoders': encoders,
       }
-      card = _card(config, content, _validation(workdir, found, weights))
-      (folder / 'README.md').write_text(card, encoding='utf-8')
-      (folder / _CONFIG).write_bytes(checkpoint.encode(content))
+      validation_loss = model_card.last_validation_loss(workdir, found, weights)
+      files.write(folder / 'README.md', model_card.make(config, content, validation_loss))
+      files.write(folder / _CONFIG, manifest.encode(content))
       folder.rename(out)
     finally:
       shutil.rmtree(folder, ignore_errors=True)
   checkpointer.close()
   return found
-
-
-@contextlib.contextmanager
-def _written(path: pathlib.Path) -> Iterator[None]:
-  """Turns a failed write below `path` into a UserError."""
-  try:
-    yield
-  except (OSError, safetensors.SafetensorError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise errors.UserError(
-      f'{path} cannot be written ({reason}): make room, or give another place.', errors.STORAGE
-    ) from error
 
 
 def _write_model(
@@ -116,7 +121,7 @@ def _write_model(
   shapes: Any,
   folder: pathlib.Path,
 ) -> pathlib.Path:
-  """Writes the parameters, a file after the other; returns the file, or the index of several."""
+  """Writes the parameters, one file at a time; returns the file, or the index of several files."""
   leaves = traverse_util.flatten_dict(shapes)
   groups = [[]]
   room = FILE_BYTES
@@ -146,7 +151,7 @@ def _write_model(
 
 
 def _references(config: config_lib.Config) -> dict[str, str]:
-  """By setting, the path of each encoder's weights or vocabulary."""
+  """Returns the path of each encoder's weights or vocabulary by its setting."""
   found = {'image.tokenizer': tokenizers.path_of(config)}
   if config.has_t5:
     found |= {'text.t5_path': config.text.t5_path, 'text.vocabulary': config.text.vocabulary}
@@ -154,24 +159,24 @@ def _references(config: config_lib.Config) -> dict[str, str]:
 
 
 def _own_tokenizer(config: config_lib.Config) -> str:
-  """The path in image.tokenizer if its file is the user's, not what others publish; else ''."""
+  """Returns the path in image.tokenizer if the user trained the tokenizer; otherwise ''."""
   path = tokenizers.path_of(config)
   of_user = {f'{prefix}{path}' for prefix in ('', 'trained:', 'prepared:trained:')}
   return path if config.image.tokenizer in of_user else ''
 
 
 def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path, named: str) -> str:
-  """Copies the user's tokenizer into a folder; returns image.tokenizer with `named` as its path."""
+  """Copies the user's tokenizer into a folder; returns image.tokenizer with the path `named`."""
   path = _own_tokenizer(config)
   shutil.copyfile(path, folder / _TOKENIZER)
   return config.image.tokenizer.removesuffix(path) + named
 
 
-# ---- in ----
+# ---- Import ----
 
 
 def is_export(path: pathlib.Path) -> bool:
-  """Whether a folder is an export rather than a workdir with checkpoints."""
+  """Returns whether a folder is an export and not a workdir with checkpoints."""
   return (path / _CONFIG).exists() and not (path / 'checkpoints').exists()
 
 
@@ -181,23 +186,26 @@ def load(
   wanted_step: int | None = None,
   moved: Mapping[str, str] | None = None,
 ) -> tuple[config_lib.Config, dict[str, str], Any, int]:
-  """Config, encoders' digests, parameters and step of an export whose files all have their digests.
+  """Verifies all files of an export and loads its parameters.
 
   Args:
     directory: the export.
-    weights: 'ema' or 'raw', what it must hold.
-    wanted_step: the step that it must hold, if given.
-    moved: by setting ('text.t5_path') what stands in place of the exported config's.
+    weights: 'ema' or 'raw'; the export must contain these.
+    wanted_step: if given, the export must be of this step.
+    moved: values that replace settings of the exported config, such as 'text.t5_path', by setting.
+
+  Returns:
+    Config, digests of the encoders' parameters, parameters and step.
 
   Raises:
-    UserError: it holds other weights or another step (exit code 2); a file is missing, damaged, or
-      not the encoder that the model was trained with, or tensors are not the model's (5).
+    UserError: the export contains other weights or another step (exit code 2); a file is missing or
+      corrupt, an encoder is not the one used in training, or tensors do not fit the model (5).
   """
   content = _verify(directory, moved or {})
   if weights != content['weights'] or wanted_step not in (None, content['step']):
     raise errors.UserError(
-      f'{directory} holds the {content["weights"]} weights of step {content["step"]} alone: give '
-      f'--weights={content["weights"]} and no other --step.'
+      f'{directory} contains only the {content["weights"]} weights of step {content["step"]}: use '
+      f'--weights={content["weights"]} and omit --step.'
     )
   config = sharding.config_here(content['config'])
   shapes = step.state_shapes(config, sharding.make_mesh(config)).params
@@ -206,20 +214,23 @@ def load(
 
 
 def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]:
-  """What config.json holds, the encoders' paths as they are here, when all digests hold."""
+  """Returns the content of config.json after checking all digests.
+
+  The paths of encoders in the returned config are those on this machine.
+  """
   try:
-    content = checkpoint.decode(directory / _CONFIG)
-  except (checkpoint.CorruptCheckpointError, OSError) as error:
+    content = manifest.decode(directory / _CONFIG)
+  except (manifest.CorruptCheckpointError, OSError) as error:
     raise errors.UserError(
-      f'{directory} is no whole export ({error}): copy it again, or, if it is a workdir, train '
-      'there until its first checkpoint.',
+      f'{directory} is not a complete export ({error}): copy it again, or, if it is a workdir, '
+      'train there until the first checkpoint.',
       errors.CORRUPT,
     ) from error
   _compare(
     weights_lib.digests(str(_model_path(directory))),
     content['files'],
     str(directory),
-    'copy it there again.',
+    'copy the export again.',
   )
   for name, value in moved.items():
     group, key = name.split('.')
@@ -227,25 +238,25 @@ def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]
   for name, path in _references(sharding.config_here(content['config'])).items():
     group, key = name.split('.')
     value, found = content['config'][group][key], path
-    if name not in moved and value.endswith(path):  # else it is a file of this package
-      beside = directory.absolute() / pathlib.Path(path).name
-      found = str(beside) if beside.exists() else path
+    if name not in moved and value.endswith(path):  # otherwise the package contains the file
+      local = directory.absolute() / pathlib.Path(path).name
+      found = str(local) if local.exists() else path
       content['config'][group][key] = value.removesuffix(path) + found
     recorded = content['encoders'].get(name)
     if recorded is None:
-      continue  # what prepared the examples was not there when the model was trained
+      continue  # training used prepared examples, without this file
     if not epath.Path(found).exists():
       raise errors.UserError(
-        f'{directory} needs the {name} that it was trained with, {_listed(recorded)}, and neither '
-        f'{directory.absolute() / pathlib.Path(found).name} nor {found} is there: put it at one '
-        'of the two.',
+        f'{directory} needs the {name} of its training, {_listed(recorded)}, but neither '
+        f'{directory.absolute() / pathlib.Path(found).name} nor {found} exists: copy it to one of '
+        'these paths.',
         errors.CORRUPT,
       )
-    # Where sampling compares the parameters themselves, their file may be another, and is not read
-    # twice.
-    if _PART.get(name) not in content['config'].get('encoder_digests', {}):
+    # If the config has a digest of an encoder's parameters, sampling compares it with the loaded
+    # parameters. The file may then differ, and reading it twice is unnecessary.
+    if _DIGEST_KEY.get(name) not in content['config'].get('encoder_digests', {}):
       _compare(
-        weights_lib.digests(found), recorded, f'{name}={found}', 'put back the one it names.'
+        weights_lib.digests(found), recorded, f'{name}={found}', 'replace it with that file.'
       )
   return content
 
@@ -267,13 +278,13 @@ def _compare(
 
 
 def _listed(digests: Mapping[str, str], other: Mapping[str, str] | None = None) -> str:
-  """Words for the first digest, of those that differ from `other` if given."""
+  """Describes the digests that differ from `other`, if given: the first one, and their number."""
   other = other or {}
   names = [name for name in digests if digests[name] != other.get(name)]
   if not names:
     return 'nothing'
   more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
-  return f'{names[0]} of SHA-256 {digests[names[0]]}{more}'
+  return f'{names[0]} with SHA-256 {digests[names[0]]}{more}'
 
 
 def _load_params(directory: pathlib.Path, shapes: Any) -> Any:
@@ -282,13 +293,21 @@ def _load_params(directory: pathlib.Path, shapes: Any) -> Any:
   return weights_lib.load(weights_lib.Safetensors(str(_model_path(directory))), entries, shapes)
 
 
-def read_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
-  """Makes a workdir whose checkpoint holds an export as raw and averaged weights; returns its step.
+def import_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
+  """Creates a workdir with a checkpoint whose raw and averaged weights are those of an export.
 
-  The optimizer's moments start anew, but the learning rate's schedule goes on where it stood.
+  The moments of the optimizer are reset. The learning rate schedule continues.
+
+  Args:
+    directory: the export.
+    workdir: the folder to create.
+
+  Returns:
+    The step of the checkpoint.
 
   Raises:
-    UserError: as `load` does; or the workdir has checkpoints (exit code 4), or cannot be written.
+    UserError: see `load`; or the workdir contains checkpoints (exit code 4) or cannot be written
+      (6).
   """
   checkpoints = workdir / 'checkpoints'
   if checkpoints.exists() and any(checkpoints.iterdir()):
@@ -321,7 +340,7 @@ def read_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
     opt_state=jax.jit(init, out_shardings=shardings)(params),
   )
   if _own_tokenizer(config):
-    with _written(workdir):
+    with files.writing(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
       named = str(workdir.absolute() / _TOKENIZER)
       saved['image']['tokenizer'] = _copy_tokenizer(config, workdir, named)
@@ -330,130 +349,69 @@ def read_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   return content['step']
 
 
-# ---- model card ----
+# ---- Command ----
+
+_DESCRIPTION = """\
+Exports a checkpoint to a folder of safetensors, or imports such a folder.
+
+Export: the folder contains the weights, the config and a model card. fluid_jax.sample
+reads it on any machine, offline. Example:
+
+  python -m fluid_jax.export --workdir=runs/demo --out=exports/demo
+
+Import: the new workdir contains a checkpoint with the weights of the export and a reset
+optimizer. fluid_jax.main continues training from it. Example:
+
+  python -m fluid_jax.export --import=exports/demo --workdir=runs/more
+"""
 
 
-def _validation(workdir: pathlib.Path, last_step: int, weights: str) -> str:
-  """The last validation loss that a run wrote up to a step, in words; '' if there is none."""
-  key = f'validation/loss_{weights}'
-  words = ''
-  with contextlib.suppress(OSError):
-    for line in (workdir / 'metrics.jsonl').read_text().splitlines():
-      with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
-        row = json.loads(line)
-        if row['step'] <= last_step:
-          words = f'{row[key]:.4f} +- {row[f"{key}_se"]:.4f} at step {row["step"]}'
-  return words
-
-
-def _card(config: config_lib.Config, content: Mapping[str, Any], validation: str) -> str:
-  params = summary.count_params(config)
-  o, num_steps, batch = config.optimizer, content['step'], config.train.batch_size
-  accumulated = num_steps * flops.step_flops(config)
-  facts = {
-    'variant': f'{config.model.order} order, {config.model.tokens} tokens',
-    'size': f'depth {config.model.depth}, width {config.model.width}, {config.model.num_heads} '
-    f'heads, aligner depth {config.model.aligner_depth}',
-    'parameters': f'{sum(params.values()):,} '
-    f'({", ".join(f"{name} {count:,}" for name, count in params.items())})',
-    'pictures': f'{config.image.size} x {config.image.size} pixels, '
-    f'{config.image.num_tokens} tokens',
-    'weights': {'ema': 'averaged (EMA)', 'raw': 'raw'}[content['weights']],
-    'trained on': f'task `{config.data.task}`'
-    + (f', texts in {", ".join(config.data.languages)}' if config.data.languages else ''),
-    'training': f'{num_steps:,} steps of {batch:,} pictures ({num_steps * batch:,} seen), '
-    f'{accumulated:.3g} FLOPs',
-    'optimizer': f'{o.name}, learning rate {o.learning_rate:g} ({o.schedule} after '
-    f'{o.warmup_steps:,} steps of warm-up), weight decay {o.weight_decay:g}, EMA {o.ema_decay:g}',
-  }
-  if validation:
-    facts['validation loss'] = validation
-  encoders = [
-    f'| `{name}` | {file} | `{digest}` |'
-    for name, files in content['encoders'].items()
-    for file, digest in files.items()
-  ]
-  return '\n'.join(
-    [
-      '---',
-      'library_name: fluid_jax',
-      'pipeline_tag: text-to-image',
-      'tags: [jax, text-to-image]',
-      "# license: fill in; the data's and the encoders' licences bear on it",
-      '---',
-      '',
-      f'# {config.name}',
-      '',
-      'A Fluid model ([arXiv 2410.13863](https://arxiv.org/abs/2410.13863)), exported by fluid_jax '
-      f'{fluid_jax.__version__}.',
-      '',
-      '| | |',
-      '|---|---|',
-      *(f'| {name} | {fact} |' for name, fact in facts.items()),
-      '',
-      '## Use',
-      '',
-      '```',
-      'python -m fluid_jax.sample --workdir=THIS_FOLDER --prompt "red heart" '
-      f'--weights={content["weights"]}',
-      'python -m fluid_jax.export import --from=THIS_FOLDER --workdir=NEW   # to train on',
-      '```',
-      '',
-      '## Encoders',
-      '',
-      *(
-        [
-          'Sampling refuses other files than these. Those that are not in this folder are looked '
-          'for at their path in `config.json`; put or link them here if they lie elsewhere.',
-          '',
-          '| setting | file | SHA-256 |',
-          '|---|---|---|',
-          *encoders,
-        ]
-        if encoders
-        else ['None: tokens and text features come ready-made.']
-      ),
-      '',
-      '## Licence',
-      '',
-      'Fill in, here and in the first lines.',
-      '',
-    ]
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = cli.Parser(
+    'python -m fluid_jax.export',
+    _DESCRIPTION,
   )
-
-
-# ---- command ----
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog='python -m fluid_jax.export',
-    description='Turns a checkpoint into a folder of safetensors for sampling anywhere, or back.',
+  parser.add_argument(
+    '--workdir',
+    type=pathlib.Path,
+    metavar='DIR',
+    help='export: folder of the training run; import: folder to create',
   )
-  commands = parser.add_subparsers(dest='command', required=True)
-  out = commands.add_parser('export', help='--workdir=DIR --out=EXPORT: checkpoint to safetensors')
-  out.add_argument('--workdir', type=pathlib.Path, required=True, help='where main trained')
-  out.add_argument('--out', type=pathlib.Path, required=True, help='folder to make')
-  out.add_argument('--weights', choices=FIELDS, default='ema', help='averaged (default) or raw')
-  out.add_argument('--step', type=int, help='checkpoint to take; the newest by default')
-  out.add_argument('--format', choices=('safetensors',), default='safetensors')
-  back = commands.add_parser('import', help='--from=EXPORT --workdir=NEW: a workdir to train on')
-  back.add_argument('--from', type=pathlib.Path, required=True, dest='source', help='an export')
-  back.add_argument('--workdir', type=pathlib.Path, required=True, help='to make')
-  return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  args = parse_args(argv)
-  if args.command == 'export':
-    found = write(args.workdir, args.out, args.weights, args.step)
-    print(f'wrote the {args.weights} weights of step {found} to {args.out}')
-  else:
-    found = read_into(args.source, args.workdir)
+  parser.add_argument(
+    '--out', type=pathlib.Path, metavar='EXPORT', help='folder to create for the export'
+  )
+  parser.add_argument(
+    '--weights', choices=tuple(FIELDS), help='averaged (ema, the default) or raw weights'
+  )
+  parser.add_argument(
+    '--step', type=int, help='step of the checkpoint (default: the newest valid one)'
+  )
+  parser.add_argument('--format', choices=('safetensors',), help='file format of the export')
+  parser.add_argument(
+    '--import',
+    type=pathlib.Path,
+    dest='source',
+    metavar='EXPORT',
+    help='folder of an export to import; combine it only with --workdir',
+  )
+  args = parser.read(argv)
+  if args.workdir is None:
+    parser.error('--workdir is missing')
+  if args.source is not None:
+    if any(value is not None for value in (args.out, args.weights, args.step, args.format)):
+      parser.error('combine --import only with --workdir')
+    found = import_into(args.source, args.workdir)
     print(
-      f'wrote step {found} to {args.workdir}: train on with the same model in --config, and '
-      f'train.num_steps above {found}'
+      f'wrote step {found} to {args.workdir}: to continue training, use the same model in '
+      f'--config and a train.num_steps above {found}'
     )
+    return 0
+  if args.out is None:
+    parser.error('give --out to export or --import to import')
+  weights = args.weights or 'ema'
+  found = write(args.workdir, args.out, weights, args.step)
+  print(f'wrote the {weights} weights of step {found} to {args.out}')
+  return 0
 
 
 if __name__ == '__main__':

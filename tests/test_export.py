@@ -1,4 +1,4 @@
-"""Checkpoints out as safetensors and in again: the same bits, the same pictures, and refusals."""
+"""Exports and imports of checkpoints: equal bits, equal images, and errors."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from fluid_jax import checkpoint, errors, export, optim, sharding, step
+from fluid_jax import checkpoint, errors, export, manifest, model_card, optim, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import autoencoder, frozen, kl_vae, patches
 from fluid_jax.encoders import trained as trained_files
@@ -35,7 +35,7 @@ def make_config(**settings):
 
 
 def save(workdir, config, params, ema_params, encoder_digests=()):
-  """A checkpoint as training leaves it, but of these weights."""
+  """Saves a checkpoint with the given weights, as training does."""
   state = step.TrainState(
     step=jnp.int32(STEP),
     num_skipped=jnp.int32(NUM_SKIPPED),
@@ -52,7 +52,7 @@ def save(workdir, config, params, ema_params, encoder_digests=()):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, random_params):
-  """A workdir, its config and its state."""
+  """A workdir with a checkpoint and metrics, its config and its state."""
   workdir, config = tmp_path_factory.mktemp('trained'), make_config()
   params, ema_params = (
     jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config, seed))
@@ -68,17 +68,17 @@ def trained(tmp_path_factory, random_params):
 
 
 @pytest.fixture(scope='module')
-def whole(trained, tmp_path_factory):
-  """An export of it."""
-  out = tmp_path_factory.mktemp('whole') / 'out'
-  export.main(['export', f'--workdir={trained[0]}', f'--out={out}'])
+def exported(trained, tmp_path_factory):
+  """An export of `trained`."""
+  out = tmp_path_factory.mktemp('exported') / 'out'
+  assert export.main([f'--workdir={trained[0]}', f'--out={out}']) == 0
   return out
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-  """One to damage."""
-  return shutil.copytree(whole, tmp_path / 'copy')
+def copy(exported, tmp_path):
+  """A copy of `exported` that a test may change."""
+  return shutil.copytree(exported, tmp_path / 'copy')
 
 
 def by_name(params):
@@ -99,8 +99,8 @@ def sha256(path):
   return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def refused(code, function, *args):
-  """The one sentence with which something is refused."""
+def error_message(code, function, *args):
+  """Calls a function that must fail with this exit code; returns the one-line message."""
   with pytest.raises(errors.UserError) as caught:
     function(*args)
   assert caught.value.exit_code == code
@@ -109,20 +109,20 @@ def refused(code, function, *args):
 
 
 def sign(directory, change):
-  """Changes config.json, and its digests of files, as if the export had been made so."""
+  """Changes config.json and updates its digests, as if the export had been made like this."""
   path = directory / 'config.json'
   content = json.loads(path.read_text())
   del content['sha256']
   change(content)
   content['files'] = {name: sha256(directory / name) for name in content['files']}
-  path.write_bytes(checkpoint.encode(content))
+  path.write_bytes(manifest.encode(content))
 
 
-# ---- out ----
+# ---- Export ----
 
 
 @pytest.mark.parametrize('weights', ['ema', 'raw'])
-def test_parameters_are_exported_bit_for_bit(trained, tmp_path, weights):
+def test_exported_parameters_are_bit_equal(trained, tmp_path, weights):
   workdir, _, state = trained
   out = tmp_path / 'out'
   assert export.write(workdir, out, weights) == STEP
@@ -133,25 +133,25 @@ def test_parameters_are_exported_bit_for_bit(trained, tmp_path, weights):
   found_config, _, params, found_step = sample.load_workdir(out, weights)
   assert found_step == STEP
   assert_same_bits(by_name(params), expected)
-  # As from the workdir: the same program draws the same pictures.
+  # The config equals that of the workdir, so the same program makes the same images.
   assert found_config == sample.load_workdir(workdir, weights)[0]
 
 
-def test_the_config_names_everything_with_its_digest(trained, whole):
-  text = (whole / 'config.json').read_text()
+def test_config_json_lists_all_files_with_digests(trained, exported):
+  text = (exported / 'config.json').read_text()
   content = json.loads(text)
   own = content.pop('sha256')
   assert own == hashlib.sha256(json.dumps(content).encode()).hexdigest()
   assert content['config'] == checkpoint.read_config(trained[0] / 'checkpoints')
-  facts = {name: content[name] for name in ('weights', 'step', 'num_skipped')}
-  assert facts == {'weights': 'ema', 'step': STEP, 'num_skipped': NUM_SKIPPED}
+  found = {name: content[name] for name in ('weights', 'step', 'num_skipped')}
+  assert found == {'weights': 'ema', 'step': STEP, 'num_skipped': NUM_SKIPPED}
   assert content['versions']['jax'] == jax.__version__
-  assert content['files'] == {'model.safetensors': sha256(whole / 'model.safetensors')}
+  assert content['files'] == {'model.safetensors': sha256(exported / 'model.safetensors')}
   shipped = patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'
   assert content['encoders'] == {'image.tokenizer': {shipped.name: sha256(shipped)}}
 
 
-def test_large_models_are_split_over_files_with_an_index(trained, tmp_path, monkeypatch):
+def test_large_models_are_split_into_files_with_an_index(trained, tmp_path, monkeypatch):
   expected = by_name(trained[2].ema_params)
   monkeypatch.setattr(export, 'FILE_BYTES', 60_000)
   out = tmp_path / 'out'
@@ -173,43 +173,45 @@ def test_large_models_are_split_over_files_with_an_index(trained, tmp_path, monk
   assert recorded == {name: sha256(out / name) for name in ('model.safetensors.index.json', *files)}
   last = (out / files[-1]).read_bytes()
   (out / files[-1]).unlink()
-  assert f'{files[-1]}, which the index names, is missing' in refused(5, sample.load_workdir, out)
+  assert f'{files[-1]}, which the index names, is missing' in error_message(
+    5, sample.load_workdir, out
+  )
   (out / files[-1]).write_bytes(last[:-1] + bytes([last[-1] ^ 1]))
-  assert f'has {files[-1]} of SHA-256' in refused(5, sample.load_workdir, out)
+  assert f'has {files[-1]} with SHA-256' in error_message(5, sample.load_workdir, out)
 
 
-def test_the_card_tells_the_facts(trained, whole):
-  card = (whole / 'README.md').read_text()
+def test_model_card(trained, exported):
+  card = (exported / 'README.md').read_text()
   assert card.startswith('---\nlibrary_name: fluid_jax\npipeline_tag: text-to-image\n')
   count = sum(leaf.size for leaf in jax.tree.leaves(trained[2].params))
-  for fact in (
+  for part in (
     'random order, continuous tokens', f'| parameters | {count:,} (decoder', 'task `emoji_demo`',
-    f'{STEP} steps of 16 pictures ({STEP * 16} seen)', 'adamw, learning rate 0.002',
+    f'{STEP} steps of 16 images ({STEP * 16} in total)', 'adamw, learning rate 0.002',
     '| validation loss | 0.1500 +- 0.0100 at step 15 |', '# license: fill in',
     sha256(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'),
   ):  # fmt: skip
-    assert fact in card, fact
+    assert part in card, part
 
 
-def test_pictures_are_the_same_from_workdir_export_and_import(trained, whole, tmp_path):
-  export.main(['import', f'--from={whole}', f'--workdir={tmp_path / "new"}'])
+def test_images_from_workdir_export_and_import_are_equal(trained, exported, tmp_path):
+  assert export.main([f'--import={exported}', f'--workdir={tmp_path / "new"}']) == 0
   config, *_ = sample.load_workdir(trained[0])
   sampler = sample.Sampler(config, frozen.load(config, sharding.make_mesh(config)))
-  pictures = []
-  for place in (trained[0], whole, tmp_path / 'new'):
+  images = []
+  for place in (trained[0], exported, tmp_path / 'new'):
     found, _, params, _ = sample.load_workdir(place)
-    assert found == config  # so that one compiled program serves the three
-    pictures.append(sampler.draw(params, PROMPTS, [0, 1])[0])
-  assert np.ptp(pictures[0].astype(int)) > 50
-  np.testing.assert_array_equal(pictures[1], pictures[0])
-  np.testing.assert_array_equal(pictures[2], pictures[0])
+    assert found == config  # so the three share one compiled program
+    images.append(sampler.draw(params, PROMPTS, [0, 1])[0])
+  assert np.ptp(images[0].astype(int)) > 50
+  np.testing.assert_array_equal(images[1], images[0])
+  np.testing.assert_array_equal(images[2], images[0])
 
 
-# ---- tokenizers and encoders ----
+# ---- Tokenizers and encoders ----
 
 
 @pytest.mark.parametrize('prefix', ['', 'trained:'])
-def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
+def test_user_trained_tokenizer_is_copied(prefix, trained, tmp_path):
   own = tmp_path / 'mine.safetensors'
   if prefix:
     network = kl_vae.KLVAE(autoencoder.Shape(8, (1,), 1, 16, 16, pixel_patch=8))
@@ -230,19 +232,19 @@ def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
   assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}
-  # An import has its own copy, too.
-  export.read_into(moved, tmp_path / 'new')
+  # An import contains a copy too.
+  export.import_into(moved, tmp_path / 'new')
   imported = sample.load_workdir(tmp_path / 'new')[0]
   assert imported.image.tokenizer == f'{prefix}{tmp_path}/new/tokenizer.safetensors'
   assert sha256(tmp_path / 'new/tokenizer.safetensors') == digest
   data = (moved / 'tokenizer.safetensors').read_bytes()
   (moved / 'tokenizer.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-  message = refused(5, sample.load_workdir, moved)
+  message = error_message(5, sample.load_workdir, moved)
   assert sha256(moved / 'tokenizer.safetensors') in message
-  assert f'made with tokenizer.safetensors of SHA-256 {digest}' in message
+  assert f'made with tokenizer.safetensors with SHA-256 {digest}' in message
 
 
-def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, random_params):
+def test_public_encoders_are_listed_with_digests_and_not_copied(tmp_path, random_params):
   public = tmp_path / 'public'
   t5x = public / 'checkpoint_7'
   (t5x / 'target.w').mkdir(parents=True)
@@ -270,10 +272,10 @@ def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, r
   }
   assert sample.load_workdir(out)[0].image.tokenizer == config.image.tokenizer
 
-  # Elsewhere: nothing is at its path, but beside the parameters.
+  # On another machine the files are next to the parameters instead of at the original paths.
   elsewhere = public.rename(tmp_path / 'elsewhere')
-  message = refused(5, sample.load_workdir, out)
-  assert f'neither {out}/vae.safetensors nor {public}/vae.safetensors is there' in message
+  message = error_message(5, sample.load_workdir, out)
+  assert f'neither {out}/vae.safetensors nor {public}/vae.safetensors exists' in message
   assert sha256(elsewhere / 'vae.safetensors') in message
   for name in ('vae.safetensors', 'spiece.model', 'checkpoint_7'):
     (out / name).symlink_to(elsewhere / name)
@@ -287,14 +289,14 @@ def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, r
     file = elsewhere / name
     before, digest = file.read_bytes(), sha256(file)
     file.write_text('another network')
-    message = refused(5, sample.load_workdir, out)
+    message = error_message(5, sample.load_workdir, out)
     assert digest in message
     assert sha256(file) in message
     file.write_bytes(before)
 
 
-def test_encoders_with_digests_may_come_in_another_file(tmp_path, random_params):
-  """Which sampling then compares itself, parameter by parameter."""
+def test_encoder_with_parameter_digests_may_be_in_another_file(tmp_path, random_params):
+  """Sampling then compares the digests of the loaded parameters."""
   for name in ('vae', 'other'):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'vae.safetensors').write_text(name)
@@ -311,18 +313,16 @@ def test_encoders_with_digests_may_come_in_another_file(tmp_path, random_params)
     found, found_digests, _, _ = sample.load_workdir(place, 'ema', None, moved)
     assert found.image.tokenizer == moved['image.tokenizer']
     assert found_digests == digests
-  assert 'put it at one of the two' in refused(5, sample.load_workdir, tmp_path / 'out')
+  assert 'copy it to one of these paths' in error_message(5, sample.load_workdir, tmp_path / 'out')
   (tmp_path / 'out/vae.safetensors').symlink_to(tmp_path / 'other/vae.safetensors')
   assert sample.load_workdir(tmp_path / 'out')[1] == digests
 
 
-# ---- in ----
+# ---- Import ----
 
 
-def test_an_import_trains_on_where_the_export_stood(trained, whole, tmp_path):
-  out = commands.run_ok(
-    '-m', 'fluid_jax.export', 'import', f'--from={whole}', f'--workdir={tmp_path}'
-  )
+def test_import_writes_a_checkpoint_of_the_same_step(trained, exported, tmp_path):
+  out = commands.run_ok('-m', 'fluid_jax.export', f'--import={exported}', f'--workdir={tmp_path}')
   assert f'wrote step {STEP} to {tmp_path}' in out
   _, config, state = trained
   mesh = sharding.make_mesh(config, jax.devices()[:1])
@@ -334,7 +334,7 @@ def test_an_import_trains_on_where_the_export_stood(trained, whole, tmp_path):
   assert (int(found.step), int(found.num_skipped)) == (STEP, NUM_SKIPPED)
   assert_same_bits(by_name(found.params), by_name(state.ema_params))
   assert_same_bits(by_name(found.ema_params), by_name(state.ema_params))
-  # Moments anew, and the schedule's count as in the step's own figures.
+  # The moments are reset; the schedule counts the updates so far.
   adam, schedule = (
     next(part for part in found.opt_state if isinstance(part, kind))
     for kind in (optax.ScaleByAdamState, optax.ScaleByScheduleState)
@@ -344,13 +344,13 @@ def test_an_import_trains_on_where_the_export_stood(trained, whole, tmp_path):
   assert checkpoint.read_config(tmp_path / 'checkpoints') == checkpoint.read_config(
     trained[0] / 'checkpoints'
   )
-  message = refused(4, export.read_into, whole, tmp_path)
+  message = error_message(4, export.import_into, exported, tmp_path)
   assert 'is not empty: give another --workdir' in message
 
 
 @pytest.mark.slow
-def test_main_trains_on_from_an_import_with_another_recipe(whole, tmp_path):
-  export.read_into(whole, tmp_path)
+def test_main_continues_from_an_import_with_another_learning_rate(exported, tmp_path):
+  export.import_into(exported, tmp_path)
   out = commands.run_ok(
     '-m', 'fluid_jax.main', '--config=configs/tiny.py', f'--workdir={tmp_path}',
     '--config.train.num_steps=19', '--config.optimizer.learning_rate=1e-4',
@@ -361,7 +361,7 @@ def test_main_trains_on_from_an_import_with_another_recipe(whole, tmp_path):
   assert rows[0]['train/learning_rate'] == pytest.approx(1e-4)
 
 
-# ---- refusals ----
+# ---- Errors ----
 
 
 def flip(path):
@@ -370,27 +370,27 @@ def flip(path):
   path.write_bytes(data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :])
 
 
-def test_damaged_exports_are_refused(copy):
+def test_corrupt_exports_are_detected(copy):
   model, config = copy / 'model.safetensors', copy / 'config.json'
   digest, before = sha256(model), model.read_bytes()
   flip(model)
-  message = refused(5, sample.load_workdir, copy)
-  assert f'has model.safetensors of SHA-256 {sha256(model)}' in message
-  assert f'made with model.safetensors of SHA-256 {digest}' in message
+  message = error_message(5, sample.load_workdir, copy)
+  assert f'has model.safetensors with SHA-256 {sha256(model)}' in message
+  assert f'made with model.safetensors with SHA-256 {digest}' in message
   model.unlink()
-  assert f'there is no {model}' in refused(5, sample.load_workdir, copy)
+  assert f'there is no {model}' in error_message(5, sample.load_workdir, copy)
   model.write_bytes(before)
   text = config.read_text()
-  for damaged in (
+  for corrupt in (
     text.replace('"step": 17', '"step": 18'), text[:-2], '', '[]', text.replace('5.0', '6.0')
   ):  # fmt: skip
-    config.write_text(damaged)
-    assert 'is no whole export' in refused(5, sample.load_workdir, copy)
+    config.write_text(corrupt)
+    assert 'is not a complete export' in error_message(5, sample.load_workdir, copy)
   config.write_text(text)
   assert sample.load_workdir(copy)[3] == STEP
 
 
-def test_other_tensors_are_refused(copy):
+def test_tensors_that_do_not_fit_the_model_are_an_error(copy):
   model = copy / 'model.safetensors'
   tensors = safetensors.numpy.load_file(model)
   kernel = tensors.pop('blocks.mlp.wi.kernel')
@@ -401,53 +401,55 @@ def test_other_tensors_are_refused(copy):
   ):
     safetensors.numpy.save_file(tensors | changed, model)
     sign(copy, lambda content: None)
-    assert words in refused(5, sample.load_workdir, copy)
+    assert words in error_message(5, sample.load_workdir, copy)
 
 
-def test_another_shipped_tokenizer_is_refused(copy):
+def test_different_shipped_tokenizer_is_an_error(copy):
   name = 'patch_pca_32px_8x8_16.safetensors'
   sign(copy, lambda content: content['encoders'].update({'image.tokenizer': {name: 'ab12'}}))
-  message = refused(5, sample.load_workdir, copy)
-  assert f'{name} of SHA-256 {sha256(patches.WEIGHTS / name)}, but' in message
-  assert f'made with {name} of SHA-256 ab12' in message
+  message = error_message(5, sample.load_workdir, copy)
+  assert f'{name} with SHA-256 {sha256(patches.WEIGHTS / name)}, but' in message
+  assert f'made with {name} with SHA-256 ab12' in message
 
 
-def test_other_weights_than_there_are_are_refused(whole):
-  message = refused(2, sample.load_workdir, whole, 'raw')
-  assert f'holds the ema weights of step {STEP} alone: give --weights=ema' in message
-  assert 'and no other --step' in refused(2, sample.load_workdir, whole, 'ema', 0)
-  assert sample.load_workdir(whole, 'ema', STEP)[3] == STEP
+def test_loading_weights_that_an_export_does_not_contain_fails(exported):
+  message = error_message(2, sample.load_workdir, exported, 'raw')
+  assert f'contains only the ema weights of step {STEP}: use --weights=ema' in message
+  assert 'and omit --step' in error_message(2, sample.load_workdir, exported, 'ema', 0)
+  assert sample.load_workdir(exported, 'ema', STEP)[3] == STEP
 
 
-def test_where_nothing_can_be_read_or_written_is_named(trained, whole, tmp_path):
-  assert 'is there already' in refused(2, export.write, trained[0], whole)
+def test_messages_name_the_path_that_cannot_be_read_or_written(trained, exported, tmp_path):
+  assert 'already exists' in error_message(2, export.write, trained[0], exported)
   (tmp_path / 'file').write_text('in the way')
-  assert 'is there already' in refused(2, export.write, trained[0], tmp_path / 'file')
-  assert 'cannot be written (Not a directory)' in refused(
+  assert 'already exists' in error_message(2, export.write, trained[0], tmp_path / 'file')
+  assert 'cannot be written (Not a directory)' in error_message(
     6, export.write, trained[0], tmp_path / 'file/out'
   )
-  message = refused(6, export.read_into, whole, tmp_path / 'file/new')
+  message = error_message(6, export.import_into, exported, tmp_path / 'file/new')
   assert 'cannot be saved' in message
-  assert 'holds no checkpoint: train' in refused(5, export.write, tmp_path, tmp_path / 'out')
-  assert 'no checkpoint of step 3' in refused(
+  assert 'holds no checkpoint: train' in error_message(5, export.write, tmp_path, tmp_path / 'out')
+  assert 'no checkpoint of step 3' in error_message(
     5, export.write, trained[0], tmp_path / 'out', 'ema', 3
   )
-  assert 'is no whole export' in refused(5, export.read_into, tmp_path, tmp_path / 'new')
-  (tmp_path / 'config.json').write_text('{"name": "tiny"}')  # a run that has saved nothing yet
-  assert 'train there until its first checkpoint' in refused(5, sample.load_workdir, tmp_path)
+  assert 'is not a complete export' in error_message(
+    5, export.import_into, tmp_path, tmp_path / 'new'
+  )
+  (tmp_path / 'config.json').write_text('{"name": "tiny"}')  # a run without a checkpoint
+  assert 'train there until the first checkpoint' in error_message(5, sample.load_workdir, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {'file', 'config.json'}
 
 
-def test_a_cut_off_export_is_none(trained, tmp_path, monkeypatch):
+def test_interrupted_export_leaves_no_folder(trained, tmp_path, monkeypatch):
   out = tmp_path / 'out'
-  out.mkdir()  # an empty folder may be there
+  out.mkdir()  # an empty folder is allowed
   with monkeypatch.context() as patched:
-    patched.setattr(export, '_card', lambda *_: 1 / 0)
+    patched.setattr(model_card, 'make', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
       export.write(trained[0], out)
   assert [path.name for path in tmp_path.iterdir()] == ['out']
   assert not any(out.iterdir())
-  leftover = tmp_path / 'out.export-tmp'  # of one that was killed
+  leftover = tmp_path / 'out.export-tmp'  # left by a killed process
   leftover.mkdir()
   (leftover / 'model.safetensors').write_text('half')
   export.write(trained[0], out)
@@ -455,11 +457,41 @@ def test_a_cut_off_export_is_none(trained, tmp_path, monkeypatch):
   assert not leftover.exists()
 
 
-def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
+def test_corrupt_checkpoint_is_not_exported(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   file = max((workdir / 'checkpoints').rglob('ema_params/**/d/*'), key=lambda f: f.stat().st_size)
   flip(file)
-  message = refused(5, export.write, workdir, tmp_path / 'out')
-  assert re.search(f'cannot give step {STEP} .*{re.escape(str(file))}', message)
+  message = error_message(5, export.write, workdir, tmp_path / 'out')
+  assert re.search(f'cannot restore step {STEP} .*{re.escape(str(file))}', message)
   assert not (tmp_path / 'out').exists()
   assert export.write(workdir, tmp_path / 'raw', 'raw') == STEP
+
+
+# ---- Command ----
+
+
+@pytest.mark.parametrize(
+  ('argv', 'words'),
+  [
+    ([], '--workdir is missing'),
+    (['--workdir=run'], 'give --out to export or --import to import'),
+    (['--import=export', '--workdir=run', '--out=out'], 'combine --import only with --workdir'),
+    (['--import=export', '--workdir=run', '--step=3'], 'combine --import only with --workdir'),
+    (['--workdir=run', '--out=out', '--weights=mean'], "invalid choice: 'mean'"),
+    (['export', '--workdir=run', '--out=out'], "'export' is not a flag"),
+    (['--workdir=run', '--form=safetensors'], 'did you mean --format?'),
+  ],
+)
+def test_wrong_flags_are_explained(argv, words):
+  message = error_message(errors.CONFIG, export.main, argv)
+  assert words in message
+  assert 'see --help' in message
+
+
+def test_help_shows_both_directions(capsys):
+  with pytest.raises(SystemExit) as caught:
+    export.main(['--help'])
+  assert caught.value.code == 0
+  text = capsys.readouterr().out
+  for command in ('--workdir=runs/demo --out=exports/demo', '--import=exports/demo --workdir='):
+    assert f'python -m fluid_jax.export {command}' in text
