@@ -1,8 +1,8 @@
-"""The processes of one run: they find each other, agree, and none waits for one that is gone.
+"""Several processes in one run: connection, consistency check, barrier, and exit on failure.
 
-Process 0 serves the others its key-value store and watches their heartbeats. A process that is
-killed or stopped is noticed by a collective that fails, or for want of heartbeats: JAX then aborts
-the others. Either way they end with exit code 134, and say what to do.
+Process 0 runs JAX's key-value store and monitors heartbeats. If a process is killed or stopped, a
+collective fails or its heartbeats stop, and JAX aborts the other processes. In both cases they exit
+with code 134 and an error message that says what to do.
 """
 
 import contextlib
@@ -20,56 +20,61 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import (
-  distributed as jax_distributed,  # its key-value store works before any device, and between any
-)
+
+# The only private module of JAX in this package. The public API (jax 0.10.2) has no key-value store
+# and no number of processes that work before the devices are initialized. `check_consistent` needs
+# both: processes with different code or configs must not start collectives. JAX's compilation cache
+# and Orbax use the same store. tests/test_distributed.py names the versions that were tested.
+from jax._src import distributed as jax_distributed
 
 import fluid_jax
 from fluid_jax import config as config_lib
 from fluid_jax import errors
 
-# Of these JAX itself reads only the first.
+# JAX itself reads only the first of these.
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
-_CHECK_TIMEOUT_S = 300  # as long as JAX waits for the last process to start
-_BARRIER_TIMEOUT_S = 3600  # for the slowest to compile
-_END_TIMEOUT_S = 10  # for what is the same error in all processes to end them all alike
-# What collectives and the store say of a process that does not answer.
-_IS_LOST = re.compile(r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED')
-_REMEDY = 'start all of them again, and training goes on from the newest checkpoint.'
+_CHECK_TIMEOUT_S = 300  # JAX waits equally long for the last process to start
+_BARRIER_TIMEOUT_S = 3600  # the slowest process may compile that long
+_EXIT_TIMEOUT_S = 10  # if all processes have the same error, each exits with its code in this time
+# Found in the errors of collectives and of the store if another process does not answer.
+_PROCESS_LOST = re.compile(
+  r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED'
+)
+_REMEDY = 'start all processes again; training resumes from the newest checkpoint.'
 
 
 def count() -> int:
-  """Number of processes of the run; unlike `jax.process_count` it touches no device."""
+  """Returns the number of processes; unlike `jax.process_count`, it does not initialize devices."""
   return jax_distributed.global_state.num_processes
 
 
 @contextlib.contextmanager
 def initialize(timeout_s: int) -> Iterator[None]:
-  """Finds the other processes; an error in here then ends this one, whoever waits for whom.
+  """Connects to the other processes; an error inside the context ends this process quickly.
 
   Args:
-    timeout_s: seconds without a heartbeat after which a process counts as gone.
+    timeout_s: seconds without a heartbeat after which a process counts as lost.
 
   Raises:
-    UserError: they cannot find each other by what they were told (exit code 3). JAX itself aborts
-      a process (134) that waited 5 minutes for one that did not come.
+    UserError: the processes cannot connect to each other (exit code 3). If a process does not start
+      within 5 minutes, JAX aborts the others (134).
   """
   given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   try:
     with contextlib.ExitStack() as stack:
       if given:
-        stack.enter_context(_last_words())
-      _find(given, timeout_s)
+        stack.enter_context(_report_abort())
+      _connect(given, timeout_s)
       if count() > 1 and not given:
-        stack.enter_context(_last_words())
+        stack.enter_context(_report_abort())
       yield
   except BaseException as error:
     if count() == 1:
       raise
-    # Threads that wait for the others, and JAX's own farewell, would hold this process for minutes.
+    # Threads that wait for other processes, and JAX's shutdown, can delay the exit by minutes.
     code = getattr(error, 'exit_code', errors.CRASH)
-    if not isinstance(error, errors.UserError) and _IS_LOST.search(str(error)):
+    if not isinstance(error, errors.UserError) and _PROCESS_LOST.search(str(error)):
       reason = str(error).splitlines()[0].rstrip('.')
       print(
         f'error: another process of this run ended or cannot be reached ({reason}): {_REMEDY}',
@@ -77,22 +82,25 @@ def initialize(timeout_s: int) -> Iterator[None]:
         flush=True,
       )
       os._exit(code)
-    timer = threading.Timer(_END_TIMEOUT_S, os._exit, [code])
+    timer = threading.Timer(_EXIT_TIMEOUT_S, os._exit, [code])
     timer.daemon = True
     timer.start()
     raise
 
 
 @contextlib.contextmanager
-def _last_words() -> Iterator[None]:
-  """Has a shell say it if this process is aborted in here, for it cannot do so itself."""
-  words = (
-    'error: this process was aborted or killed, as when another process of the run did not start, '
-    f'ended, or cannot be reached: {_REMEDY}'
+def _report_abort() -> Iterator[None]:
+  """Starts a shell that prints an error message if this process is aborted inside the context.
+
+  An aborted process cannot print the message itself.
+  """
+  message = (
+    'error: this process was aborted or killed, possibly because another process did not start, '
+    f'has ended, or cannot be reached: {_REMEDY}'
   )
-  # It reads a line if all is well; the end of its input comes with the end of this process.
+  # On a normal exit the shell reads a line. If this process dies, the shell reads end of file.
   shell = subprocess.Popen(
-    ['sh', '-c', 'trap "" TERM; read -r line || echo "$0" >&2', words],
+    ['sh', '-c', 'trap "" TERM; read -r line || echo "$0" >&2', message],
     stdin=subprocess.PIPE,
     start_new_session=True,
   )
@@ -102,14 +110,14 @@ def _last_words() -> Iterator[None]:
     shell.communicate(b'\n')
 
 
-def _find(given: Mapping[str, str], timeout_s: int) -> None:
-  """Finds the other processes by the variables, or by what a TPU pod or Slurm tells JAX."""
+def _connect(given: Mapping[str, str], timeout_s: int) -> None:
+  """Connects to the processes given by the variables, or detected by JAX (TPU pod, Slurm)."""
   try:
     number, index = (int(given[name]) if name in given else None for name in _VARIABLES[1:])
-    # Of a port that is none, or is taken, JAX dies without a word.
+    # JAX aborts without a message if the port is invalid or in use.
     port = given.get(_VARIABLES[0], ':1').rpartition(':')[2]
     if not port.isdigit() or not 0 < int(port) < 2**16:
-      raise ValueError(f'{port!r} is no port')
+      raise ValueError(f'{port!r} is not a port number')
     if index == 0 and _VARIABLES[0] in given:
       socket.create_server(('', int(port))).close()
     jax.distributed.initialize(
@@ -117,20 +125,20 @@ def _find(given: Mapping[str, str], timeout_s: int) -> None:
     )
   except (IndexError, OSError, ValueError) as error:
     if not given and 'coordinator_address' in str(error):
-      return  # there is no cluster: one process
+      return  # no cluster was detected: a single process
     raise errors.UserError(
-      f'the processes cannot find each other ({str(error).splitlines()[0].rstrip(".")}): set '
-      'JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, JAX_NUM_PROCESSES, and JAX_PROCESS_ID '
-      'to 0, 1, ..., or none of them.',
+      f'the processes cannot connect ({str(error).splitlines()[0].rstrip(".")}): set '
+      'JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, JAX_NUM_PROCESSES to their number, and '
+      'JAX_PROCESS_ID to 0, 1, ..., or set none of the three.',
       errors.DEVICES,
     ) from error
 
 
 def check_consistent(facts: Mapping[str, Any]) -> None:
-  """Returns if all of several processes come with the same facts (nested JSON values).
+  """Compares the facts (nested JSON values) of all processes; call it if `count()` > 1.
 
   Raises:
-    UserError: they differ; the same error in all processes (exit code 4).
+    UserError: the facts differ (exit code 4); all processes raise the same error.
   """
   client, process = jax_distributed.global_state.client, jax_distributed.global_state.process_id
 
@@ -151,16 +159,15 @@ def check_consistent(facts: Mapping[str, Any]) -> None:
     put('differences', lines)
   found = get('differences')
   if found:
-    more = f' and {len(found) - 3} more' if len(found) > 3 else ''
     raise errors.UserError(
-      f'processes of this run differ from process 0 ({"; ".join(found[:3])}{more}): start all of '
-      'them with the same config, code, packages, data and workdir.',
+      f'processes of this run differ from process 0 ({errors.and_more(found)}): start all of them '
+      'with the same config, code, packages, data and workdir.',
       errors.MISMATCH,
     )
 
 
 def barrier(name: str) -> None:
-  """Returns when all processes have come here; each name serves once in a run."""
+  """Returns when all processes have called this function; use each name only once in a run."""
   if count() > 1:
     jax_distributed.global_state.client.wait_at_barrier(
       f'fluid_jax/{name}', _BARRIER_TIMEOUT_S * 1000
@@ -168,7 +175,7 @@ def barrier(name: str) -> None:
 
 
 def code_facts() -> dict[str, str]:
-  """Versions of fluid_jax and of what it computes with, and a digest of its own files."""
+  """Returns the versions of fluid_jax and of its numerical packages, and a digest of its code."""
   root = pathlib.Path(fluid_jax.__file__).parent
   digest = hashlib.sha256()
   for path in sorted(root.rglob('*.py')):

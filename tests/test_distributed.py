@@ -1,4 +1,4 @@
-"""Several processes of one run: who reads what, and what becomes of it when they differ or die."""
+"""Several processes in one run: their data, and what happens if they differ or die."""
 
 import contextlib
 import hashlib
@@ -22,25 +22,25 @@ from fluid_jax import errors, sharding
 
 MAIN = ('-m', 'fluid_jax.main', f'--config={commands.ROOT}/configs/tiny.py', '--peer_timeout_s=10')
 NUM_STEPS = 20  # configs/tiny.py, which saves every 5
-PATIENCE_S = 400  # for what takes half a minute on two idle cores
+TIMEOUT_S = 400  # half a minute is enough on two idle cores
 
 pytestmark = pytest.mark.multiprocess
 
 
 class Run:
-  """Processes of one run on this machine, the output of each in a file."""
+  """The processes of one run on this machine; the output of each is in a file."""
 
   def __init__(self, stack, folder, count, *args, num_devices=1, last=(), last_options=None):
-    """Starts them; `stack` kills what is left of them at its end.
+    """Starts the processes.
 
     Args:
-      stack: an ExitStack.
-      folder: where their output goes.
+      stack: an ExitStack, which kills the remaining processes when it closes.
+      folder: contains the output files.
       count: number of processes.
-      *args: to Python.
-      num_devices: of each process.
-      last: arguments that the last process alone is given.
-      last_options: of its `subprocess.Popen`.
+      *args: arguments of Python.
+      num_devices: number of devices of each process.
+      last: additional arguments of the last process.
+      last_options: options of `subprocess.Popen` for the last process.
     """
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
@@ -65,15 +65,15 @@ class Run:
       stack.callback(_kill_group, process)
 
   def await_line(self, start):
-    """Returns when process 0 has printed a line that starts so."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Returns when process 0 has printed a line that starts with `start`."""
+    deadline = time.monotonic() + TIMEOUT_S
     while not any(line.startswith(start) for line in self.log(0).splitlines()):
       assert self.processes[0].poll() is None, self.log(0)[-3000:]
       assert time.monotonic() < deadline, self.log(0)[-3000:]
       time.sleep(0.05)
 
-  def wait(self, timeout=PATIENCE_S):
-    """Exit codes of all."""
+  def wait(self, timeout=TIMEOUT_S):
+    """Returns the exit codes of all processes."""
     deadline = time.monotonic() + timeout
     return [process.wait(deadline - time.monotonic()) for process in self.processes]
 
@@ -88,7 +88,7 @@ def _kill_group(process):
 
 @pytest.fixture
 def launch(tmp_path):
-  """A function that starts a `Run`, which does not outlive the test."""
+  """A function that starts a `Run`; its processes are killed after the test."""
   with contextlib.ExitStack() as stack:
     yield lambda count, *args, **kwargs: Run(stack, tmp_path, count, *args, **kwargs)
 
@@ -98,7 +98,42 @@ def mesh_flags(replica, fsdp, tensor):
   return tuple(f'--config.mesh.{name}={size}' for name, size in sizes.items())
 
 
-# ---- Finding each other ----
+# ---- JAX's private module ----
+
+# Versions with which the tests of this file passed.
+TESTED_JAX_VERSIONS = ('0.10.2',)  # on Python 3.11
+
+
+def test_only_distributed_py_imports_private_jax_modules():
+  imports = re.compile(r'^\s*(from|import) jax\._src', re.MULTILINE)
+  paths = (commands.ROOT / 'fluid_jax').rglob('*.py')
+  assert [path.name for path in paths if imports.search(path.read_text())] == ['distributed.py']
+
+
+def test_private_jax_state_has_the_expected_interface():
+  """distributed.py relies on `jax._src.distributed.global_state`, which any release may change."""
+  script = """
+import socket, sys
+import jax
+from jax._src import distributed
+
+state = distributed.global_state
+assert (state.num_processes, state.process_id, state.client) == (1, 0, None), vars(state)
+with socket.create_server(('', 0)) as server:
+  port = server.getsockname()[1]
+jax.distributed.initialize(f'127.0.0.1:{port}', 1, 0)
+assert (state.num_processes, state.process_id) == (1, 0), vars(state)
+state.client.key_value_set('key', 'value')
+assert state.client.blocking_key_value_get('key', 1000) == 'value'
+state.client.wait_at_barrier('barrier', 1000)
+"""
+  done = commands.run('-c', script)
+  assert done.returncode == 0, (
+    f'jax {jax.__version__} differs from the tested versions {TESTED_JAX_VERSIONS}: {done.stderr}'
+  )
+
+
+# ---- Connecting ----
 
 
 @pytest.mark.parametrize(
@@ -116,21 +151,21 @@ def mesh_flags(replica, fsdp, tensor):
         'JAX_NUM_PROCESSES': '2',
         'JAX_PROCESS_ID': '0',
       },
-      "'http' is no port",
+      "'http' is not a port number",
     ),
   ],
 )
-def test_a_half_described_cluster_exits_with_3(tmp_path, env, words):
+def test_incomplete_cluster_settings_exit_with_3(tmp_path, env, words):
   done = commands.run(*MAIN, f'--workdir={tmp_path / "run"}', env=env)
   assert done.returncode == errors.DEVICES, done.stderr
-  assert f'error: the processes cannot find each other ({words})' in done.stderr
+  assert f'error: the processes cannot connect ({words})' in done.stderr
   assert 'set JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0' in done.stderr
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_port_that_is_taken_exits_with_3(tmp_path):
-  with socket.create_server(('', 0)) as taken:
-    port = taken.getsockname()[1]
+def test_port_in_use_exits_with_3(tmp_path):
+  with socket.create_server(('', 0)) as server:
+    port = server.getsockname()[1]
     env = {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}
     env['JAX_COORDINATOR_ADDRESS'] = f'127.0.0.1:{port}'
     done = commands.run(*MAIN, f'--workdir={tmp_path / "run"}', env=env)
@@ -138,10 +173,10 @@ def test_a_port_that_is_taken_exits_with_3(tmp_path):
   assert 'Address already in use' in done.stderr.splitlines()[-1]
 
 
-# ---- Agreement ----
+# ---- Consistency ----
 
 
-def test_processes_that_differ_are_refused_with_the_differences(launch, tmp_path):
+def test_processes_that_differ_exit_with_the_list_of_differences(launch, tmp_path):
   other = tmp_path / 'other'
   shutil.copytree(commands.ROOT / 'fluid_jax', other / 'fluid_jax')
   with (other / 'fluid_jax/step.py').open('a') as file:
@@ -156,16 +191,16 @@ def test_processes_that_differ_are_refused_with_the_differences(launch, tmp_path
     last_options={'cwd': other},
   )  # fmt: skip
   assert run.wait() == [errors.MISMATCH] * 2
-  sentences = [
+  messages = [
     [line for line in run.log(index).splitlines() if line.startswith('error: ')] for index in (0, 1)
   ]
-  assert sentences[0] == sentences[1]
-  (sentence,) = sentences[0]
+  assert messages[0] == messages[1]
+  (message,) = messages[0]
   for words in (
     'error: processes of this run differ from process 0 (code.code: ',
     '; config.optimizer.learning_rate: 0.002 -> 0.001 on process 1; data.train: ',
   ):
-    assert words in sentence
+    assert words in message
   assert not (tmp_path / 'run').exists()
 
 
@@ -173,7 +208,7 @@ def test_processes_that_differ_are_refused_with_the_differences(launch, tmp_path
 
 
 @pytest.mark.aot
-def test_rows_are_those_of_the_devices_of_a_host_on_a_torus(monkeypatch):
+def test_local_rows_match_the_devices_of_each_host_on_a_torus(monkeypatch):
   pytest.importorskip('libtpu')
   from jax.experimental import mesh_utils, topologies
 
@@ -182,7 +217,7 @@ def test_rows_are_those_of_the_devices_of_a_host_on_a_torus(monkeypatch):
   for shape in [(2, 4, 4), (4, 4, 2), (1, 16, 2), (1, 32, 1)]:
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     mesh = Mesh(placed, ('replica', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
-    # Row r of a batch of 3 a share lies where r // 3 counts along the first two axes.
+    # The batch has 3 rows per share; row r is in share r // 3 along the first two axes.
     share_at = mesh.devices.reshape(-1, shape[2])
     for host in range(8):
       shares = {i for i, held in enumerate(share_at) for d in held if d.process_index == host}
@@ -191,12 +226,12 @@ def test_rows_are_those_of_the_devices_of_a_host_on_a_torus(monkeypatch):
       assert rows.tolist() == sorted(3 * share + i for share in shares for i in range(3))
       num_consecutive += rows[-1] - rows[0] == len(rows) - 1
       num_rows += len(rows)
-  assert num_consecutive < 4 * 8  # else the hosts would do with a share each
+  assert num_consecutive < 4 * 8  # otherwise every host would have consecutive rows
   assert num_rows > 3 * (8 + 16 + 16 + 32)
 
 
-# Prints what lies on the devices after a restore: which examples come next, and digests.
-LOOK = """
+# Prints the next examples, and digests of the arrays on the devices, after a restore.
+INSPECT = """
 import hashlib, json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -227,9 +262,9 @@ with distributed.initialize(30):
   batch = next(stream)
   del batch['valid']
   everywhere = NamedSharding(mesh, PartitionSpec())
-  whole = jax.jit(lambda *a: a, out_shardings=everywhere)
-  params, batch = jax.device_get(whole(state.params, sharding.put_batch(batch, mesh)))
-  print('LOOK', json.dumps(dict(
+  replicate = jax.jit(lambda *a: a, out_shardings=everywhere)
+  params, batch = jax.device_get(replicate(state.params, sharding.put_batch(batch, mesh)))
+  print('INSPECT', json.dumps(dict(
     step=found,
     keys=stream.keys_at(found),
     batch={name: digest(array) for name, array in batch.items()},
@@ -240,9 +275,9 @@ with distributed.initialize(30):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
   """The workdir of an uninterrupted run of two processes with two devices each."""
-  folder = tmp_path_factory.mktemp('whole')
+  folder = tmp_path_factory.mktemp('uninterrupted')
   with contextlib.ExitStack() as stack:
     flags = (f'--workdir={folder / "run"}', PROMPTS, *mesh_flags(1, 2, 2))
     run = Run(stack, folder, 2, *MAIN, *flags, num_devices=2)
@@ -264,79 +299,79 @@ def whole(tmp_path_factory):
     ),
   ],
 )  # fmt: skip
-def test_any_processes_and_mesh_restore_the_same_and_read_the_same_examples(
-  whole, launch, count, num_devices, mesh, order, rows
+def test_any_processes_and_mesh_restore_equal_arrays_and_read_equal_examples(
+  uninterrupted, launch, count, num_devices, mesh, order, rows
 ):
-  run = launch(count, '-c', LOOK, whole, *mesh, order, num_devices=num_devices)
+  run = launch(count, '-c', INSPECT, uninterrupted, *mesh, order, num_devices=num_devices)
   assert run.wait() == [0] * count, run.log(0)[-3000:]
-  looks = [
-    json.loads(line.removeprefix('LOOK '))
+  outputs = [
+    json.loads(line.removeprefix('INSPECT '))
     for index in range(count)
     for line in run.log(index).splitlines()
-    if line.startswith('LOOK ')
+    if line.startswith('INSPECT ')
   ]
-  assert [look.pop('rows') for look in looks] == [list(r) for r in rows]
-  assert all(look == looks[0] for look in looks)
-  # Against the files themselves, and a stream that knows nothing of meshes.
-  saved = load(whole / f'checkpoints/{NUM_STEPS:08d}')['params']
-  assert looks[0]['params'] == [_digest(leaf) for leaf in jax.tree.leaves(saved)]
+  assert [output.pop('rows') for output in outputs] == [list(r) for r in rows]
+  assert all(output == outputs[0] for output in outputs)
+  # Compare with the checkpoint files, and with a stream that does not depend on the mesh.
+  saved = load(uninterrupted / f'checkpoints/{NUM_STEPS:08d}')['params']
+  assert outputs[0]['params'] == [_digest(leaf) for leaf in jax.tree.leaves(saved)]
   from fluid_jax.data import pipeline
 
   stream = pipeline.Stream(
     'emoji_demo', 'train', batch_size=16, seed=0, image_size=32, text_length=24,
     languages=('en', 'fr'), start_step=NUM_STEPS,
   )  # fmt: skip
-  assert looks[0]['keys'] == stream.keys_at(NUM_STEPS)
+  assert outputs[0]['keys'] == stream.keys_at(NUM_STEPS)
   batch = next(stream)
   stream.close()
-  assert looks[0]['batch'] == {n: _digest(a) for n, a in batch.items() if n != 'valid'}
+  assert outputs[0]['batch'] == {n: _digest(a) for n, a in batch.items() if n != 'valid'}
 
 
 def _digest(array):
   return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 
 
-# ---- A process that ends or hangs ----
+# ---- Lost processes ----
 
-SENTENCE = re.compile(
-  r'^error: .*another process .*ended,? or cannot be reached.*: start all of them again, '
-  'and training goes on from the newest checkpoint.$',
+MESSAGE = re.compile(
+  r'^error: .*another process .*ended,? or cannot be reached.*: start all processes again; '
+  'training resumes from the newest checkpoint.$',
   re.MULTILINE,
 )
 
 
-def strike(run, index, number):
-  """Sends a signal to one process; the seconds until the others have ended, as they should."""
+def send_signal(run, index, number):
+  """Sends a signal to a process and checks that the others exit; returns the seconds taken."""
   start = time.monotonic()
   run.processes[index].send_signal(number)
   for other, process in enumerate(run.processes):
     if other != index:
-      code = process.wait(PATIENCE_S)
+      code = process.wait(TIMEOUT_S)
       assert code in (errors.CRASH, -signal.SIGABRT), run.log(other)[-3000:]
   seconds = time.monotonic() - start
-  time.sleep(1)  # what speaks for an aborted process comes after it
+  time.sleep(1)  # the message of an aborted process appears after its exit
   for other in {*range(len(run.processes))} - {index}:
-    assert len(SENTENCE.findall(run.log(other))) == 1, run.log(other)[-3000:]
+    assert len(MESSAGE.findall(run.log(other))) == 1, run.log(other)[-3000:]
   print(f'signal {number} to process {index}: the others ended after {seconds:.1f} s')
   return seconds
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_as_if_uninterrupted(
-  whole, launch, tmp_path
+def test_killed_process_ends_the_others_and_the_resumed_run_is_bit_equal(
+  uninterrupted, launch, tmp_path
 ):
   args = (*MAIN, f'--workdir={tmp_path / "run"}', PROMPTS, *mesh_flags(1, 2, 2))
   run = launch(2, *args, num_devices=2)
   run.await_line('step 8/')
-  assert strike(run, 1, signal.SIGKILL) < 60
+  assert send_signal(run, 1, signal.SIGKILL) < 60
   run = launch(2, *args, num_devices=2)
   assert run.wait() == [0, 0], run.log(0)[-3000:]
   assert 'resuming at step 5' in run.log(0)
-  assert_same(whole, tmp_path / 'run')
+  assert_same(uninterrupted, tmp_path / 'run')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('count', 'mesh', 'strikes'),
+  ('count', 'mesh', 'signals'),
   [
     (
       2,
@@ -351,31 +386,31 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_as_if_uninterrupte
     (4, (2, 1, 2), [('step 6/', 2, signal.SIGKILL), ('step 12/', 3, signal.SIGTERM)]),
   ],
 )
-def test_struck_again_and_again_a_run_ends_as_if_uninterrupted(
-  launch, tmp_path, count, mesh, strikes
+def test_repeatedly_interrupted_run_is_bit_equal_to_an_uninterrupted_run(
+  launch, tmp_path, count, mesh, signals
 ):
   def start(workdir):
     return launch(count, *MAIN, f'--workdir={tmp_path / workdir}', *mesh_flags(*mesh))
 
-  run = start('whole')
+  run = start('uninterrupted')
   assert run.wait() == [0] * count, run.log(0)[-3000:]
-  for line, index, number in strikes:
-    run = start('struck')
+  for line, index, number in signals:
+    run = start('interrupted')
     run.await_line(line)
-    if number == signal.SIGTERM:  # to one, as a host's maintenance does
+    if number == signal.SIGTERM:  # to one process, as in maintenance of one host
       run.processes[index].send_signal(number)
       assert run.wait() == [errors.PREEMPTED] * count, run.log(0)[-3000:]
     else:
-      assert strike(run, index, number) < 60
+      assert send_signal(run, index, number) < 60
       run.processes[index].kill()
       run.processes[index].wait()
-  run = start('struck')
+  run = start('interrupted')
   assert run.wait() == [0] * count, run.log(0)[-3000:]
-  assert_same(tmp_path / 'whole', tmp_path / 'struck')
+  assert_same(tmp_path / 'uninterrupted', tmp_path / 'interrupted')
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_the_others(launch, tmp_path):
+def test_error_in_one_process_ends_the_others(launch, tmp_path):
   other = tmp_path / 'other'
   shutil.copytree(commands.ROOT / 'fluid_jax', other / 'fluid_jax')
   for shard in (other / 'fluid_jax').rglob('train-*.tfrecord'):
@@ -389,7 +424,7 @@ def test_an_error_of_one_process_ends_the_others(launch, tmp_path):
   assert codes[0] in (errors.CRASH, -signal.SIGABRT), run.log(0)[-3000:]
 
 
-# ---- Encoding beforehand ----
+# ---- Encoding of a data set ----
 
 _ENCODE = """
 import os, sys
@@ -421,7 +456,7 @@ with distributed.initialize(60):
 
 
 @pytest.mark.slow
-def test_processes_encode_the_same_set_together(launch, tmp_path):
+def test_two_processes_encode_the_same_set_as_one(launch, tmp_path):
   from test_encode import read_set
 
   from fluid_jax.data import records
