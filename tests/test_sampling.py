@@ -209,7 +209,7 @@ def test_each_of_256_tokens_is_sampled_once_as_scheduled(make_config, random_par
   _, sampled_at = sample(random_params(config), *make_texts(config), make_keys(5, 6, 7))
   jax.effects_barrier()
   assert sorted(map(int, done)) == list(range(1, num_steps + 1))
-  # `sampled_at` is the last step that sampled a token. The counts sum to 256, so each was sampled once.
+  # The step that sampled each token last: the counts sum to 256, so each was sampled once.
   counts = reference.tokens_per_step(256, num_steps)
   for at in np.asarray(sampled_at):
     np.testing.assert_array_equal(np.bincount(at, minlength=num_steps), counts)
