@@ -16,7 +16,7 @@ import reference
 from fluid_jax import config as config_lib
 from fluid_jax import flops, step, summary
 from fluid_jax.aot import hlo
-from fluid_jax.models import layers
+from fluid_jax.models import layers, orders
 
 BATCH = 4
 VARIANTS = [
@@ -297,7 +297,7 @@ def test_softmax_head_loss_is_cross_entropy_with_tied_embedding(make_config, ran
 
 
 def sample_randomness(model, params, key, example_B, drop_rate=0.1):
-  return model.apply({'params': params}, key, example_B, drop_rate, method='draw')
+  return model.apply({'params': params}, key, example_B, drop_rate, method='randomness')
 
 
 @pytest.mark.usefixtures('x64')
@@ -523,5 +523,28 @@ def test_predicted_tokens_is_the_mean_number_of_masked_tokens(make_config):
   # E[count] = sum over k of P(count > k), where count = ceil(L cos(pi u / 2)) and u is uniform:
   # P(count > k) = 2 / pi arccos(k / L).
   mean = (2 / np.pi * np.arccos(np.arange(256) / 256)).sum()
-  np.testing.assert_allclose(flops.predicted_tokens(config), mean, rtol=1e-4)
-  assert flops.predicted_tokens(with_model(config, order='raster')) == 256
+  np.testing.assert_allclose(orders.make_order(config).mean_predicted(), mean, rtol=1e-4)
+  assert orders.make_order(with_model(config, order='raster')).mean_predicted() == 256
+
+
+@pytest.mark.usefixtures('x64')
+def test_without_an_aligner_the_embedded_text_enters_the_decoder(make_config, random_params):
+  """aligner_depth=0, a row of the paper's ablation (table 3), has no aligner and trains."""
+  config = make_config({'model.aligner_depth': 0})
+  model, params = step.make_model(with_model(config, dtype='float64')), random_params(config)
+  assert 'aligner' not in params
+  ids, mask = make_texts(config)
+  aligned, aligned_mask = model.apply({'params': params}, ids, mask, method='align')
+  x = params['text_embedding']['embedding'][ids] + params['text_position_embedding']
+  norm = params['aligner_norm']
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  expected = x * norm['scale'] + norm['bias']
+  has_text = mask.any(axis=1)  # the others have the null text
+  np.testing.assert_allclose(aligned[has_text], expected[has_text], rtol=1e-9)
+  np.testing.assert_array_equal(aligned_mask[has_text], mask[has_text])
+  randomness = sample_randomness(model, params, jax.random.key(0), jnp.arange(BATCH))
+  inputs = make_tokens(config), ids, mask, randomness
+  grads = jax.grad(lambda p: model.apply({'params': p}, *inputs, method='losses')['loss'].sum())(
+    params
+  )
+  assert np.abs(grads['text_embedding']['embedding']).max() > 0

@@ -151,6 +151,6 @@ def test_schedule_of_64_steps_samples_1_to_7_tokens_per_step():
   assert counts == {1: 13, 2: 3, 3: 8, 4: 9, 5: 11, 6: 18, 7: 2}
 
 
-def test_make_order():
-  assert orders.make_order('random', 16, 4) == orders.RandomOrder(16, 4)
-  assert orders.make_order('raster', 16, 4) == orders.RasterOrder(16, 4)
+def test_make_order(make_config):
+  for name, kind in (('random', orders.RandomOrder), ('raster', orders.RasterOrder)):
+    assert orders.make_order(make_config({'model.order': name})) == kind(16, 4)
