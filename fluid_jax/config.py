@@ -16,7 +16,6 @@ import ml_collections
 from fluid_jax import errors
 
 CHOICES = {
-  'model.order': ('random', 'raster'),
   'model.tokens': ('continuous', 'discrete'),
   'model.remat': ('none', 'full', 'save_attention', 'minimal', 'offload'),
   'model.dtype': ('float32', 'bfloat16'),
@@ -75,6 +74,7 @@ class Text:
 class Model:
   order: str = 'random'
   tokens: str = 'continuous'
+  head: str = ''  # a key of models.heads.HEADS; '' is diffusion or softmax, by model.tokens
   width: int = 768
   depth: int = 12  # decoder blocks
   num_heads: int = 12
@@ -173,6 +173,11 @@ class Config:
     return self.model.tokens == 'continuous'
 
   @property
+  def head(self) -> str:
+    """Name of the head."""
+    return self.model.head or ('diffusion' if self.is_continuous else 'softmax')
+
+  @property
   def is_image_prepared(self) -> bool:
     """Whether examples hold what the image tokenizer made, and not pictures."""
     return self.image.tokenizer.partition(':')[0] == 'prepared'
@@ -223,10 +228,13 @@ def resolve(config: Mapping[str, Any]) -> Config:
   """A checked `Config`; raises one UserError that lists every problem, each with its mending."""
   resolved = build(Config, config, _check)
   order = resolved.model.order
-  scale, temperature = PAPER_SAMPLING[order, resolved.model.tokens]
+  # An order that is not the paper's has no values there: no guidance, unscaled noise.
+  scale, temperature = PAPER_SAMPLING.get((order, resolved.model.tokens), (1.0, 1.0))
   sampling = dataclasses.replace(
     resolved.sampling,
-    num_steps=resolved.image.num_tokens if order == 'raster' else resolved.sampling.num_steps,
+    num_steps=(
+      resolved.image.num_tokens if _orders()[order].is_sequential else resolved.sampling.num_steps
+    ),
     guidance_scale=resolved.sampling.guidance_scale or scale,
     temperature=resolved.sampling.temperature or temperature,
   )
@@ -346,10 +354,11 @@ def check_run(c: Any) -> list[str]:
 def _check(c: Config) -> list[str]:
   positive = (
     'image.size image.num_tokens image.channels image.vocab_size text.length text.feature_dim '
-    'model.width model.depth model.num_heads model.aligner_depth model.head_depth '
+    'model.width model.depth model.num_heads model.head_depth '
     'model.num_noise_draws model.mask_group_size optimizer.accumulation_steps sampling.num_steps'
   )
-  problems = check_values(c, CHOICES, positive)
+  choices = {'model.order': tuple(_orders()), 'model.head': ('', *_heads())}
+  problems = check_values(c, CHOICES | choices, positive)
   if problems:
     return problems
   problems = check_run(c)
@@ -358,6 +367,12 @@ def _check(c: Config) -> list[str]:
     if not holds:
       problems.append(message)
 
+  need(
+    _heads()[c.head].tokens == c.model.tokens,
+    f'model.head {c.head!r} reads {_heads()[c.head].tokens} tokens, but model.tokens is '
+    f'{c.model.tokens!r}; change one of them.',
+  )
+  need(c.model.aligner_depth >= 0, 'model.aligner_depth is negative; 0 leaves the aligner out.')
   need(c.model.depth >= 2, f'model.depth is {c.model.depth}; the decoder has at least 2 blocks.')
   need(
     c.model.width % c.model.num_heads == 0,
@@ -404,10 +419,22 @@ def _check(c: Config) -> list[str]:
   return problems
 
 
+def _orders() -> Mapping[str, Any]:
+  from fluid_jax.models import orders  # Flax takes a second to import; --help does not need it
+
+  return orders.ORDERS
+
+
+def _heads() -> Mapping[str, Any]:
+  from fluid_jax.models import heads
+
+  return heads.HEADS
+
+
 def sampling_problems(c: Config) -> list[str]:
   """What is out of range in `c.sampling`; 0 still stands for the paper's value."""
   s, problems = c.sampling, []
-  if c.model.order == 'random' and not 1 <= s.num_steps <= c.image.num_tokens:
+  if not _orders()[c.model.order].is_sequential and not 1 <= s.num_steps <= c.image.num_tokens:
     problems.append(
       f'sampling.num_steps is {s.num_steps}; an image of {c.image.num_tokens} tokens takes 1 to '
       f'{c.image.num_tokens} steps.'

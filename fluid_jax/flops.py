@@ -1,8 +1,8 @@
-"""Matrix-product FLOPs of the model by component, and the peak of the device that runs them.
+"""Matrix-product FLOPs of the model by component, and the peak of the device.
 
-One multiply-add counts two; the backward pass counts twice the forward; recomputation counts
-nothing, nor do norms, softmax and other elementwise work. Causal attention counts in full, since
-that is what is computed.
+A multiply-add counts as two, and the backward pass as twice the forward pass. Recomputation, norms,
+softmax and other elementwise operations are not counted. Causal attention is counted in full,
+because it is computed in full.
 """
 
 import functools
@@ -17,16 +17,7 @@ import numpy as np
 
 from fluid_jax import config as config_lib
 from fluid_jax import hardware
-from fluid_jax.models import diffusion, orders
-
-
-def predicted_tokens(config: config_lib.Config) -> float:
-  """Mean number of tokens that a training example predicts."""
-  length = config.image.num_tokens
-  if config.model.order == 'raster':
-    return length
-  u = (np.arange(100_000) + 0.5) / 100_000
-  return float(np.ceil(length * np.cos(np.pi / 2 * u)).mean())
+from fluid_jax.models import heads, orders
 
 
 def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[str, float]:
@@ -34,27 +25,24 @@ def forward_flops(config: config_lib.Config, rows: float | None = None) -> dict[
 
   Args:
     config: resolved.
-    rows: tokens of an image that enter the head; by default the mean number that is predicted.
+    rows: tokens of an image that enter the head; by default the mean number of predicted ones.
   """
   m, length, text = config.model, config.image.num_tokens, config.text.length
-  width, rows = m.width, predicted_tokens(config) if rows is None else rows
+  width, head = m.width, heads.make_head(config)
+  rows = orders.make_order(config).mean_predicted() if rows is None else rows
   flops = {
     'decoder': m.depth * sum(_decoder_block(config).values()),
     'aligner': m.aligner_depth * sum(_aligner_block(config).values()),
   }
   if config.text.source != 'bytes':
     flops['aligner'] += 2 * text * config.text.feature_dim * width
-  if config.is_continuous:
-    draws = m.num_noise_draws * _denoise_flops(config)
-    flops['head'] = rows * (2 * width * config.head_width + draws)
-    flops['embeddings'] = 2 * length * config.image.channels * width
-  else:
-    flops['head'] = rows * 2 * width * config.image.vocab_size
+  flops['head'] = rows * head.loss_flops()
+  flops['embeddings'] = head.embedding_flops(length)
   return flops
 
 
 def _decoder_block(config: config_lib.Config) -> dict[str, float]:
-  """FLOPs of one decoder block: projections, logits, values, and the MLP's two layers."""
+  """FLOPs of one decoder block: projections, logits, values, and the two layers of the MLP."""
   length, text, width = config.image.num_tokens, config.text.length, config.model.width
   return {
     'projections': (8 * length + 4 * length + 4 * text) * width**2,
@@ -76,8 +64,8 @@ def _aligner_block(config: config_lib.Config) -> dict[str, float]:
   }
 
 
-# Products that the backward pass of a stacked block makes again, by model.remat. Nothing but the
-# next layer needs the last one, `wo`.
+# Products that the backward pass of a stacked block recomputes, by model.remat. `wo` is not needed:
+# only the next layer uses its result.
 _RECOMPUTED = {
   'none': (),
   'full': ('projections', 'logits', 'values', 'wi'),
@@ -88,18 +76,18 @@ _RECOMPUTED = {
 
 
 def compiled_flops(config: config_lib.Config) -> float:
-  """FLOPs that the program of one training step executes, all devices together.
+  """FLOPs that the program of one training step executes on all devices together.
 
-  More than `step_flops` counts: recomputation, and places in the head for as many rows as a group
-  can ever predict. Less: inputs need no gradient. The last decoder block is not in the stack, and
-  the compiler finds that what it would compute again is still there.
+  Unlike `step_flops` it includes recomputation and the head's padding to the maximum number of
+  predicted rows, and leaves out gradients with respect to the inputs. Nothing of the last decoder
+  block is recomputed: it is outside the stack, and the compiler removes the recomputation.
   """
-  m, length, text = config.model, config.image.num_tokens, config.text.length
-  order = orders.make_order(m.order, length, m.mask_group_size)
+  m, text = config.model, config.text.length
+  order = orders.make_order(config)
   flops = forward_flops(config, rows=order.capacity() / m.mask_group_size)
   stacked = (_decoder_block(config), m.depth - 1), (_aligner_block(config), m.aligner_depth)
   again = sum(n * sum(block[name] for name in _RECOMPUTED[m.remat]) for block, n in stacked)
-  no_gradient = flops.get('embeddings', 0.0)
+  no_gradient = flops['embeddings']
   if config.text.source != 'bytes':
     no_gradient += 2 * text * config.text.feature_dim * m.width
   per_image = 3 * sum(flops.values()) + again - no_gradient
@@ -107,49 +95,40 @@ def compiled_flops(config: config_lib.Config) -> float:
   return per_image * config.train.batch_size + table
 
 
-def _denoise_flops(config: config_lib.Config) -> float:
-  """FLOPs of the diffusion head on one noisy token."""
-  channels, width = config.image.channels, config.head_width
-  return 2 * (3 * channels + (5 * config.model.head_depth + 2) * width) * width
-
-
 def sampling_flops(config: config_lib.Config) -> float:
-  """FLOPs of drawing one image: the decoder at every step, the head at every token.
+  """FLOPs of sampling one image: the decoder at every step, the head at every token.
 
-  Raster order counts one position a step; the last block's saving in random order is left out, and
-  so are the aligner and the text's keys and values, which are made once.
+  Sequential orders compute one position per step. The saving in the last block in random order is
+  not counted, nor are the aligner and the text's keys and values, which are computed once.
   """
   m, s, length, text = config.model, config.sampling, config.image.num_tokens, config.text.length
-  rows = 1 if m.order == 'raster' else length
+  rows = 1 if orders.make_order(config).is_sequential else length
   block = 28 * rows * m.width**2 + 4 * rows * (length + text) * m.width
-  head = 2 * length * m.width * config.image.vocab_size
-  if config.is_continuous:
-    head = s.num_diffusion_steps * length * _denoise_flops(config)
+  head = length * heads.make_head(config).sampling_flops(s)
   copies = 1 if s.guidance_scale == 1 else 2
   return copies * (s.num_steps * m.depth * block + head)
 
 
 def time_table_flops(config: config_lib.Config) -> float:
-  """FLOPs of the diffusion head's table of times: forward, once a microbatch."""
-  width = config.head_width
-  return 2 * diffusion.NUM_TIMESTEPS * (256 + width) * width if config.is_continuous else 0.0
+  """FLOPs of the head's tables, such as that of times: forward, once per microbatch."""
+  return heads.make_head(config).table_flops()
 
 
 def step_flops(config: config_lib.Config) -> float:
-  """FLOPs of one training step, all devices together."""
+  """FLOPs of one training step on all devices together."""
   per_image = sum(forward_flops(config).values()) * config.train.batch_size
   return 3 * (per_image + time_table_flops(config) * config.optimizer.accumulation_steps)
 
 
 def traced_flops(function: Callable[..., Any], *shapes: Any) -> float:
-  """FLOPs of the products and convolutions of a function, found by tracing it.
+  """FLOPs of the products and convolutions of a function, counted by tracing it.
 
-  For the published networks, whose layers are not ours to describe twice. Where a convolution's
-  window reaches beyond its input nothing is counted.
+  Used for the published encoders. The part of a convolution's window outside its input is not
+  counted.
 
   Args:
-    function: of arrays.
-    *shapes: trees of its arguments' ShapeDtypeStructs.
+    function: takes arrays.
+    *shapes: trees of ShapeDtypeStructs, one for each argument.
   """
   return _traced(jax.make_jaxpr(function)(*shapes).jaxpr)
 
@@ -191,17 +170,18 @@ def _convolution_flops(equation: Any) -> float:
 
 @functools.cache
 def peak_flops() -> float:
-  """FLOP/s of one device: the maker's figure, or if unknown the best float32 matrix product."""
+  """FLOP/s of one device: the vendor's figure, or if unknown the fastest float32 matrix product."""
   device = jax.local_devices()[0]
   chip = hardware.find(device.device_kind)
   if chip:
     return chip.peak_flops
-  shares = len(jax.local_devices()) if device.platform == 'cpu' else 1  # of the same cores
-  return measured_matmul_flops() / shares
+  # Fake CPU devices share the same cores.
+  num_sharing = len(jax.local_devices()) if device.platform == 'cpu' else 1
+  return measured_matmul_flops() / num_sharing
 
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
-  """Best of a few products of two square float32 matrices, in FLOP/s."""
+  """FLOP/s of the fastest of a few products of two square float32 matrices."""
   a = jnp.ones((size, size))
   multiply = jax.jit(jnp.dot)
   multiply(a, a).block_until_ready()

@@ -53,15 +53,9 @@ def make_model(config: config_lib.Config) -> fluid.Fluid:
   """The model of a config, unbound."""
   m = config.model
   dtype = jnp.dtype(m.dtype)
-  if config.is_continuous:
-    head = heads.DiffusionHead(
-      m.width, config.image.channels, config.head_width, m.head_depth, m.num_noise_draws, dtype
-    )
-  else:
-    head = heads.SoftmaxHead(m.width, config.image.vocab_size, dtype)
   return fluid.Fluid(
-    order=orders.make_order(m.order, config.image.num_tokens, m.mask_group_size),
-    head=head,
+    order=orders.make_order(config),
+    head=heads.make_head(config, dtype),
     width=m.width,
     depth=m.depth,
     num_heads=m.num_heads,
@@ -101,7 +95,7 @@ def init_params(config: config_lib.Config, model: fluid.Fluid, key: jax.Array) -
     text_in = jnp.zeros((size, length, config.text.feature_dim))
 
   def losses(module, *inputs):
-    return module.losses(*inputs, module.draw(key, jnp.arange(size), config.text.drop_rate))
+    return module.losses(*inputs, module.randomness(key, jnp.arange(size), config.text.drop_rate))
 
   return model.init(key, tokens, text_in, mask_BxT, method=losses)['params']
 
@@ -209,7 +203,7 @@ def build(config: config_lib.Config, mesh: Mesh) -> Program:
     key_draw, key_latent = jax.random.split(key)
     tokens = encoders.image.encode_batch(frozen_params['image'], batch, key_latent, example_B)
     text_in = encoders.encode_text(frozen_params, batch)
-    draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='draw')
+    draws = model.apply({'params': params}, key_draw, example_B, drop_rate, method='randomness')
     by_part = trained.apply({'params': params}, tokens, *text_in, draws, method='losses')
     return by_part, draws['mask_BxL']
 

@@ -1,16 +1,17 @@
-"""Float64 NumPy references that the tests compare fluid_jax with. No JAX, nothing of fluid_jax.
+"""Float64 NumPy reference implementations for the tests. Uses neither JAX nor fluid_jax.
 
-Written from the formulas of the papers, with plain loops where they are the plainest form:
+Written from the formulas of the papers, with explicit loops where they are clearest:
   DDPM   Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
   IDDPM  Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", 2102.09672.
-  MAR    Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", 2406.11838.
+  MAR    Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", 2406.11838,
+         with its code at github.com/LTH14/mar.
 
-Conventions: t = 0 .. T - 1 counts from the least noisy step (the papers' t - 1); diffusion works on
-rows [N, C], one row per token, with t an int or int [N]. Every input is converted to float64 first,
-because a JAX array or a float32 array would otherwise pull the arithmetic down to float32.
+Conventions: t = 0 .. T - 1 counts from the least noisy step (the papers' t - 1). The diffusion
+functions take rows [N, C], one row per token, and t as an int or int [N]. Inputs are converted to
+float64 first, because a float32 or JAX array would reduce the precision to float32.
 
-`self_check`, which `python tests/reference.py` runs, compares the file with identities that it does
-not use and with figures of MAR's code.
+`python tests/reference.py` runs `self_check`. It tests this file with identities that the code does
+not use and with values computed by MAR's code and by PyTorch.
 """
 
 import math
@@ -28,7 +29,7 @@ def f64(x: Any) -> np.ndarray:
   return np.asarray(x, np.float64)
 
 
-# Diffusion chain.
+# ---- diffusion chain ----
 
 
 def cosine_betas(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
@@ -41,15 +42,17 @@ def cosine_betas(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np
 
 
 class Diffusion:
-  """A Gaussian chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) and what follows.
+  """A Gaussian chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) and its posterior.
 
   Attributes, each an array [T]:
-    timesteps: index of each step in the chain that the network was trained on.
-    betas, log_betas: variance of one step (DDPM eq. 2); upper end of the learned range.
+    timesteps: index of each step in the chain on which the network was trained.
+    betas: variance of one step (DDPM eq. 2).
+    log_betas: log of betas, the upper end of the learned range.
     alphas_cumprod, alphas_cumprod_prev: alpha_bar_t and alpha_bar_{t-1} (DDPM eq. 4).
-    posterior_mean_coef_x0, posterior_mean_coef_xt, posterior_variance: q(x_{t-1} | x_t, x_0)
-      (DDPM eq. 6 and 7).
-    posterior_log_variance_clipped: its log, with entry 0 (log of 0) replaced by entry 1.
+    posterior_mean_coef_x0, posterior_mean_coef_xt, posterior_variance: moments of
+      q(x_{t-1} | x_t, x_0) (DDPM eq. 6 and 7).
+    posterior_log_variance_clipped: log of posterior_variance. Entry 0 would be log(0) and is
+      replaced by entry 1.
   """
 
   def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
@@ -75,7 +78,7 @@ class Diffusion:
     self.posterior_log_variance_clipped = np.log(variance)
 
   def q_sample(self, x0: np.ndarray, t: int | np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Returns x_t [N, C] drawn from q(x_t | x_0) with the given standard normal noise (eq. 4)."""
+    """Returns a sample x_t [N, C] of q(x_t | x_0) for standard normal noise (DDPM eq. 4)."""
     a = at(self.alphas_cumprod, t)
     return np.sqrt(a) * f64(x0) + np.sqrt(1 - a) * f64(noise)
 
@@ -90,20 +93,23 @@ class Diffusion:
     return mean, variance, log_variance
 
   def learned_range_log_variance(self, v: np.ndarray, t: int | np.ndarray) -> np.ndarray:
-    """Returns log Sigma [N, C]: v = -1 the posterior's variance, v = 1 beta_t (IDDPM eq. 15)."""
-    share = (f64(v) + 1) / 2
+    """Returns log Sigma [N, C] (IDDPM eq. 15).
+
+    v = -1 gives the posterior variance and v = 1 gives beta_t.
+    """
+    fraction = (f64(v) + 1) / 2
     low = at(self.posterior_log_variance_clipped, t)
-    return share * at(self.log_betas, t) + (1 - share) * low
+    return fraction * at(self.log_betas, t) + (1 - fraction) * low
 
   def x0_from_eps(self, xt: np.ndarray, t: int | np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Returns the x_0 [N, C] that q_sample turns into x_t with noise eps. It is not clipped."""
+    """Returns x_0 [N, C], unclipped, such that `q_sample` with noise eps gives x_t."""
     a = at(self.alphas_cumprod, t)
     return (f64(xt) - np.sqrt(1 - a) * f64(eps)) / np.sqrt(a)
 
   def model_mean_log_variance(
     self, xt: np.ndarray, t: int | np.ndarray, eps: np.ndarray, v: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and log variance of p(x_{t-1} | x_t), each [N, C], of a network's output."""
+    """Returns mean and log variance of p(x_{t-1} | x_t), each [N, C], from network outputs."""
     mean, _, _ = self.posterior_mean_variance(self.x0_from_eps(xt, t, eps), xt, t)
     return mean, self.learned_range_log_variance(v, t)
 
@@ -113,7 +119,7 @@ def at(table: np.ndarray, t: int | np.ndarray) -> np.ndarray:
   return table[np.asarray(t)][..., None]
 
 
-# Training loss.
+# ---- training loss ----
 
 
 def diffusion_loss(
@@ -124,7 +130,7 @@ def diffusion_loss(
   eps: np.ndarray,
   v: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Both terms of IDDPM's hybrid loss; MAR adds them as they are, without rescaling.
+  """Computes both terms of IDDPM's hybrid loss. MAR adds them without weights.
 
   Args:
     diffusion: the training chain.
@@ -132,13 +138,13 @@ def diffusion_loss(
     t: timesteps, int [N].
     noise: standard normal [N, C].
     eps: the network's prediction of the noise at x_t [N, C].
-    v: the network's place in the variance range [N, C].
+    v: the network's position in the variance range [N, C], -1 to 1.
 
   Returns:
     mse [N]: squared error of eps, mean over channels (DDPM eq. 14).
     vlb [N]: bits per channel, mean over channels: KL(q(x_{t-1} | x_t, x_0) || p) for t > 0
-      (DDPM eq. 5), and at t = 0 the negative log density of x_0 under p. That density is
-      continuous, where pixels have IDDPM's 8-bit bins, so this term can be negative.
+      (DDPM eq. 5), and the negative log density of x_0 under p at t = 0. The density is
+      continuous, unlike IDDPM's likelihood of 8-bit pixels, so this term can be negative.
   """
   x0, noise, eps, v = f64(x0), f64(noise), f64(eps), f64(v)
   mse, vlb = np.empty(len(x0)), np.empty(len(x0))
@@ -163,10 +169,10 @@ def diffusion_loss_gradients(
   eps: np.ndarray,
   v: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Gradients [N, C] of sum(mse + vlb) by eps and by v; arguments as `diffusion_loss`.
+  """Gradients [N, C] of sum(mse + vlb) with respect to eps and v; arguments as `diffusion_loss`.
 
-  The VLB's mean is a constant to the gradient (IDDPM section 3.1), so eps learns from the mean
-  squared error alone and v from the VLB alone.
+  The gradient does not pass through the mean of the VLB (IDDPM section 3.1). The gradient of eps
+  therefore comes from the mean squared error only, and that of v from the VLB only.
   """
   x0, noise, eps, v = f64(x0), f64(noise), f64(eps), f64(v)
   channels = x0.shape[1]
@@ -175,8 +181,8 @@ def diffusion_loss_gradients(
   for n in range(len(x0)):
     xt = diffusion.q_sample(x0[n], t[n], noise[n])
     p_mean, p_log_variance = diffusion.model_mean_log_variance(xt, t[n], eps[n], v[n])
-    # Both terms are 1/2 (log Sigma + E[(x - p_mean)^2] / Sigma) and a constant, where x is x_0 at
-    # t = 0 and is drawn from the posterior elsewhere.
+    # Both cases of the VLB are 1/2 (log Sigma + E[(x - p_mean)^2] / Sigma) plus a constant, where
+    # x is x_0 at t = 0 and has the posterior distribution at other t.
     if t[n] == 0:
       second_moment = (x0[n] - p_mean) ** 2
     else:
@@ -203,14 +209,14 @@ def gaussian_nll(x: np.ndarray, mean: np.ndarray, log_variance: np.ndarray) -> n
   return (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 / np.exp(log_variance)) / 2
 
 
-# Diffusion sampler.
+# ---- diffusion sampler ----
 
 
 def respaced_timesteps(n: int, T: int = 1000) -> np.ndarray:
-  """Returns n timesteps of T, evenly spaced and rounded, both ends included (IDDPM section 4).
+  """Returns n of T timesteps, evenly spaced and rounded, including both ends (IDDPM section 4).
 
-  An exact half (every odd n has 499.5) goes to the even number. MAR adds up the spacing in floating
-  point, so that some of its halves go the other way.
+  Exact halves (with T = 1000, 499.5 for every odd n) round to the even number. MAR accumulates the
+  spacing in floating point, so some halves round differently there.
 
   Raises:
     ValueError: n is not in 2 .. T.
@@ -221,7 +227,7 @@ def respaced_timesteps(n: int, T: int = 1000) -> np.ndarray:
 
 
 def respace(diffusion: Diffusion, timesteps: np.ndarray) -> Diffusion:
-  """Returns the shorter chain with the same alpha_bar at the kept timesteps (IDDPM eq. 19)."""
+  """Returns the chain over `timesteps` only, with the same alpha_bar there (IDDPM eq. 19)."""
   betas = []
   alpha_bar_prev = 1.0
   for t in timesteps:
@@ -236,7 +242,7 @@ def guided(
   unconditional: tuple[np.ndarray, np.ndarray],
   scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Classifier-free guidance of (eps, v): eps alone is guided, v is the conditional one (MAR)."""
+  """Applies classifier-free guidance to eps. v is the conditional one, as in MAR."""
   eps_c, v_c = conditional
   eps_u, _ = unconditional
   return f64(eps_u) + scale * (f64(eps_c) - f64(eps_u)), f64(v_c)
@@ -251,9 +257,9 @@ def ancestral_step(
   noise: np.ndarray,
   temperature: float = 1.0,
 ) -> np.ndarray:
-  """One step x_t -> x_{t-1} [N, C] (DDPM algorithm 2); t counts in `diffusion`'s own chain.
+  """One step from x_t to x_{t-1} [N, C] (DDPM algorithm 2); t is an index into `diffusion`.
 
-  The temperature multiplies the noise (MAR); the last step, t = 0, adds none.
+  The temperature multiplies the noise, as in MAR. The last step, t = 0, adds no noise.
   """
   mean, log_variance = diffusion.model_mean_log_variance(xt, t, eps, v)
   if t == 0:
@@ -268,15 +274,16 @@ def sample(
   noises: np.ndarray,
   temperature: float = 1.0,
 ) -> np.ndarray:
-  """Runs the whole chain.
+  """Runs all steps of the reverse process.
 
   Args:
     diffusion: the chain to sample with, of n steps.
-    model: from (x [N, C], timestep of the training chain) to (eps, v), already guided.
-    initial: standard normal [N, C]; the temperature does not touch it.
-    noises: standard normal [n, N, C], in the order of use: noises[0] in the noisiest step, and
-      noises[n - 1] not at all.
-    temperature: factor on the noise of every step.
+    model: a function of x [N, C] and the timestep in the training chain that returns (eps, v) after
+      guidance.
+    initial: standard normal [N, C], not scaled by the temperature.
+    noises: standard normal [n, N, C], in the order of use: noises[0] in the noisiest step.
+      noises[n - 1] is unused.
+    temperature: factor on the noise of each step.
 
   Returns:
     x_0 [N, C].
@@ -290,14 +297,15 @@ def sample(
   return x
 
 
-# Autoregressive sampling schedule.
+# ---- autoregressive sampling schedule ----
 
 
 def tokens_left(L: int, N: int) -> list[int]:
-  """Returns, for each of N steps, how many of L tokens are to be unknown after it by the schedule.
+  """Returns how many of L tokens the schedule leaves masked after each of N steps.
 
-  MaskGIT's cosine, clamped to [1, unknown before - 1] (MAR). The clamp holds in the last step too,
-  which nevertheless draws all that is left; only the guidance scale sees that 1.
+  MaskGIT's cosine schedule, clamped to [1, m - 1] as in MAR, where m tokens are masked before the
+  step. MAR also clamps in the last step, although that step samples all remaining tokens. The
+  resulting 1 affects only the guidance scale.
 
   Raises:
     ValueError: N is not in 1 .. L.
@@ -313,7 +321,7 @@ def tokens_left(L: int, N: int) -> list[int]:
 
 
 def tokens_per_step(L: int, N: int) -> list[int]:
-  """Returns how many tokens each of N steps draws; they sum to L."""
+  """Returns how many tokens each of N steps samples. The sum is L."""
   counts, current = [], L
   for left in tokens_left(L, N)[:-1]:
     counts.append(current - left)
@@ -322,10 +330,10 @@ def tokens_per_step(L: int, N: int) -> list[int]:
 
 
 def guidance_per_step(L: int, N: int, scale: float, schedule: str) -> list[float]:
-  """Returns the guidance scale of each of N steps; schedule is 'linear' or 'constant' (MAR).
+  """Returns the guidance scale of each of N steps; schedule is 'linear' or 'constant', as in MAR.
 
-  'linear' grows from 1 with the share of tokens known after the step, to 1 + (scale - 1)
-  (L - 1) / L in the last one.
+  'linear' increases from 1 in proportion to the fraction of tokens sampled by the end of the step.
+  The last step has 1 + (scale - 1) (L - 1) / L.
   """
   if schedule == 'constant':
     return [scale] * N
@@ -334,7 +342,8 @@ def guidance_per_step(L: int, N: int, scale: float, schedule: str) -> list[float
   raise ValueError(schedule)
 
 
-# Networks. A layer is a dict of 'kernel' [in, out] and, where it has one, 'bias' [out].
+# ---- networks ----
+# A layer is a dict of 'kernel' [in, out] and, optionally, 'bias' [out].
 
 
 def dense(x: np.ndarray, params: Params) -> np.ndarray:
@@ -343,10 +352,10 @@ def dense(x: np.ndarray, params: Params) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, params: Params | None = None, eps: float = 1e-6) -> np.ndarray:
-  """Normalises the last axis; `params` holds 'scale' and 'bias', None means no affine part."""
+  """Normalizes the last axis. `params` has 'scale' and 'bias'; None means no affine transform."""
   x = f64(x)
-  centred = x - x.mean(-1, keepdims=True)
-  y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+  centered = x - x.mean(-1, keepdims=True)
+  y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps)
   return y if params is None else y * f64(params['scale']) + f64(params['bias'])
 
 
@@ -355,7 +364,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def gelu(x: np.ndarray, kind: str) -> np.ndarray:
-  """x Phi(x), 'exact' or by the 'tanh' approximation (Hendrycks and Gimpel, 1606.08415)."""
+  """x Phi(x), 'exact' or with the 'tanh' approximation (Hendrycks and Gimpel, 1606.08415)."""
   if kind == 'exact':
     return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
   if kind == 'tanh':
@@ -366,7 +375,7 @@ def gelu(x: np.ndarray, kind: str) -> np.ndarray:
 def timestep_embedding(
   t: int | np.ndarray, dim: int = 256, max_period: float = 10_000
 ) -> np.ndarray:
-  """Returns [..., dim]: cosines, then sines, of t at dim / 2 frequencies from 1 downwards."""
+  """Returns [..., dim]: cosines, then sines, of t at dim / 2 decreasing frequencies from 1."""
   half = dim // 2
   frequencies = np.array([max_period ** (-i / half) for i in range(half)])
   angles = f64(t)[..., None] * frequencies
@@ -376,16 +385,16 @@ def timestep_embedding(
 def diffusion_head(
   x: np.ndarray, t: int | np.ndarray, cond: np.ndarray, params: Params
 ) -> tuple[np.ndarray, np.ndarray]:
-  """MAR's diffusion head, of width W: residual MLP blocks with adaptive layer norm.
+  """MAR's diffusion head (models/diffloss.py) of width W: residual MLP blocks with adaptive norms.
 
   Args:
     x: noisy tokens [N, C].
-    t: timestep of the training chain, int or int [N].
+    t: timestep in the training chain, int or int [N].
     cond: the decoder's output [N, D].
     params: layers 'x_embed' [C, W], 'cond_embed' [D, W], 'time_in' [256, W], 'time_out' [W, W],
       'final_modulation' [W, 2 W] (shift, scale), 'final' [W, 2 C] (eps, v), and 'blocks', a list
-      of dicts of 'norm' (affine), 'modulation' [W, 3 W] (shift, scale, gate), 'fc1' and 'fc2'
-      [W, W].
+      of dicts with 'norm' (affine), 'modulation' [W, 3 W] (shift, scale, gate), 'fc1' [W, W] and
+      'fc2' [W, W].
 
   Returns:
     eps [N, C] and v [N, C].
@@ -409,12 +418,12 @@ def attention(
   params: Params,
   num_heads: int,
 ) -> np.ndarray:
-  """Multi-head scaled dot-product attention; head h owns the h-th slice of the channels.
+  """Multi-head scaled dot-product attention. Head h uses the h-th slice of the channels.
 
   Args:
-    x: queries' input [B, L, D].
-    context: keys' and values' input [B, S, E].
-    allowed: bool [B, L, S], whether a query may look at a key.
+    x: input of the queries [B, L, D].
+    context: input of the keys and values [B, S, E].
+    allowed: bool [B, L, S], whether a query may attend to a key.
     params: layers 'query' [D, D], 'key' and 'value' [E, D], 'out' [D, D].
     num_heads: a divisor of D.
 
@@ -422,7 +431,7 @@ def attention(
     [B, L, D].
 
   Raises:
-    ValueError: a query may look at no key at all.
+    ValueError: a query has no key to attend to.
   """
   allowed = np.asarray(allowed, bool)
   if not allowed.any(-1).all():
@@ -434,13 +443,13 @@ def attention(
   dim = query.shape[-1] // num_heads
   for b in range(query.shape[0]):
     for head in range(num_heads):
-      own = slice(head * dim, (head + 1) * dim)
+      channels = slice(head * dim, (head + 1) * dim)
       for i in range(query.shape[1]):
-        keys = key[b, allowed[b, i], own]
-        values = value[b, allowed[b, i], own]
-        logits = keys @ query[b, i, own] / math.sqrt(dim)
+        keys = key[b, allowed[b, i], channels]
+        values = value[b, allowed[b, i], channels]
+        logits = keys @ query[b, i, channels] / math.sqrt(dim)
         weights = np.exp(logits - logits.max())
-        mixed[b, i, own] = weights @ values / weights.sum()
+        mixed[b, i, channels] = weights @ values / weights.sum()
   return dense(mixed, params['out'])
 
 
@@ -454,16 +463,19 @@ def transformer_block(
   causal: bool,
   gelu_kind: str,
 ) -> np.ndarray:
-  """Pre-LN block: self-attention, cross-attention to the text, MLP (Fluid, arXiv 2410.13863).
+  """Pre-LN decoder block: self-attention, cross-attention to the text, MLP.
+
+  The attention masks and the cross-attention to the aligned text follow Fluid (arXiv 2410.13863,
+  figures 2 and 3). The norms are not stated in the paper; pre-LN is MAR's choice.
 
   Args:
     x: image tokens [B, L, D].
-    text: aligned text [B, T, E], used as it is, without a norm of this block.
+    text: aligned text [B, T, E]. This block does not normalize it.
     text_mask: bool [B, T], True for real tokens.
     params: norms 'self_attention_norm', 'cross_attention_norm', 'mlp_norm' ('scale', 'bias');
-      'self_attention' and 'cross_attention' as `attention`'s; 'mlp' with layers 'wi' and 'wo'.
+      'self_attention' and 'cross_attention' as in `attention`; 'mlp' with layers 'wi' and 'wo'.
     num_heads: a divisor of D.
-    causal: whether token i sees tokens 0 .. i only.
+    causal: whether token i attends only to tokens 0 .. i.
     gelu_kind: 'exact' or 'tanh'.
 
   Returns:
@@ -486,7 +498,7 @@ def transformer_block(
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> dict[str, np.ndarray]:
-  """Scales all gradients so that their joint Euclidean norm is at most max_norm."""
+  """Scales all gradients so that their global Euclidean norm is at most max_norm."""
   norm = math.sqrt(sum(float((f64(g) ** 2).sum()) for g in grads.values()))
   factor = max_norm / norm if norm > max_norm else 1.0
   return {name: f64(g) * factor for name, g in grads.items()}
@@ -514,8 +526,8 @@ def adamw_step(
     first: running means of the gradients, zero at the start.
     second: running means of the squared gradients, zero at the start.
     step: 1 for the first step.
-    learning_rate: scales the decay as well, as in optax and PyTorch.
-    decayed: names of the parameters that decay.
+    learning_rate: also scales the weight decay, as in optax and PyTorch.
+    decayed: names of the parameters with weight decay.
     beta1: decay rate of `first`.
     beta2: decay rate of `second`.
     eps: added to the root of the bias-corrected second moment.
@@ -537,12 +549,12 @@ def adamw_step(
 
 
 def ema_step(average: Params, params: Params, t: int, decay: float) -> dict[str, np.ndarray]:
-  """Moves the average towards params with decay min(decay, (1 + t) / (10 + t))."""
+  """One step of the moving average, with decay min(decay, (1 + t) / (10 + t))."""
   d = min(decay, (1 + t) / (10 + t))
   return {name: d * f64(average[name]) + (1 - d) * f64(p) for name, p in params.items()}
 
 
-# Self-check: identities that the code above does not use, and figures from other code.
+# ---- self-check: identities that the code above does not use, and values from other code ----
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-9) -> None:
@@ -550,7 +562,7 @@ def close(a: Any, b: Any, tolerance: float = 1e-9) -> None:
 
 
 def check_chain(diffusion: Diffusion) -> None:
-  """Bayes' rule gives the posterior; q_sample composes; x_0 and eps invert each other."""
+  """Checks the posterior with Bayes' rule, that steps of q compose, and x_0 from eps."""
   rng = np.random.default_rng(0)
   x0, xt, noise = rng.normal(size=(3, 5, 4))
   T = len(diffusion.betas)
@@ -583,7 +595,7 @@ def check_chain(diffusion: Diffusion) -> None:
 
 
 def check_loss(diffusion: Diffusion) -> None:
-  """Exact predictions cost nothing; KL and density agree with quadrature, gradients with slopes."""
+  """Checks the loss of exact predictions, KL by quadrature, gradients by finite differences."""
   rng = np.random.default_rng(1)
   grid = np.linspace(-30, 30, 200_001)
   width = grid[1] - grid[0]
@@ -599,9 +611,9 @@ def check_loss(diffusion: Diffusion) -> None:
   mse, vlb = diffusion_loss(diffusion, x0, t, noise, noise, np.full_like(v, -1))
   close(mse, 0)
   close(vlb[1:], 0)
-  # At t = 0 the exact prediction has the density of a Gaussian at its centre, in bits.
+  # At t = 0, an exact prediction has the density of a Gaussian at its mean, in bits.
   close(vlb[0], (math.log2(2 * math.pi) + math.log2(diffusion.posterior_variance[1])) / 2)
-  # DDPM eq. 12: for a fixed variance the KL is the weighted squared error of eps.
+  # DDPM eq. 12: for a fixed variance, the KL is a weighted squared error of eps.
   mse, vlb = diffusion_loss(diffusion, x0, t, noise, eps, np.full_like(v, -1))
   beta, alpha_bar = diffusion.betas[t], diffusion.alphas_cumprod[t]
   variance = diffusion.posterior_variance[t[1:]]
@@ -622,28 +634,28 @@ def check_loss(diffusion: Diffusion) -> None:
 
 
 def check_sampler(diffusion: Diffusion, n: int) -> None:
-  """The respaced chain keeps q's moments and the exact reverse process runs q backwards."""
+  """Checks that respacing keeps the moments of q and that exact reverse steps invert q."""
   rng = np.random.default_rng(2)
   short = respace(diffusion, respaced_timesteps(n))
   close(short.alphas_cumprod, diffusion.alphas_cumprod[short.timesteps])
-  seen = []
+  calls = []
 
   def exact(x: np.ndarray, timestep: int) -> tuple[np.ndarray, np.ndarray]:
-    seen.append((x, timestep))
+    calls.append((x, timestep))
     a = diffusion.alphas_cumprod[timestep]
     return (x - math.sqrt(a) * x0) / math.sqrt(1 - a), np.zeros_like(x)
 
   x0, initial = rng.normal(size=(2, 3, 4))
   noises = rng.normal(size=(n, 3, 4))
   close(sample(short, exact, initial, noises, temperature=0.5), x0)
-  assert [timestep for _, timestep in seen] == list(short.timesteps[::-1])
-  # The second step starts from the first one's result; half the temperature, twice the noise.
+  assert [timestep for _, timestep in calls] == list(short.timesteps[::-1])
+  # The second step starts from the result of the first. Temperature 0.5 halves the noise.
   eps, v = exact(initial, 999)
-  close(seen[0][0], initial)
-  close(seen[1][0], ancestral_step(short, initial, n - 1, eps, v, noises[0] / 2))
+  close(calls[0][0], initial)
+  close(calls[1][0], ancestral_step(short, initial, n - 1, eps, v, noises[0] / 2))
 
-  # For data N(mu, sigma^2) the best eps is affine in x_t and the true reverse variance is
-  # beta_tilde + coef_x0^2 Var(x_0 | x_t): a step with them takes q(x_t) exactly to q(x_{t-1}).
+  # For data N(mu, sigma^2), the optimal eps is affine in x_t and the true reverse variance is
+  # beta_tilde + coef_x0^2 Var(x_0 | x_t). A step with both maps q(x_t) exactly to q(x_{t-1}).
   mu, sigma2 = 0.7, 0.4
   for t in range(1, n):
     a, a_prev = short.alphas_cumprod[t], short.alphas_cumprod_prev[t]
@@ -652,9 +664,9 @@ def check_sampler(diffusion: Diffusion, n: int) -> None:
     reverse += short.posterior_mean_coef_x0[t] ** 2 * sigma2 * (1 - a) / total
     low, high = short.posterior_log_variance_clipped[t], short.log_betas[t]
     v = 2 * (math.log(reverse) - low) / (high - low) - 1
-    centre = math.sqrt(a) * mu
-    x = np.array([[centre], [centre + 1], [centre]])
-    eps = math.sqrt(1 - a) * (x - centre) / total
+    center = math.sqrt(a) * mu
+    x = np.array([[center], [center + 1], [center]])
+    eps = math.sqrt(1 - a) * (x - center) / total
     noise = np.array([[0.0], [0.0], [1.0]])
     mean, by_x, by_noise = ancestral_step(short, x, t, eps, np.full((3, 1), v), noise)[:, 0]
     close(mean, math.sqrt(a_prev) * mu)
@@ -668,7 +680,7 @@ def check_sampler(diffusion: Diffusion, n: int) -> None:
 
 
 def check_schedule() -> None:
-  """The figures of the 64-step schedule, and every small case draws each token once."""
+  """Checks the 64-step schedule, and that every small schedule samples each token once."""
   counts = tokens_per_step(256, 64)
   assert counts[:10] == [1] * 10
   histogram = {c: counts.count(c) for c in sorted(set(counts))}
@@ -735,17 +747,17 @@ def random_block(rng: np.random.RandomState, D: int, E: int) -> Params:
   }
 
 
-HEAD_FIGURES = [
+HEAD_VALUES = [
   [1.639745598470, 0.397928634269, -0.231500149975, 2.694096575216],
   [2.786080787595, 2.619419459415, 0.072207138477, 2.431901052141],
   [1.675934402640, 1.448749389204, -0.386001914340, 1.264337515525],
 ]
-CAUSAL_EXACT_FIGURES = [-2.757681005847, 0.164725261414, 2.254858015904, 0.973854381812]
-FULL_TANH_FIGURES = [-2.555007467406, 0.225890693316, 0.592957533115, 1.521241208287]
+CAUSAL_EXACT_VALUES = [-2.757681005847, 0.164725261414, 2.254858015904, 0.973854381812]
+FULL_TANH_VALUES = [-2.555007467406, 0.225890693316, 0.592957533115, 1.521241208287]
 
 
 def check_networks() -> None:
-  """Figures that PyTorch 2.13 computed in float64 with the same weights, and the masks."""
+  """Compares with values from PyTorch 2.13 in float64 with the same weights; checks the masks."""
   embedding = timestep_embedding(np.array([0, 7]))
   close(embedding[0], [1] * 128 + [0] * 128)
   close(embedding[1, [0, 64, 128, 192]], [math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)])
@@ -753,8 +765,8 @@ def check_networks() -> None:
   rng = np.random.RandomState(0)
   head = random_head(rng, C=2, D=5, W=8, depth=2)
   x, cond, t = rng.randn(3, 2), rng.randn(3, 5), np.array([0, 9, 999])
-  # MAR's own network, the weights of its layers replaced by these.
-  close(np.concatenate(diffusion_head(x, t, cond, head), -1), HEAD_FIGURES)
+  # Expected values: MAR's network (models/diffloss.py) with these weights.
+  close(np.concatenate(diffusion_head(x, t, cond, head), -1), HEAD_VALUES)
 
   rng = np.random.RandomState(1)
   block = random_block(rng, D=4, E=5)
@@ -765,10 +777,10 @@ def check_networks() -> None:
     options = {'num_heads': 2, 'causal': causal, 'gelu_kind': gelu_kind}
     return transformer_block(x, text, mask, block, **options)
 
-  # torch.nn.functional's layer_norm, scaled_dot_product_attention and gelu.
+  # Expected values: layer_norm, scaled_dot_product_attention and gelu of torch.nn.functional.
   causal, full = run(x, text, True), run(x, text, False, 'tanh')
-  close(causal[0, 2], CAUSAL_EXACT_FIGURES)
-  close(full[0, 2], FULL_TANH_FIGURES)
+  close(causal[0, 2], CAUSAL_EXACT_VALUES)
+  close(full[0, 2], FULL_TANH_VALUES)
   changed = x.copy()
   changed[:, 3] = rng.randn(4)
   close(run(changed, text, True)[:, :3], causal[:, :3])
@@ -780,8 +792,8 @@ def check_networks() -> None:
   close(run(x, padded, True), causal)
 
 
-def check_optimiser() -> None:
-  """A first step moves by the learning rate; norms, decay and averages have closed forms."""
+def check_optimizer() -> None:
+  """Checks steps, clipping, weight decay and moving averages against closed forms."""
   params = {'kernel': np.array([[1.0, -2.0]]), 'bias': np.array([3.0])}
   zeros = {name: np.zeros_like(p) for name, p in params.items()}
   grads = {'kernel': np.array([[30.0, -0.4]]), 'bias': np.array([0.5])}
@@ -789,7 +801,7 @@ def check_optimiser() -> None:
   new, m, s = adamw_step(params, grads, zeros, zeros, 1, **options)
   close(new['kernel'], [[1 - 0.1 * (1 + 0.02), -2 - 0.1 * (-1 - 0.04)]])
   close(new['bias'], [2.9])
-  # Constant gradients: the bias-corrected moments stay g and g^2, so each step is the same.
+  # With constant gradients, the bias-corrected moments stay g and g^2, so all steps are equal.
   new, *_ = adamw_step(new, grads, m, s, 2, **options)
   close(new['bias'], [2.8])
 
@@ -805,9 +817,13 @@ def check_optimiser() -> None:
 
 
 def self_check() -> None:
-  """Runs every check; a failed one raises AssertionError."""
+  """Runs all checks.
+
+  Raises:
+    AssertionError: a check fails.
+  """
   betas = cosine_betas()
-  # The betas' product is the cosine itself, up to the last beta, which is clipped.
+  # The cumulative products equal the cosine schedule, except at the last beta, which is clipped.
   cosine = np.cos((np.arange(1000) / 1000 + 0.008) / 1.008 * math.pi / 2)
   diffusion = Diffusion(betas)
   close(diffusion.alphas_cumprod[:-1], (cosine[1:] / cosine[0]) ** 2, 1e-12)
@@ -819,7 +835,7 @@ def self_check() -> None:
     check_sampler(diffusion, n)
   check_schedule()
   check_networks()
-  check_optimiser()
+  check_optimizer()
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""The model: layers, orders, heads, diffusion, Fluid itself and its sampler.
+"""The model: layers, orders, heads, diffusion, Fluid, and sampling.
 
-Nothing here imports data, sharding or training code. Arrays carry their shape in their name:
+Nothing here imports other parts of the package. Arrays carry their shape in their name:
   B batch, L image tokens, C token channels, T text length, D width, H heads, K head dimension,
-  N positions being read or drawn, M keys, R packed rows (positions of a whole group of examples),
+  N positions being read or sampled, M keys, R packed rows (positions of a group of examples),
   S noise draws per token, W width of the diffusion head.
 """

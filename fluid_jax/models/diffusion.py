@@ -1,7 +1,8 @@
-"""Gaussian diffusion of one token: the process, the training loss, and its respaced reversal.
+"""Gaussian diffusion of one token: the process, the training loss, and respaced sampling.
 
-Nichol and Dhariwal 2021 as MAR uses it (facts 7.4): cosine schedule, 1000 steps, noise prediction,
-variance learned within its range. All tables are float64 NumPy, made once.
+The method is that of Nichol and Dhariwal 2021 as MAR uses it (diffusion/gaussian_diffusion.py):
+cosine schedule, 1000 steps, noise prediction, learned-range variance. All tables are float64 NumPy
+arrays, computed once.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ NUM_TIMESTEPS = 1000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diffusion:
-  """A (possibly respaced) chain.
+  """A diffusion process, possibly respaced.
 
   Attributes:
-    timesteps: (n,) int32, each step's time in the chain of 1000 that the model was trained on.
-    alphas_cumprod: (n,) float64, share of the data's variance left at each step.
+    timesteps: (n,) int32, the time of each step in the process of 1000 steps used in training.
+    alphas_cumprod: (n,) float64, fraction of the variance that is signal at each step.
   """
 
   timesteps: np.ndarray
@@ -39,7 +40,7 @@ class Diffusion:
 
   @functools.cached_property
   def log_variance_range(self) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of the posterior variance (its value at t = 1 stands in at t = 0) and of beta."""
+    """Logarithms of the posterior variance (at t = 0 that of t = 1) and of beta."""
     variance = self.posterior_variance
     return np.log(np.append(variance[1], variance[1:])), np.log(self.betas)
 
@@ -49,14 +50,18 @@ class Diffusion:
     return self.betas / np.sqrt(1 - self.alphas_cumprod)
 
   def respaced(self, num_steps: int) -> 'Diffusion':
-    """The chain over `num_steps` of the times, evenly spaced, first and last kept."""
+    """The process over `num_steps` evenly spaced times, with the first and the last.
+
+    Raises:
+      ValueError: `num_steps` is not between 2 and the number of steps.
+    """
     if not 2 <= num_steps <= len(self.timesteps):
       raise ValueError(f'num_diffusion_steps={num_steps} is not within 2..{len(self.timesteps)}')
     kept = np.round(np.linspace(0, len(self.timesteps) - 1, num_steps)).astype(np.int32)
     return Diffusion(self.timesteps[kept], self.alphas_cumprod[kept])
 
   def add_noise(self, x: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """x_t of x_0: `x` and `noise` (..., C), `t` (...) int32."""
+    """x_t (..., C) of x_0: `x` and `noise` (..., C), `t` (...) int32."""
     signal = jnp.asarray(np.sqrt(self.alphas_cumprod), x.dtype)[t]
     spread = jnp.asarray(np.sqrt(1 - self.alphas_cumprod), x.dtype)[t]
     return signal[..., None] * x + spread[..., None] * noise
@@ -64,14 +69,16 @@ class Diffusion:
   def losses(
     self, eps: jax.Array, v: jax.Array, noise: jax.Array, t: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Noise error and variational bound (bits per channel), whose mean takes no gradient.
+    """Mean squared error of the noise, and variational bound in bits per channel.
 
-    The true and the predicted reverse mean differ by the error in the noise times a constant, so
-    x_0 is never formed: at t near 1000 it would be lost in cancellation. At t = 0 the bound is the
-    Gaussian log-density of x_0, not the 8-bit likelihood of MAR: tokens are no pixels.
+    The mean in the bound takes no gradient. The true and the predicted reverse mean differ by a
+    constant times the error of the noise, so x_0 is never computed: near t = 1000 it would be lost
+    in cancellation. At t = 0 the bound is the Gaussian log density of x_0. MAR has a discretised
+    8-bit likelihood there, which is meant for pixels and not for tokens.
 
     Args:
-      eps, v: (..., C) the model's output: noise, and the variance's place in its range (-1 to 1).
+      eps: (..., C) predicted noise.
+      v: (..., C) predicted position of the log variance in its range, from -1 to 1.
       noise: (..., C) the noise that was added.
       t: (...) int32.
 
@@ -94,7 +101,7 @@ class Diffusion:
     return jnp.square(error).mean(-1), vlb.mean(-1)
 
   def step_constants(self, dtype) -> dict[str, jax.Array]:
-    """What a reverse step needs at each step, in the order of sampling (last time first)."""
+    """Constants of each reverse step, (n,) each, in the order of sampling (last time first)."""
     log_min, log_max = self.log_variance_range
     tables = {
       'alphas_cumprod': self.alphas_cumprod,
@@ -115,7 +122,13 @@ def reverse_step(
   constants: dict[str, jax.Array],
   temperature: float,
 ) -> jax.Array:
-  """One ancestral step; `temperature` scales its noise (facts 7.6), and the last adds none."""
+  """One ancestral step (MAR, diffusion/gaussian_diffusion.py `p_sample`).
+
+  Args:
+    x, eps, v, noise: (..., C); see `Diffusion.losses`.
+    constants: those of this step, see `Diffusion.step_constants`.
+    temperature: factor of the noise; the last step adds none.
+  """
   mean = (x - constants['eps_coefficient'] * eps) / constants['signal']
   log_variance = interpolate(v, constants['log_min'], constants['log_max'])
   spread = temperature * (1 - constants['is_last']) * jnp.exp(0.5 * log_variance)
@@ -123,14 +136,14 @@ def reverse_step(
 
 
 def interpolate(v: jax.Array, log_min: jax.Array, log_max: jax.Array) -> jax.Array:
-  """The log variance at v within its range: -1 is the lower end, 1 the upper."""
-  share = (v + 1) / 2
-  return share * log_max + (1 - share) * log_min
+  """The log variance at v: log_min at -1, log_max at 1."""
+  fraction = (v + 1) / 2
+  return fraction * log_max + (1 - fraction) * log_min
 
 
 @functools.cache
 def cosine_diffusion(num_timesteps: int = NUM_TIMESTEPS) -> Diffusion:
-  """The cosine schedule: s = 0.008, betas at most 0.999 (facts 7.4)."""
+  """The cosine schedule with s = 0.008 and betas of at most 0.999 (Nichol and Dhariwal 2021)."""
   t = np.arange(num_timesteps + 1) / num_timesteps
   level = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
   betas = np.minimum(1 - level[1:] / level[:-1], 0.999)

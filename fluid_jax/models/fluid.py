@@ -1,4 +1,4 @@
-"""Fluid: text aligner, decoder, and one of two heads, in one of two orders."""
+"""Fluid: text aligner, decoder, head and token order."""
 
 from typing import Any
 
@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from fluid_jax.models import layers
-from fluid_jax.models.heads import DiffusionHead, SoftmaxHead
 from fluid_jax.models.orders import Order
 
 _policies = jax.checkpoint_policies
 _ATTENTION = ('query', 'key', 'value', 'attention', 'residual', 'statistics')
-# What the backward pass keeps of each block, by the names that layers.py gives; all else is
-# computed again. Kept with their biases: products alone would leave a pass over memory for each.
+# Activations of each block that are kept for the backward pass, by the names in layers.py; the rest
+# is recomputed. They are kept with their biases: adding these again would cost a pass over memory.
 REMAT_POLICIES = {
   'full': _policies.nothing_saveable,
   'save_attention': _policies.save_only_these_names(*_ATTENTION),
@@ -31,18 +30,19 @@ class Fluid(nn.Module):
   """An autoregressive image model over continuous or discrete tokens.
 
   Attributes:
-    order: random or raster.
-    head: 'diffusion' or 'softmax' module, unbound.
+    order: see `orders`.
+    head: see `heads`; unbound.
     width, depth, num_heads: of the decoder.
-    aligner_depth: blocks over the text features, at the decoder's width (facts 1.2).
-    text_length: T, longest text in ids.
-    text_vocab_size: size of the embedding of text ids; 0 if features of a frozen encoder come in.
+    aligner_depth: trainable blocks over the text at the decoder's width; 6 is the best row of the
+      paper's ablation (table 3), 0 leaves them out.
+    text_length: T, maximum length of a text in ids.
+    text_vocab_size: size of the embedding of text ids; 0 to read features of a frozen encoder.
     remat: '' or a key of REMAT_POLICIES.
-    dtype: of the computation; parameters are float32.
+    dtype: dtype of the computation; parameters are float32.
   """
 
   order: Order
-  head: DiffusionHead | SoftmaxHead
+  head: nn.Module
   width: int
   depth: int
   num_heads: int
@@ -62,7 +62,7 @@ class Fluid(nn.Module):
       nn.with_logical_partitioning(layers.grid_position_init, ('length', 'embed')),
       (self.order.num_tokens, self.width),
     )
-    # An unknown token in random order; the start token in raster order.
+    # Stands at masked positions in random order; the start token in raster order.
     self.mask_token = vector('mask_token', self.width, axes=('embed',))
     self.null_text = vector('null_text', self.width, axes=('embed',))
     self.text_position_embedding = vector(
@@ -82,8 +82,10 @@ class Fluid(nn.Module):
     if self.remat:
       wrap = {'policy': REMAT_POLICIES[self.remat], 'prevent_cse': False}
       aligner_block, block = nn.remat(aligner_block, **wrap), nn.remat(block, **wrap)
-    # Stacked layers; `__call__` trains, the other methods sample with what is kept per layer.
-    self.aligner = _scan(aligner_block, self.aligner_depth, {'__call__': (nn.broadcast,)})(**shape)
+    # Stacked layers: `__call__` trains, the other methods sample with cached keys and values.
+    if self.aligner_depth:
+      scanned = _scan(aligner_block, self.aligner_depth, {'__call__': (nn.broadcast,)})
+      self.aligner = scanned(**shape)
     self.aligner_norm = layers.LayerNorm(self.dtype)
     self.blocks = _scan(
       block,
@@ -95,7 +97,7 @@ class Fluid(nn.Module):
         'decode': (0, 0, nn.broadcast, nn.broadcast),
       },
     )(**shape, is_causal=self.order.is_causal)
-    # Apart from the stack, so that sampling can compute it only at the positions being drawn.
+    # Not in the stack, so that sampling computes it only at the positions being sampled.
     self.last_block = block(**shape, is_causal=self.order.is_causal)
     self.final_norm = layers.LayerNorm(self.dtype)
 
@@ -104,12 +106,12 @@ class Fluid(nn.Module):
   def align(
     self, text: jax.Array, mask_BxT: jax.Array, drop_B: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """Aligned text and its mask.
+    """Aligned text and its mask (paper, section 3, text aligner).
 
     Args:
       text: text_ids_BxT int32, or features_BxTxE of a frozen encoder.
       mask_BxT: True at real tokens. A text without any is the null text.
-      drop_B: True where the text is to be dropped, for guidance.
+      drop_B: True where the text is replaced by the null text, for guidance.
 
     Returns:
       text_BxTxD, mask_BxT. The null text is one learned vector, so attention always has a key.
@@ -121,7 +123,9 @@ class Fluid(nn.Module):
     x_BxTxD = jnp.where(is_null_B[:, None, None], self.null_text.astype(self.dtype), x_BxTxD)
     mask_BxT = jnp.where(is_null_B[:, None], jnp.arange(mask_BxT.shape[1]) == 0, mask_BxT)
     x_BxTxD += self.text_position_embedding[: mask_BxT.shape[1]].astype(self.dtype)
-    x_BxTxD, _ = self.aligner(layers.split_by_example(x_BxTxD), mask_BxT)
+    x_BxTxD = layers.split_by_example(x_BxTxD)
+    if self.aligner_depth:
+      x_BxTxD, _ = self.aligner(x_BxTxD, mask_BxT)
     return self.aligner_norm(x_BxTxD), mask_BxT
 
   # ---- training ----
@@ -138,7 +142,7 @@ class Fluid(nn.Module):
 
     Args:
       tokens: tokens_BxLxC float32 or tokens_BxL int32.
-      mask_BxL: True at positions to predict (random order hides these tokens).
+      mask_BxL: True at the positions to predict, whose tokens random order hides.
       text, text_mask_BxT, drop_B: see `align`.
     """
     text_BxTxD, text_mask_BxT = self.align(text, text_mask_BxT, drop_B)
@@ -152,14 +156,18 @@ class Fluid(nn.Module):
     tokens: jax.Array,
     text: jax.Array,
     text_mask_BxT: jax.Array,
-    draws: dict[str, jax.Array],
+    randomness: dict[str, jax.Array],
   ) -> dict[str, jax.Array]:
     """Loss of each predicted position (and its parts), (B, L) float32, zero elsewhere.
 
-    The head runs on the packed rows alone; `draws` comes from `draw`.
+    The head runs only on the packed positions.
+
+    Args:
+      tokens, text, text_mask_BxT: see `__call__`.
+      randomness: see the method of this name.
     """
-    mask_BxL = draws['mask_BxL']
-    z_BxLxD = self(tokens, mask_BxL, text, text_mask_BxT, draws['drop_B'])
+    mask_BxL = randomness['mask_BxL']
+    z_BxLxD = self(tokens, mask_BxL, text, text_mask_BxT, randomness['drop_B'])
     rows_GxR, valid_GxR = self.order.pack(mask_BxL)
 
     def packed(a):  # (B, L, ...) -> (G * R, ...)
@@ -174,14 +182,23 @@ class Fluid(nn.Module):
         mask_BxL.shape
       )
 
-    noise = {name: packed(draws[name]) for name in draws if name not in ('mask_BxL', 'drop_B')}
+    noise = {
+      name: packed(a) for name, a in randomness.items() if name not in ('mask_BxL', 'drop_B')
+    }
     return jax.tree.map(unpacked, self.head.loss(packed(z_BxLxD), packed(tokens), noise))
 
-  def draw(self, key: jax.Array, example_B: jax.Array, drop_rate: float) -> dict[str, jax.Array]:
-    """All randomness of a step's loss, a function of `key` and the global example index.
+  def randomness(
+    self, key: jax.Array, example_B: jax.Array, drop_rate: float
+  ) -> dict[str, jax.Array]:
+    """All randomness of a step's loss, as a function of `key` and the global example index.
+
+    Args:
+      key: PRNG key of the step.
+      example_B: int32 indices of consecutive examples of the global batch.
+      drop_rate: fraction of the texts to drop.
 
     Returns:
-      mask_BxL and drop_B bool, and what the head's loss needs, each with a leading B.
+      mask_BxL and drop_B bool, and the noise of the head's loss, each with a leading B.
     """
     key_mask, key_drop, key_noise = jax.random.split(key, 3)
 
@@ -197,20 +214,20 @@ class Fluid(nn.Module):
   # ---- sampling ----
 
   def text_keys_values(self, text_BxTxD: jax.Array) -> tuple[Any, Any]:
-    """Cross-attention keys and values of the stacked blocks and of the last."""
+    """Cross-attention keys and values of the stacked blocks, and those of the last block."""
     _, stacked = self.blocks.text_keys_values(text_BxTxD)
     return stacked, self.last_block.text_keys_values(text_BxTxD)[1]
 
   def read(self, tokens, mask_BxL, text_kv, text_mask_BxT, positions_BxN) -> jax.Array:
-    """z_BxNxD at `positions_BxN`, with text keys and values that were kept."""
+    """z_BxNxD at `positions_BxN`, given the text's keys and values."""
     x_BxLxD, _ = self.blocks.read(self._inputs(tokens, mask_BxL), text_kv[0], text_mask_BxT)
     x_BxNxD, _ = self.last_block.read(x_BxLxD, text_kv[1], text_mask_BxT, positions_BxN)
     return self.final_norm(x_BxNxD)
 
   def decode(self, token, index, caches, text_kv, text_mask_BxT) -> tuple[jax.Array, Any]:
-    """Raster order, one position: z_Bx1xD at `index` (), and the extended caches.
+    """One position in raster order: z_Bx1xD at `index` (), and the extended caches.
 
-    `token` is the token before it, (B, 1, C) or (B, 1); at index 0 the start token is used.
+    `token`, (B, 1, C) or (B, 1), is the one before; at index 0 the start token is used instead.
     """
     x_Bx1xD = self.head.embed(token).astype(self.dtype)
     x_Bx1xD = jnp.where(index == 0, self.mask_token.astype(self.dtype), x_Bx1xD)
@@ -226,7 +243,7 @@ class Fluid(nn.Module):
 
 
 def _scan(block: type[nn.Module], length: int, methods: dict[str, tuple]) -> type[nn.Module]:
-  """`length` blocks as one scanned block, parameters stacked; `methods` maps names to in_axes."""
+  """`length` blocks scanned with stacked parameters; `methods` maps method names to in_axes."""
   common = {
     'variable_axes': {'params': 0},
     'split_rngs': {'params': True},

@@ -1,18 +1,41 @@
-"""Heads: how a token enters the decoder, what its loss is, and what one is drawn from.
+"""Heads: how a token enters the decoder, what its loss is, and how a token is sampled.
 
-Both heads have `embed` (tokens to decoder inputs) and `loss` (of packed rows). The diffusion head
-is MAR's (facts 7.3): residual MLP blocks modulated by time and condition. With three blocks at the
-decoder's width it has the paper's "six layers" (facts 1.3).
+A head is a Flax module with
+
+  tokens                      'continuous' or 'discrete': which kind of tokens it reads
+  from_config(config, dtype)  class method that makes one
+  embed                       tokens to decoder inputs
+  sample_noise, loss          the noise that the loss needs, and the loss of packed positions
+  empty_tokens, sampler       how tokens are sampled
+  *_flops                     what it costs
+
+To add one, write a class with these methods (`SoftmaxHead` is the shorter example) and enter it in
+`HEADS`. The diffusion head is MAR's (models/diffloss.py): residual MLP blocks modulated by time and
+condition. With three blocks of two layers at the decoder's width it has the "six layers" that the
+paper reports; the paper does not describe the head further.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fluid_jax.models import diffusion, layers
+
+
+class SampleTokens(Protocol):
+  """The function that `sampler` returns.
+
+  It maps z (B, N, D), the decoder's output, and a PRNG key for each of the B x N positions to
+  tokens (B, N, ...). With a guidance scale w, a scalar, z has 2B rows, first the conditional ones,
+  then those of the null text, and predictions become null + w (conditional - null). The scale is
+  None without guidance.
+  """
+
+  def __call__(self, z: jax.Array, keys_BxN: jax.Array, scale: jax.Array | None) -> jax.Array: ...
 
 
 def time_features(t: jax.Array, size: int = 256, max_period: float = 10_000.0) -> jax.Array:
@@ -23,14 +46,18 @@ def time_features(t: jax.Array, size: int = 256, max_period: float = 10_000.0) -
 
 
 class DiffusionHead(nn.Module):
-  """A small MLP that removes noise from one continuous token, given the decoder's output there.
+  """A small MLP that denoises one continuous token, given the decoder's output at its position.
 
   Attributes:
-    decoder_width: width of the decoder, whose inputs `embed` makes.
+    decoder_width: width of the decoder.
     channels: channels C of a token.
-    width, depth: of the residual MLP.
+    width: width of the residual MLP.
+    depth: residual blocks.
     num_draws: noise draws S per token in the loss.
+    dtype: dtype of the computation.
   """
+
+  tokens = 'continuous'
 
   decoder_width: int
   channels: int
@@ -38,6 +65,13 @@ class DiffusionHead(nn.Module):
   depth: int
   num_draws: int
   dtype: Any = jnp.float32
+
+  @classmethod
+  def from_config(cls, config: Any, dtype: Any) -> 'DiffusionHead':
+    m = config.model
+    return cls(
+      m.width, config.image.channels, config.head_width, m.head_depth, m.num_noise_draws, dtype
+    )
 
   def setup(self):
     def layer(features, axes, init=layers.kernel_init):
@@ -49,7 +83,7 @@ class DiffusionHead(nn.Module):
     self.cond_embed = layer(self.width, ('embed', 'head'))
     self.time_in = layer(self.width, ('channels', 'embed'), small)
     self.time_out = layer(self.width, ('embed', 'head'), small)
-    # Every block's shift, scale and gate, and the last layer's shift and scale: one product.
+    # One product gives every block's shift, scale and gate, and the last layer's shift and scale.
     self.modulation = layer((3 * self.depth + 2) * self.width, ('embed', 'head'), zeros)
     self.norms = [layers.LayerNorm(self.dtype) for _ in range(self.depth)]
     self.fc1 = [layer(self.width, ('embed', 'head')) for _ in range(self.depth)]
@@ -61,7 +95,7 @@ class DiffusionHead(nn.Module):
     return self.token_embedding(tokens_BxLxC)
 
   def sample_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
-    """The noise of one example: t_LxS int32, uniform over the times, and noise_LxSxC."""
+    """Noise of one example: t_LxS int32, uniform over the times, and noise_LxSxC, normal."""
     key_t, key_noise = jax.random.split(key)
     shape = (num_tokens, self.num_draws)
     return {
@@ -72,9 +106,17 @@ class DiffusionHead(nn.Module):
   def loss(
     self, z_RxD: jax.Array, x_RxC: jax.Array, noise: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    """Each row's loss, averaged over its noise draws: `loss`, and its parts `mse` and `vlb`.
+    """Loss of each row, averaged over its noise draws, as in MAR (models/diffloss.py).
 
-    The condition is projected once, not once a draw, and times come from a table of all 1000.
+    The condition is projected once per row, and the times are embedded once in a table of 1000.
+
+    Args:
+      z_RxD: the decoder's output at the packed positions.
+      x_RxC: their tokens, float32.
+      noise: from `sample_noise`, packed alike: t_LxS (R, S) and noise_LxSxC (R, S, C).
+
+    Returns:
+      (R,) float32 each: `loss`, and its parts `mse` and `vlb` (bits).
     """
     process = diffusion.cosine_diffusion()
     t_RxS, noise_RxSxC = noise['t_LxS'], noise['noise_LxSxC']
@@ -88,31 +130,33 @@ class DiffusionHead(nn.Module):
     return {'loss': mse_R + vlb_R, 'mse': mse_R, 'vlb': vlb_R}
 
   def embed_times(self, t_T: jax.Array) -> jax.Array:
+    """time_TxW of times."""
     return self.time_out(nn.silu(self.time_in(time_features(t_T))))
 
   def condition(self, z_RxD: jax.Array) -> jax.Array:
+    """condition_RxW of the decoder's output."""
     return self.cond_embed(z_RxD)
 
   def denoise(
     self, x: jax.Array, y: jax.Array, alphas_cumprod: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Predicted noise, and the variance's place in its range, (..., C) each.
+    """Predicted noise and the interpolation coefficient of the log variance, (..., C) each.
 
-    The network's output is added to the noise that x itself suggests at its time, so that noise
-    and implied token are both exact to the network's own error. Bare noise prediction errs in the
-    token by up to 20,000 times the error in the noise at the last time of the cosine schedule, and
-    a model that is not trained to the end draws nonsense.
+    The network's output f is combined with x as eps = sqrt(1 - a) x + sqrt(a) f, with a for
+    `alphas_cumprod`. The errors of the noise and of the implied token then both stay within the
+    network's error. With plain noise prediction the error of the token is up to 20,000 times that
+    of the noise at the last time of the cosine schedule, and partly trained models diverge there.
 
     Args:
       x: (..., C) noisy tokens.
-      y: (..., W) time + condition.
-      alphas_cumprod: (..., 1) share of the data's variance in `x`.
+      y: (..., W) time embedding + condition.
+      alphas_cumprod: (..., 1) fraction of the variance of `x` that is signal.
     """
     out, v = jnp.split(self.network(x, y), 2, axis=-1)
     return jnp.sqrt(1 - alphas_cumprod) * x + jnp.sqrt(alphas_cumprod) * out, v
 
   def network(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """MAR's residual MLP: (..., 2C) in the dtype of `x` (..., C), for time + condition (..., W)."""
+    """MAR's residual MLP: (..., 2C) in the dtype of `x` (..., C), for `y` (..., W)."""
     modulation = jnp.split(self.modulation(nn.silu(y)), 3 * self.depth + 2, axis=-1)
     h = self.x_embed(x)
     for i in range(self.depth):
@@ -122,13 +166,86 @@ class DiffusionHead(nn.Module):
     shift, scale = modulation[-2:]
     return self.final(self.final_norm(h) * (1 + scale) + shift).astype(x.dtype)
 
+  @nn.nowrap
+  def empty_tokens(self, batch: int, num_tokens: int) -> jax.Array:
+    return jnp.zeros((batch, num_tokens, self.channels), jnp.float32)
+
+  @nn.nowrap
+  def sampler(self, call: Callable[..., Any], sampling: Any) -> SampleTokens:
+    """Ancestral sampling of the respaced diffusion process (MAR, models/diffloss.py `sample`).
+
+    Args:
+      call: call('name', *args) applies a method of this head with its parameters.
+      sampling: `sampling.Sampling`; its temperature scales the noise of each step.
+    """
+    process = diffusion.cosine_diffusion().respaced(sampling.num_diffusion_steps)
+    constants = process.step_constants(jnp.float32)
+    times_TxW = call('embed_times', jnp.asarray(process.timesteps[::-1]))
+
+    def sample(z: jax.Array, keys_BxN: jax.Array, scale: jax.Array | None) -> jax.Array:
+      cond = call('condition', z)  # once, not once per diffusion step
+      shape = (len(times_TxW) + 1, self.channels)
+      noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape)))(keys_BxN)
+      noise_TxBxNxC = jnp.moveaxis(noise, 2, 0)
+
+      def denoise_step(x_BxNxC, step):
+        time_W, constants, noise_BxNxC = step
+        x = x_BxNxC if scale is None else jnp.concatenate([x_BxNxC, x_BxNxC])
+        eps, v = call('denoise', x, cond + time_W, constants['alphas_cumprod'])
+        if scale is not None:  # guidance applies to the noise; the variance is the conditional one
+          (eps, eps_null), (v, _) = jnp.split(eps, 2), jnp.split(v, 2)
+          eps = eps_null + scale * (eps - eps_null)
+        return diffusion.reverse_step(
+          x_BxNxC, eps, v, noise_BxNxC, constants, sampling.temperature
+        ), None
+
+      steps = (times_TxW, constants, noise_TxBxNxC[1:])
+      x_BxNxC, _ = jax.lax.scan(denoise_step, noise_TxBxNxC[0], steps)
+      return x_BxNxC
+
+    return sample
+
+  @nn.nowrap
+  def embedding_flops(self, num_tokens: int) -> float:
+    """FLOPs of `embed` on one image."""
+    return 2 * num_tokens * self.channels * self.decoder_width
+
+  @nn.nowrap
+  def loss_flops(self) -> float:
+    """FLOPs of the forward pass of the loss per predicted token."""
+    return 2 * self.decoder_width * self.width + self.num_draws * self._denoise_flops()
+
+  @nn.nowrap
+  def table_flops(self) -> float:
+    """FLOPs of the table of times: forward, once per microbatch."""
+    return 2 * diffusion.NUM_TIMESTEPS * (256 + self.width) * self.width
+
+  @nn.nowrap
+  def sampling_flops(self, sampling: Any) -> float:
+    """FLOPs of sampling one token, without guidance."""
+    return sampling.num_diffusion_steps * self._denoise_flops()
+
+  @nn.nowrap
+  def _denoise_flops(self) -> float:
+    """FLOPs of `network` on one noisy token."""
+    return 2 * (3 * self.channels + (5 * self.depth + 2) * self.width) * self.width
+
 
 class SoftmaxHead(nn.Module):
-  """Logits over the codebook, tied to the input embedding (facts 1.2)."""
+  """Logits over the codebook, with weights tied to the input embedding.
+
+  Tying is our recollection of the paper, not checked against its text.
+  """
+
+  tokens = 'discrete'
 
   decoder_width: int
   vocab_size: int
   dtype: Any = jnp.float32
+
+  @classmethod
+  def from_config(cls, config: Any, dtype: Any) -> 'SoftmaxHead':
+    return cls(config.model.width, config.image.vocab_size, dtype)
 
   def setup(self):
     init = nn.with_logical_partitioning(layers.embedding_init, ('vocab', 'embed'))
@@ -142,18 +259,61 @@ class SoftmaxHead(nn.Module):
     return self.token_embedding(tokens_BxL)
 
   def sample_noise(self, key: jax.Array, num_tokens: int) -> dict[str, jax.Array]:
-    return {}  # cross-entropy needs no noise
+    return {}  # cross-entropy needs none
 
   def loss(
     self, z_RxD: jax.Array, x_R: jax.Array, noise: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    """Each row's cross-entropy in nats."""
+    """Cross-entropy of each row in nats, (R,) float32, of tokens x_R int32."""
     log_p_RxV = jax.nn.log_softmax(self.logits(z_RxD))
     return {'loss': -jnp.take_along_axis(log_p_RxV, x_R[:, None], axis=1)[:, 0]}
 
   def logits(self, z: jax.Array) -> jax.Array:
-    """(..., V) float32."""
+    """Logits (..., V) float32 of z (..., D)."""
     embedding_VxD = self.token_embedding.embedding.astype(self.dtype)
-    # Summed in float32 whatever the dtype: rounded logits would be rounded probabilities.
+    # Accumulated in float32 under bfloat16: rounded logits would give rounded probabilities.
     logits = jnp.einsum('...d,vd->...v', z, embedding_VxD, preferred_element_type=self.bias.dtype)
     return logits + self.bias
+
+  @nn.nowrap
+  def empty_tokens(self, batch: int, num_tokens: int) -> jax.Array:
+    return jnp.zeros((batch, num_tokens), jnp.int32)
+
+  @nn.nowrap
+  def sampler(self, call: Callable[..., Any], sampling: Any) -> SampleTokens:
+    """Categorical sampling at `sampling.temperature`; see `DiffusionHead.sampler`."""
+
+    def sample(z: jax.Array, keys_BxN: jax.Array, scale: jax.Array | None) -> jax.Array:
+      logits_BxNxV = call('logits', z)
+      if scale is not None:
+        cond, null = jnp.split(logits_BxNxV, 2)
+        logits_BxNxV = null + scale * (cond - null)
+      logits_BxNxV /= sampling.temperature
+      return jax.vmap(jax.vmap(jax.random.categorical))(keys_BxN, logits_BxNxV)
+
+    return sample
+
+  @nn.nowrap
+  def embedding_flops(self, num_tokens: int) -> float:
+    return 0.0  # a lookup
+
+  @nn.nowrap
+  def loss_flops(self) -> float:
+    return 2 * self.decoder_width * self.vocab_size
+
+  @nn.nowrap
+  def table_flops(self) -> float:
+    return 0.0
+
+  @nn.nowrap
+  def sampling_flops(self, sampling: Any) -> float:
+    return 2 * self.decoder_width * self.vocab_size
+
+
+# Heads by the name that `model.head` gives them.
+HEADS: dict[str, type[nn.Module]] = {'diffusion': DiffusionHead, 'softmax': SoftmaxHead}
+
+
+def make_head(config: Any, dtype: Any = jnp.float32) -> nn.Module:
+  """The head of a config (`fluid_jax.config.Config`), unbound."""
+  return HEADS[config.head].from_config(config, dtype)

@@ -1,6 +1,6 @@
 """Transformer layers: attention, MLP, and the two kinds of block, with logical axis names.
 
-Projections are two-dimensional: a minor axis of head_dim (64) would be padded to 128 lanes on TPU.
+Projections are two-dimensional: TPUs would pad a minor axis of head_dim (64) to 128 lanes.
 """
 
 import math
@@ -21,9 +21,10 @@ kernel_init = nn.initializers.xavier_uniform()
 def grid_position_init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32):
   """Sinusoids of the row and the column of each of L positions of a square grid, (L, D).
 
-  A table to be learned, as MAR's is, but not from deviations of 0.02: beside embedded tokens of
-  order 1 a model is slow to find where a token lies (the demo put the right patches in wrong
-  places). The periods go from 4 positions, the shortest that tells neighbours apart, to 400.
+  The initial value of a learned table. MAR's table starts from a normal distribution of standard
+  deviation 0.02. Embedded tokens are of order 1, so a model then learns positions slowly: the demo
+  put correct patches in wrong places. The periods range from 4 positions, the shortest that tells
+  neighbours apart, to 400.
   """
   del key
   length, width = shape
@@ -59,8 +60,8 @@ def dense(
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis, with epsilon 1e-6.
 
-  Its statistics are float32 whatever `dtype` is. They carry a name, unlike those of Flax's: kept
-  for the backward pass, two numbers a row spare it two readings of the input.
+  Its statistics are float32 for every `dtype`. Unlike those of Flax's LayerNorm they have a
+  checkpoint name: keeping two numbers per row saves the backward pass two reads of the input.
   """
 
   dtype: Any = jnp.float32
@@ -83,25 +84,25 @@ class LayerNorm(nn.Module):
 
 
 def split_by_example(x: jax.Array) -> jax.Array:
-  """`x` (B, ...), told to lie split over the data-parallel devices if a mesh is in use.
+  """Constrains `x` (B, ...) to be split by example over the data-parallel devices, if any.
 
-  Left to itself the compiler lays activations out as the parameters lie, split along the width and
-  whole along the batch: 15 times the memory and a collective in every layer.
+  Without the constraint the compiler shards activations like the parameters, along the width and
+  not along the batch: 15 times the memory and a collective in every layer.
   """
   return nn.with_logical_constraint(x, ('batch', *(None,) * (x.ndim - 1)))
 
 
 def gather_positions(x_BxLxD: jax.Array, positions_BxN: jax.Array) -> jax.Array:
-  """Rows `positions_BxN` of each example."""
+  """x_BxNxD: the rows `positions_BxN` of each example."""
   return jnp.take_along_axis(x_BxLxD, positions_BxN[..., None], axis=1)
 
 
 class Attention(nn.Module):
-  """Multi-head attention; making keys and values is a call of its own, so that they can be kept.
+  """Multi-head attention; keys and values come from a separate call, so that they can be cached.
 
-  Heads lie as (B, H, K, length): with a head dimension of 64 or 96 a TPU computes with positions
-  along its 128 lanes. Products that write this order spare a copy of each in every layer, which a
-  Dense layer and a transposition do not.
+  Heads have the layout (B, H, K, length), which puts positions and not the head dimension of 64 or
+  96 along the 128 lanes of a TPU. The projections write this layout directly; a Dense layer and a
+  transposition would copy queries, keys and values in every layer.
   """
 
   width: int
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
       )
 
-    # Softmax would cancel a bias of the keys.
+    # No bias for the keys: softmax would cancel it.
     self.query, self.key, self.value = (
       product('bnd,de->ben', ('embed', 'joined_kv'), use_bias) for use_bias in (True, False, True)
     )
@@ -157,7 +158,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two layers with GELU, `ratio` times as wide inside."""
+  """Two layers with a GELU between them; the hidden layer is `ratio` times as wide."""
 
   width: int
   ratio: int = 4
@@ -190,8 +191,8 @@ class AlignerBlock(nn.Module):
 class DecoderBlock(nn.Module):
   """Pre-LayerNorm self-attention, cross-attention to the aligned text, and MLP.
 
-  Called on whole sequences in training. Sampling calls `read`, which takes kept text keys and
-  values and may compute the output of a few positions only, or `decode`, which extends kept
+  Training calls it on complete sequences. Sampling calls `read`, which takes cached text keys and
+  values and can compute the output at a few positions only, or `decode`, which extends cached
   self-attention keys and values by one position.
   """
 
@@ -215,7 +216,7 @@ class DecoderBlock(nn.Module):
     return self.read(x_BxLxD, text_kv, text_mask_BxT)
 
   def text_keys_values(self, text_BxTxD: jax.Array) -> tuple[jax.Array, KeysValues]:
-    """The text unchanged (as a scan's carry), and this block's keys and values of it."""
+    """The text unchanged (the carry of a scan), and this block's keys and values of it."""
     return text_BxTxD, self.cross_attention.keys_values(text_BxTxD)
 
   def read(
@@ -225,7 +226,7 @@ class DecoderBlock(nn.Module):
     text_mask_BxT: jax.Array,
     positions_BxN: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
-    """The block's output, at `positions_BxN` alone if given (they still see every position)."""
+    """The block's output, only at `positions_BxN` if given; they attend to every position."""
     h = self.norm_self(x_BxLxD)
     keys_values = self.self_attention.keys_values(h)
     if positions_BxN is not None:
@@ -242,7 +243,7 @@ class DecoderBlock(nn.Module):
     text_mask_BxT: jax.Array,
     index: jax.Array,
   ) -> tuple[jax.Array, KeysValues]:
-    """The output at position `index` () int32, and the cache with its keys and values added."""
+    """The output at position `index` (), int32, and the cache extended by its keys and values."""
     h = self.norm_self(x_Bx1xD)
     cache = jax.tree.map(
       lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=3),

@@ -1,57 +1,89 @@
-"""The order in which tokens are predicted: what is masked, what is seen, what is drawn when.
+"""Token orders: which tokens are masked in training, and which are sampled at which step.
 
-An order decides four things: the attention mask (`is_causal`), the decoder's inputs, which
-positions a training example predicts, and the sampler's schedule.
+An order decides the attention mask (`is_causal`), the decoder's inputs, which positions a training
+example predicts, and the sampling loop. To add one, derive from `Order` (or from `RandomOrder`, to
+change only the permutation of positions) and enter the class in `ORDERS`.
 """
+
+from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+  from fluid_jax.models.sampling import Decoder
+
 
 @dataclasses.dataclass(frozen=True)
 class Order(abc.ABC):
-  """`num_tokens` tokens an image; training examples come in groups of `group_size`."""
+  """Base class of orders.
+
+  Attributes:
+    num_tokens: L, tokens per image.
+    group_size: consecutive examples that share one packing, see `pack`.
+    is_causal: whether a position attends only to itself and to earlier positions.
+    is_sequential: whether each sampling step takes exactly one token.
+  """
 
   num_tokens: int
   group_size: int
 
   is_causal = False
+  is_sequential = False
 
   @abc.abstractmethod
   def capacity(self) -> int:
-    """Most positions that one group of examples can ask to be predicted."""
+    """Maximum number of positions that one group of examples predicts."""
+
+  @abc.abstractmethod
+  def mean_predicted(self) -> float:
+    """Mean number of positions that a training example predicts."""
 
   @abc.abstractmethod
   def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
-    """True at the positions to predict; a function of `key` and the global example index.
+    """Positions to predict, as a function of `key` and the global example index.
 
     Args:
-      key: PRNG key of the step.
-      example_B: () int32 indices of consecutive examples of the global batch, whole groups.
+      key: PRNG key of the training step.
+      example_B: int32 indices of consecutive examples of the global batch, complete groups.
 
     Returns:
-      mask_BxL bool.
+      mask_BxL bool, True at the positions to predict.
     """
 
   @abc.abstractmethod
   def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, mask_token_D: jax.Array) -> jax.Array:
-    """The decoder's inputs, in which no position sees what it predicts."""
+    """The decoder's inputs (B, L, D), in which no position sees the token that it predicts."""
 
   @abc.abstractmethod
   def counts(self, num_steps: int) -> list[int]:
-    """How many tokens each of `num_steps` sampling steps draws."""
+    """Number of tokens that each of `num_steps` sampling steps takes; they sum to L."""
+
+  @abc.abstractmethod
+  def generate(self, decoder: Decoder, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sampling loop: fills in the tokens of all images, step by step.
+
+    Args:
+      decoder: the model with its text, see `sampling.Decoder`.
+      keys_B: a PRNG key for the order of each image.
+
+    Returns:
+      tokens (B, L, ...) and sampled_at_BxL int32, the step at which each token was sampled.
+    """
 
   def pack(self, mask_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of each group to predict, gathered to the front (design: the head sees only these).
+    """Gathers the positions to predict of each group to the front, for the head to run on.
 
     Returns:
       rows_GxR int32, indices into a group's group_size * L positions, and valid_GxR bool. R is
-      `capacity()`, which no group exceeds, so nothing is ever left out.
+      `capacity()`, which no group exceeds, so no position is ever dropped.
     """
     mask_GxP = mask_BxL.reshape(-1, self.group_size * self.num_tokens)
     rows_GxR = jnp.argsort(~mask_GxP, axis=1, stable=True)[:, : self.capacity()]
@@ -59,60 +91,93 @@ class Order(abc.ABC):
 
 
 class RandomOrder(Order):
-  """Random order, bidirectional attention; unknown tokens are one learned vector (MaskGIT, MAR).
+  """Random order with bidirectional attention; masked positions hold one learned vector (MaskGIT).
 
-  A training example's mask ratio is cos(pi u / 2), u uniform on [0, 1) (facts section 4). u is
-  stratified within a group, so that every group predicts nearly the same number of tokens; the
-  marginal distribution of each example's ratio is unchanged.
+  The mask ratio of a training example is cos(pi u / 2), u uniform on [0, 1): MaskGIT's cosine
+  schedule, which the paper uses. u is stratified within a group, so that every group predicts
+  nearly the same number of tokens. The marginal distribution of each example's ratio is unchanged.
   """
 
-  def _most_masked(self) -> np.ndarray:
-    """(group_size,) most masked tokens in each stratum, that is at its lowest u."""
+  def _max_masked(self) -> np.ndarray:
+    """(group_size,) maximum number of masked tokens in each stratum, which is at its lowest u."""
     u = np.arange(self.group_size) / self.group_size
     return np.ceil(self.num_tokens * np.cos(np.pi / 2 * u) - 1e-9).astype(np.int32)
 
   def capacity(self) -> int:
-    return int(self._most_masked().sum())
+    return int(self._max_masked().sum())
+
+  def mean_predicted(self) -> float:
+    u = (np.arange(100_000) + 0.5) / 100_000
+    return float(np.ceil(self.num_tokens * np.cos(np.pi / 2 * u)).mean())
 
   def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
     key_group, key_ratio, key_position = jax.random.split(key, 3)
     group_B, member_B = example_B // self.group_size, example_B % self.group_size
 
-    def draw(group, member, example):
+    def sample(group, member, example):
       strata = jax.random.permutation(jax.random.fold_in(key_group, group), self.group_size)
       stratum = strata[member]
       u = (stratum + jax.random.uniform(jax.random.fold_in(key_ratio, example))) / self.group_size
       num_masked = jnp.ceil(self.num_tokens * jnp.cos(jnp.pi / 2 * u)).astype(jnp.int32)
-      # At least one; and rounding in float32 may not pass the bound that the capacity rests on.
-      num_masked = jnp.clip(num_masked, 1, jnp.asarray(self._most_masked())[stratum])
+      # At least one; and float32 rounding must not exceed the bound behind `capacity`.
+      num_masked = jnp.clip(num_masked, 1, jnp.asarray(self._max_masked())[stratum])
       noise_L = jax.random.uniform(jax.random.fold_in(key_position, example), (self.num_tokens,))
       return jnp.argsort(jnp.argsort(noise_L)) < num_masked
 
-    return jax.vmap(draw)(group_B, member_B, example_B)
+    return jax.vmap(sample)(group_B, member_B, example_B)
 
   def inputs(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, mask_token_D: jax.Array) -> jax.Array:
     return jnp.where(mask_BxL[..., None], mask_token_D, x_BxLxD)
 
   def counts(self, num_steps: int) -> list[int]:
-    """MaskGIT's cosine schedule as MAR runs it: at least one token a step, the rest at the end."""
+    """MaskGIT's cosine schedule as in MAR: at least one token per step, the rest in the last."""
     if not 1 <= num_steps <= self.num_tokens:
       raise ValueError(f'num_steps={num_steps} is not within 1..{self.num_tokens}')
-    counts, unknown = [], self.num_tokens
+    counts, masked = [], self.num_tokens
     for step in range(1, num_steps + 1):
       left = math.floor(self.num_tokens * math.cos(math.pi / 2 * step / num_steps))
-      left = 0 if step == num_steps else max(1, min(unknown - 1, left))
-      counts.append(unknown - left)
-      unknown = left
+      left = 0 if step == num_steps else max(1, min(masked - 1, left))
+      counts.append(masked - left)
+      masked = left
     return counts
+
+  def permutations(self, keys_B: jax.Array) -> jax.Array:
+    """positions_BxL int32: the positions of each image in the order in which they are sampled."""
+    return jax.vmap(lambda key: jax.random.permutation(key, self.num_tokens))(keys_B)
+
+  def generate(self, decoder: Decoder, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scans over the steps in runs of one static width; see `static_runs`."""
+    positions_BxL = self.permutations(keys_B)
+    state = decoder.init()
+    for width, run in static_runs(decoder.counts):
+
+      def step_fn(state, step, width=width):
+        places_N = step['start'] + jnp.arange(width)
+        # Gathered within the table; positions beyond this step's count are marked below.
+        positions_BxN = jnp.take(positions_BxL, jnp.minimum(places_N, self.num_tokens - 1), axis=1)
+        tokens, sampled_at_BxL = state
+        mask_BxL = sampled_at_BxL == len(decoder.counts)
+        z_BxNxD = decoder.read(tokens, mask_BxL, positions_BxN)
+        new = decoder.sample(z_BxNxD, positions_BxN, step)
+        is_sampled_N = jnp.arange(width) < step['count']
+        positions_BxN = jnp.where(is_sampled_N, positions_BxN, self.num_tokens)
+        return decoder.write(state, positions_BxN, new, step), None
+
+      state, _ = jax.lax.scan(step_fn, state, decoder.steps_of(run))
+    return state
 
 
 class RasterOrder(Order):
-  """Raster order, causal attention: position j sees the tokens before it and predicts token j."""
+  """Raster order with causal attention: position j predicts token j from the tokens before it."""
 
   is_causal = True
+  is_sequential = True
 
   def capacity(self) -> int:
     return self.group_size * self.num_tokens
+
+  def mean_predicted(self) -> float:
+    return self.num_tokens
 
   def sample_mask(self, key: jax.Array, example_B: jax.Array) -> jax.Array:
     return jnp.ones((example_B.shape[0], self.num_tokens), bool)
@@ -123,10 +188,44 @@ class RasterOrder(Order):
 
   def counts(self, num_steps: int) -> list[int]:
     if num_steps != self.num_tokens:
-      raise ValueError(f'raster order draws one token a step: num_steps must be {self.num_tokens}')
+      raise ValueError(
+        f'raster order takes one token per step: num_steps must be {self.num_tokens}'
+      )
     return [1] * num_steps
 
+  def generate(self, decoder: Decoder, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scans over the positions with a key/value cache."""
 
-def make_order(name: str, num_tokens: int, group_size: int) -> Order:
-  """`name` is 'random' or 'raster'."""
-  return {'random': RandomOrder, 'raster': RasterOrder}[name](num_tokens, group_size)
+    def step_fn(carry, step):
+      state, token, caches = carry
+      position = step['start']
+      z_Bx1xD, caches = decoder.decode(token, position, caches)
+      positions_Bx1 = jnp.full((token.shape[0], 1), position)
+      token = decoder.sample(z_Bx1xD, positions_Bx1, step)
+      return (decoder.write(state, positions_Bx1, token, step), token, caches), None
+
+    state = decoder.init()
+    carry = state, state[0][:, :1], decoder.empty_caches()
+    (state, _, _), _ = jax.lax.scan(step_fn, carry, decoder.steps_of(slice(None)))
+    return state
+
+
+def static_runs(counts: np.ndarray) -> list[tuple[int, slice]]:
+  """Runs of consecutive steps of one width: a power of two that holds every count so far."""
+  widths = [1 << (int(n) - 1).bit_length() for n in np.maximum.accumulate(counts)]
+  runs, start = [], 0
+  for width, group in itertools.groupby(widths):
+    stop = start + len(list(group))
+    runs.append((width, slice(start, stop)))
+    start = stop
+  return runs
+
+
+# Orders by the name that `model.order` gives them.
+ORDERS: dict[str, type[Order]] = {'random': RandomOrder, 'raster': RasterOrder}
+
+
+def make_order(config: Any) -> Order:
+  """The order of a config (`fluid_jax.config.Config`)."""
+  model = config.model
+  return ORDERS[model.order](config.image.num_tokens, model.mask_group_size)

@@ -1,13 +1,12 @@
-"""Sampling: text to tokens in one compiled program of static shapes.
+"""Sampling: from text to tokens in one compiled program of static shapes.
 
-Text keys and values are made once. Random order draws 1 to 7 or so positions a step, so the steps
-are scanned in runs of one static width each (powers of two), and only the positions being drawn
-enter the last block's queries and the head. Raster order keeps keys and values of the past.
-All noise of an image is a function of its key, whatever batch it is drawn in.
+`generate` aligns the text, computes its keys and values once, and hands a `Decoder` to the order,
+whose `generate` is the loop. In each step only the positions being sampled enter the last block's
+queries and the head. All noise of an image is a function of its key, so an image does not depend on
+the batch in which it is sampled.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluid_jax.models import diffusion
 from fluid_jax.models.fluid import Fluid
-from fluid_jax.models.heads import DiffusionHead
+
+State = tuple[jax.Array, jax.Array]  # tokens (B, L, ...) and sampled_at_BxL
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to draw.
+  """Settings of sampling.
 
   Attributes:
-    num_steps: autoregressive steps; every token in raster order.
-    guidance_scale: w in u + w (c - u); 1 draws without guidance, at half the cost.
-    guidance_schedule: 'constant', or 'linear' in the share of tokens drawn, from 1 to w (MAR).
-    temperature: of the noise of each diffusion step, or of the softmax (facts 5).
-    num_diffusion_steps: steps of the respaced chain; continuous tokens only.
+    num_steps: autoregressive steps; L in raster order.
+    guidance_scale: w in u + w (c - u); 1 samples without guidance, at half the cost.
+    guidance_schedule: 'constant', or 'linear' in the fraction of tokens sampled, from 1 to w (MAR,
+      models/mar.py).
+    temperature: factor of the noise in each diffusion step, or divisor of the logits.
+    num_diffusion_steps: steps of the respaced diffusion process; continuous tokens only.
   """
 
   num_steps: int
@@ -37,6 +37,90 @@ class Sampling:
   guidance_schedule: str
   temperature: float
   num_diffusion_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """The model bound to its parameters and texts: the operations of an order's sampling loop.
+
+  Under guidance the model runs on 2B rows, the conditional rows first. Arguments and results of the
+  methods have B rows, except `z`, which goes from `read` or `decode` to `sample` as it is.
+
+  Attributes:
+    call: call('name', *args) applies a method of the model, call('head.name', *args) of its head.
+    counts: number of tokens that each step takes.
+    scales: guidance scale of each step.
+    is_guided: whether guidance is used.
+    text_kv, text_mask_BxT: keys, values and mask of the text.
+    token_keys_B: PRNG key for the tokens of each image.
+    sample_tokens: from the head, see `heads`.
+    empty_tokens: tokens (B, L, ...) before the first step.
+    progress: called on the host with the number of steps done, or None.
+  """
+
+  call: Callable[..., Any]
+  counts: np.ndarray
+  scales: np.ndarray
+  is_guided: bool
+  text_kv: Any
+  text_mask_BxT: jax.Array
+  token_keys_B: jax.Array
+  sample_tokens: Callable[..., jax.Array]
+  empty_tokens: jax.Array
+  progress: Callable[[int], None] | None
+
+  def init(self) -> State:
+    """Empty tokens, and sampled_at_BxL with the number of steps, which no token has."""
+    shape = self.empty_tokens.shape[:2]
+    return self.empty_tokens, jnp.full(shape, len(self.counts), jnp.int32)
+
+  def steps_of(self, run: slice) -> dict[str, jax.Array]:
+    """Per step: number, first place in the order, count of tokens, and guidance scale."""
+    steps = {
+      'step': jnp.arange(len(self.counts)),
+      'start': jnp.asarray(np.cumsum(self.counts) - self.counts),
+      'count': jnp.asarray(self.counts),
+      'guidance_scale': jnp.asarray(self.scales, jnp.float32),
+    }
+    return jax.tree.map(lambda a: a[run], steps)
+
+  def read(self, tokens: jax.Array, mask_BxL: jax.Array, positions_BxN: jax.Array) -> jax.Array:
+    """The decoder's output z at `positions_BxN`, given all tokens that are not masked."""
+    inputs = (self._rows(tokens), self._rows(mask_BxL), self.text_kv, self.text_mask_BxT)
+    return self.call('read', *inputs, self._rows(positions_BxN))
+
+  def decode(self, token: jax.Array, position: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+    """z at `position` (), given the token before it and the cache, and the extended cache."""
+    rows = self._rows(token)
+    return self.call('decode', rows, position, caches, self.text_kv, self.text_mask_BxT)
+
+  def empty_caches(self) -> Any:
+    """Zeros for the keys and values of all positions."""
+    length = self.empty_tokens.shape[1]
+    return jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:-1], length), kv.dtype), self.text_kv)
+
+  def sample(self, z: jax.Array, positions_BxN: jax.Array, step: dict[str, jax.Array]) -> jax.Array:
+    """Tokens at the positions. Each position has its own key, whatever else is sampled."""
+    keys_BxN = jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(
+      self.token_keys_B, positions_BxN
+    )
+    return self.sample_tokens(z, keys_BxN, step['guidance_scale'] if self.is_guided else None)
+
+  def write(
+    self, state: State, positions_BxN: jax.Array, new: jax.Array, step: dict[str, jax.Array]
+  ) -> State:
+    """Stores new tokens and their step; positions of L and above are ignored."""
+    tokens, sampled_at_BxL = state
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    if self.progress is not None:
+      jax.debug.callback(self.progress, step['step'] + 1)
+    return (
+      tokens.at[rows, positions_BxN].set(new, mode='drop'),
+      sampled_at_BxL.at[rows, positions_BxN].set(step['step'], mode='drop'),
+    )
+
+  def _rows(self, a: jax.Array) -> jax.Array:
+    return jnp.concatenate([a, a]) if self.is_guided else a
 
 
 def generate(
@@ -47,119 +131,57 @@ def generate(
   keys_B: jax.Array,
   sampling: Sampling,
   progress: Callable[[int], None] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Draws one image's tokens per text; jit it with everything but the arrays bound.
+) -> State:
+  """Samples the tokens of one image per text; jit it with everything but the arrays bound.
 
   Args:
-    model: unbound; `params` its parameters.
-    text, text_mask_BxT: see `Fluid.align`; a text without a real token is drawn unconditionally.
+    model: unbound.
+    params: its parameters.
+    text, text_mask_BxT: see `Fluid.align`; a text without a real token is sampled unconditionally.
     keys_B: a PRNG key per image.
-    sampling: see `Sampling`.
-    progress: called on the host with the number of steps done, from inside the scan.
+    sampling: settings.
+    progress: called on the host with the number of steps done, from inside the loop.
 
   Returns:
-    tokens_BxLxC float32 (or tokens_BxL int32), and drawn_at_BxL int32, the step of each token.
+    tokens_BxLxC float32 (or tokens_BxL int32), and sampled_at_BxL int32, the step of each token.
   """
-  call = _bound(model, params)
+  call = _bind(model, params)
   order_keys_B, token_keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
-  guided = sampling.guidance_scale != 1
-  num_tokens, batch = model.order.num_tokens, text_mask_BxT.shape[0]
+  is_guided = sampling.guidance_scale != 1
   text_BxTxD, text_mask_BxT = call('align', text, text_mask_BxT)
-  if guided:  # conditional rows first; the null text is aligned once for all
+  batch = text_mask_BxT.shape[0]
+  if is_guided:  # conditional rows first; the null text is aligned once for all
     null_1xTxD, null_mask_1xT = call('align', text[:1], jnp.zeros_like(text_mask_BxT[:1]))
     text_BxTxD, text_mask_BxT = (
       jnp.concatenate([a, jnp.broadcast_to(null, a.shape)])
       for a, null in ((text_BxTxD, null_1xTxD), (text_mask_BxT, null_mask_1xT))
     )
-  text_kv = call('text_keys_values', text_BxTxD)
-
   counts = np.array(model.order.counts(sampling.num_steps))
-  starts = np.cumsum(counts) - counts
-  if sampling.guidance_schedule == 'linear':
-    # As MAR has it, which counts one token as still unknown after the last step.
-    known = np.minimum(starts + counts, num_tokens - 1)
-    scales = 1 + (sampling.guidance_scale - 1) * known / num_tokens
-  else:
-    scales = np.full(counts.shape, sampling.guidance_scale)
-  steps = {
-    'step': jnp.arange(len(counts)),
-    'start': jnp.asarray(starts),
-    'count': jnp.asarray(counts),
-    'guidance_scale': jnp.asarray(scales, jnp.float32),
-  }
-  if isinstance(model.head, DiffusionHead):
-    draw = _continuous_draw(call, model.head.channels, sampling)
-    tokens = jnp.zeros((batch, num_tokens, model.head.channels), jnp.float32)
-  else:
-    draw = _discrete_draw(call, sampling)
-    tokens = jnp.zeros((batch, num_tokens), jnp.int32)
-  drawn_at_BxL = jnp.full((batch, num_tokens), len(counts), jnp.int32)
-
-  def doubled(a):
-    return jnp.concatenate([a, a]) if guided else a
-
-  def draw_at(z_BxNxD, positions_BxN, scale):
-    """Tokens at the positions; each has a key of its own, whatever else is drawn beside it."""
-    keys_BxN = jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(
-      token_keys_B, positions_BxN
-    )
-    return draw(z_BxNxD, keys_BxN, scale if guided else None)
-
-  def put(carry, positions_BxN, new, step):
-    tokens, drawn_at_BxL = carry
-    rows = jnp.arange(batch)[:, None]
-    if progress is not None:
-      jax.debug.callback(progress, step + 1)
-    # Positions past the end mark the unused places of a run's width: nothing is written there.
-    return (
-      tokens.at[rows, positions_BxN].set(new, mode='drop'),
-      drawn_at_BxL.at[rows, positions_BxN].set(step, mode='drop'),
-    )
-
-  if model.order.is_causal:
-
-    def raster_step(carry, step):
-      drawn, token, caches = carry
-      position = step['start']
-      z_Bx1xD, caches = call('decode', doubled(token), position, caches, text_kv, text_mask_BxT)
-      positions_Bx1 = jnp.full((batch, 1), position)
-      token = draw_at(z_Bx1xD, positions_Bx1, step['guidance_scale'])
-      return (put(drawn, positions_Bx1, token, step['step']), token, caches), None
-
-    caches = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:-1], num_tokens), kv.dtype), text_kv)
-    (drawn, _, _), _ = jax.lax.scan(
-      raster_step, ((tokens, drawn_at_BxL), tokens[:, :1], caches), steps
-    )
-    return drawn
-
-  orders_BxL = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(order_keys_B)
-  drawn = tokens, drawn_at_BxL
-  for width, run in _runs(counts):
-
-    def random_step(drawn, step, width=width):
-      tokens, drawn_at_BxL = drawn
-      places_N = step['start'] + jnp.arange(width)
-      # Within reach of the table, but marked as past the end where this step draws no more.
-      positions_BxN = jnp.take(orders_BxL, jnp.minimum(places_N, num_tokens - 1), axis=1)
-      mask_BxL = drawn_at_BxL == len(counts)
-      z_BxNxD = call(
-        'read',
-        doubled(tokens),
-        doubled(mask_BxL),
-        text_kv,
-        text_mask_BxT,
-        doubled(positions_BxN),
-      )
-      new = draw_at(z_BxNxD, positions_BxN, step['guidance_scale'])
-      is_drawn_N = jnp.arange(width) < step['count']
-      positions_BxN = jnp.where(is_drawn_N, positions_BxN, num_tokens)
-      return put(drawn, positions_BxN, new, step['step']), None
-
-    drawn, _ = jax.lax.scan(random_step, drawn, jax.tree.map(lambda a, run=run: a[run], steps))
-  return drawn
+  decoder = Decoder(
+    call=call,
+    counts=counts,
+    scales=_guidance_scales(counts, model.order.num_tokens, sampling),
+    is_guided=is_guided,
+    text_kv=call('text_keys_values', text_BxTxD),
+    text_mask_BxT=text_mask_BxT,
+    token_keys_B=token_keys_B,
+    sample_tokens=model.head.sampler(lambda name, *args: call(f'head.{name}', *args), sampling),
+    empty_tokens=model.head.empty_tokens(batch, model.order.num_tokens),
+    progress=progress,
+  )
+  return model.order.generate(decoder, order_keys_B)
 
 
-def _bound(model: Fluid, params: Any) -> Callable[..., Any]:
+def _guidance_scales(counts: np.ndarray, num_tokens: int, sampling: Sampling) -> np.ndarray:
+  """Guidance scale of each step."""
+  if sampling.guidance_schedule == 'constant':
+    return np.full(counts.shape, sampling.guidance_scale)
+  # As in MAR, which counts one token as still masked after the last step.
+  known = np.minimum(np.cumsum(counts), num_tokens - 1)
+  return 1 + (sampling.guidance_scale - 1) * known / num_tokens
+
+
+def _bind(model: Fluid, params: Any) -> Callable[..., Any]:
   """`call(name, *args)` applies a method of the model, or of its head as 'head.name'."""
 
   def call(name, *args):
@@ -171,56 +193,3 @@ def _bound(model: Fluid, params: Any) -> Callable[..., Any]:
     return model.apply({'params': params}, *args, method=method)
 
   return call
-
-
-def _runs(counts: np.ndarray) -> list[tuple[int, slice]]:
-  """Runs of consecutive steps of one width: a power of two that holds every count so far."""
-  widths = [1 << (int(n) - 1).bit_length() for n in np.maximum.accumulate(counts)]
-  runs, start = [], 0
-  for width, group in itertools.groupby(widths):
-    stop = start + len(list(group))
-    runs.append((width, slice(start, stop)))
-    start = stop
-  return runs
-
-
-def _discrete_draw(call, sampling):
-  def draw(z_BxNxD, keys_BxN, scale):
-    logits_BxNxV = call('head.logits', z_BxNxD)
-    if scale is not None:
-      cond, null = jnp.split(logits_BxNxV, 2)
-      logits_BxNxV = null + scale * (cond - null)
-    return jax.vmap(jax.vmap(jax.random.categorical))(keys_BxN, logits_BxNxV / sampling.temperature)
-
-  return draw
-
-
-def _continuous_draw(call, channels, sampling):
-  chain = diffusion.cosine_diffusion().respaced(sampling.num_diffusion_steps)
-  constants = chain.step_constants(jnp.float32)
-  times_TxW = call('head.embed_times', jnp.asarray(chain.timesteps[::-1]))
-
-  def draw(z_BxNxD, keys_BxN, scale):
-    cond_BxNxW = call('head.condition', z_BxNxD)  # once, not once a diffusion step
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (len(times_TxW) + 1, channels))))(
-      keys_BxN
-    )
-    noise_TxBxNxC = jnp.moveaxis(noise, 2, 0)
-
-    def denoise_step(x_BxNxC, step):
-      time_W, constants, noise_BxNxC = step
-      x = x_BxNxC if scale is None else jnp.concatenate([x_BxNxC, x_BxNxC])
-      eps, v = call('head.denoise', x, cond_BxNxW + time_W, constants['alphas_cumprod'])
-      if scale is not None:  # guidance moves the noise alone; the variance is the conditional's
-        (eps, eps_null), (v, _) = jnp.split(eps, 2), jnp.split(v, 2)
-        eps = eps_null + scale * (eps - eps_null)
-      return diffusion.reverse_step(
-        x_BxNxC, eps, v, noise_BxNxC, constants, sampling.temperature
-      ), None
-
-    x_BxNxC, _ = jax.lax.scan(
-      denoise_step, noise_TxBxNxC[0], (times_TxW, constants, noise_TxBxNxC[1:])
-    )
-    return x_BxNxC
-
-  return draw
