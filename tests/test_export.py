@@ -194,12 +194,14 @@ def test_the_card_tells_the_facts(trained, whole):
 def test_pictures_are_the_same_from_workdir_export_and_import(trained, whole, tmp_path):
   export.main(['import', f'--from={whole}', f'--workdir={tmp_path / "new"}'])
   config, *_ = sample.load_workdir(trained[0])
-  sampler = sample.Sampler(config, frozen.load(config, sharding.make_mesh(config)))
+  encoders = frozen.make(config)
+  encoder_params = frozen.load(config, encoders, sharding.make_mesh(config))
+  sampler = sample.Sampler(config, step.make_model(config), encoders, encoder_params)
   pictures = []
   for place in (trained[0], whole, tmp_path / 'new'):
     found, _, params, _ = sample.load_workdir(place)
     assert found == config  # so that one compiled program serves the three
-    pictures.append(sampler.draw(params, PROMPTS, [0, 1])[0])
+    pictures.append(sampler.sample(params, PROMPTS, [0, 1])[0])
   assert np.ptp(pictures[0].astype(int)) > 50
   np.testing.assert_array_equal(pictures[1], pictures[0])
   np.testing.assert_array_equal(pictures[2], pictures[0])
@@ -226,7 +228,7 @@ def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
   out.rename(moved)
   loaded = sample.load_workdir(moved)[0]
   assert loaded.image.tokenizer == f'{prefix}{moved}/tokenizer.safetensors'
-  frozen.load(loaded, sharding.make_mesh(loaded))
+  frozen.load(loaded, frozen.make(loaded), sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
   assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}

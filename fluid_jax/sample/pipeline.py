@@ -21,6 +21,7 @@ import fluid_jax
 from fluid_jax import checkpoint, errors, export, plots, sharding, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
+from fluid_jax.models import fluid
 
 # Images are always drawn in batches of this size, the last one filled up: one program serves every
 # number of prompts, and an image comes out the same whatever it is drawn beside.
@@ -31,13 +32,20 @@ class Sampler:
   """Draws pictures with given parameters; compiles once."""
 
   def __init__(
-    self, config: config_lib.Config, encoders: frozen.Params, show_progress: bool = False
+    self,
+    config: config_lib.Config,
+    model: fluid.Fluid,
+    encoders: frozen.Encoders,
+    encoder_params: frozen.Params,
+    show_progress: bool = False,
   ):
     """Compiles nothing yet.
 
     Args:
       config: resolved.
-      encoders: the frozen parameters, see `encoders.frozen.load`.
+      model: see `step.make_model`.
+      encoders: see `encoders.frozen.make`.
+      encoder_params: see `encoders.frozen.load`.
       show_progress: whether each step is a line on standard error.
 
     Raises:
@@ -49,12 +57,14 @@ class Sampler:
         'prepared them, as in --tokenizer=sd_vae:vae.safetensors.'
       )
     self.config = config
-    self._encoders = encoders
-    self._decode = jax.jit(frozen.make(config).image.decode)
+    self._encoder_params = encoder_params
+    self._decode = jax.jit(encoders.image.decode)
     self._label = ''
-    self._draw = step.make_sampler(config, progress=self._progress if show_progress else None)
+    self._sample = step.make_sampler(
+      config, model, encoders, progress=self._progress if show_progress else None
+    )
 
-  def draw(
+  def sample(
     self, params: Any, prompts: Sequence[str], seeds: Sequence[int]
   ) -> tuple[np.ndarray, np.ndarray]:
     """One picture for each prompt and seed.
@@ -68,10 +78,10 @@ class Sampler:
       rows = np.minimum(np.arange(start, start + BATCH_SIZE), len(ids) - 1)
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
-      tokens, at = self._draw(params, self._encoders, {'text_ids': ids[rows]}, keys)
+      tokens, at = self._sample(params, self._encoder_params, {'text_ids': ids[rows]}, keys)
       # Whole on every process; this waits, so that there is one label a batch.
       tokens, at = multihost_utils.process_allgather((tokens, at), tiled=True)
-      pictures = self._decode(self._encoders['image'], tokens)
+      pictures = self._decode(self._encoder_params['image'], tokens)
       if not pictures.is_fully_addressable:
         pictures = multihost_utils.process_allgather(pictures, tiled=True)
       images.append(np.asarray(pictures))
@@ -82,7 +92,7 @@ class Sampler:
   def grid(self, params: Any, prompts: Sequence[str], num_images: int = 4) -> np.ndarray:
     """A picture of prompts (rows) by seeds 0, 1, ... (columns), (H, W, 3) uint8."""
     pairs = [(prompt, seed) for prompt in prompts for seed in range(num_images)]
-    images, _ = self.draw(params, *zip(*pairs, strict=True))
+    images, _ = self.sample(params, *zip(*pairs, strict=True))
     return np.asarray(draw_grid(images, prompts, num_images))
 
   def _progress(self, done: np.ndarray) -> None:
@@ -217,18 +227,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   sampling = dataclasses.asdict(config.sampling) | given
   config = config_lib.resolve(dataclasses.asdict(config) | {'sampling': sampling})
   mesh = sharding.make_mesh(config)
-  encoders = frozen.load(config, mesh)
-  for name, digest in frozen.digests(encoders, mesh).items():
+  encoders = frozen.make(config)
+  encoder_params = frozen.load(config, encoders, mesh)
+  for name, digest in frozen.digests(encoder_params, mesh).items():
     if digests.get(name, digest) != digest:
       raise errors.UserError(
         f'the {name} encoder has digest {digest[:12]}, and the model was trained with one of '
         f'{digests[name][:12]}: give the weights that it was trained with.',
         errors.MISMATCH,
       )
-  sampler = Sampler(config, encoders, show_progress=True)
+  sampler = Sampler(config, step.make_model(config), encoders, encoder_params, show_progress=True)
   seeds = range(args.seed, args.seed + args.num_images)
   pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-  images, drawn_at = sampler.draw(params, *zip(*pairs, strict=True))
+  images, drawn_at = sampler.sample(params, *zip(*pairs, strict=True))
   facts = {
     'prompts': prompts,
     'seeds': list(seeds),
