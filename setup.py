@@ -12,14 +12,43 @@ setuptools.setup(
   name='fluid_jax',
   version=VERSION,
   description='Fluid (arXiv 2410.13863) in JAX: autoregressive text-to-image, continuous tokens',
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
   license='Apache-2.0',
+  keywords='jax flax text-to-image autoregressive diffusion fluid mar tpu scaling',
+  project_urls={'Paper': 'https://arxiv.org/abs/2410.13863'},
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Operating System :: POSIX :: Linux',
+    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   python_requires='>=3.11,<3.14',  # tensorflow-text has no wheel beyond 3.13
-  packages=setuptools.find_packages(include=['fluid_jax', 'fluid_jax.*']),
+  packages=[*setuptools.find_packages(include=['fluid_jax', 'fluid_jax.*']), 'fluid_jax.configs'],
+  package_dir={'fluid_jax.configs': 'configs'},  # so that --config=NAME finds them
   package_data={
+    'fluid_jax': ['py.typed', 'fonts/*'],
+    'fluid_jax.configs': ['*.txt'],
     'fluid_jax.data': ['emoji_set/*'],
     'fluid_jax.encoders': ['weights/*'],
   },
-  # Lower bounds are what the tests run with on Python 3.11.
+  entry_points={
+    'console_scripts': [
+      'fluid-train = fluid_jax.scripts:train',
+      'fluid-sample = fluid_jax.scripts:sample',
+      'fluid-prepare = fluid_jax.scripts:prepare',
+      'fluid-export = fluid_jax.scripts:export',
+      'fluid-aot = fluid_jax.scripts:aot',
+      'fluid-train-tokenizer = fluid_jax.scripts:train_tokenizer',
+    ],
+  },
+  # The lower bounds are the versions that the tests run with on Python 3.11. requirements-sample.txt
+  # lists the part that sampling needs, without TensorFlow.
   install_requires=[
     'absl-py>=2.5',
     'clu>=0.0.12',
@@ -38,6 +67,7 @@ setuptools.setup(
     'protobuf>=6.33',
     'pyarrow>=25',
     'safetensors>=0.8',
+    'sentencepiece>=0.2.2',
     'seqio>=0.0.20',
     'tensorboard>=2.21',
     'tensorflow>=2.21',
@@ -46,7 +76,8 @@ setuptools.setup(
     'tensorstore>=0.1.86',
   ],
   extras_require={
-    # jax chooses the libtpu that it was built for; another one crashes.
+    # jax chooses the CUDA libraries and the libtpu that it was built for.
+    'cuda': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'int8': ['qwix>=0.1.8'],
     # Beam needs protobuf 6, which sentencepiece 0.2.3 does not know.

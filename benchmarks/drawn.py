@@ -12,10 +12,11 @@ import pathlib
 
 import numpy as np
 
-from fluid_jax import errors, sharding
+from fluid_jax import errors, sharding, step
 from fluid_jax.data import pipeline
-from fluid_jax.encoders import frozen, patches
+from fluid_jax.encoders import frozen
 from fluid_jax.sample import pipeline as sample
+from fluid_jax.train_tokenizer import quality
 
 
 def main() -> None:
@@ -32,9 +33,11 @@ def main() -> None:
     batch = next(stream)
     images = batch['images'][batch['valid']]
     names = [text.decode() for text in batch['text'][batch['valid']]]
-    sampler = sample.Sampler(config, frozen.load(config, sharding.make_mesh(config)))
-    drawn, _ = sampler.draw(params, names, range(len(names)))
-    found = patches.measure(images, np.asarray(drawn))
+    encoders = frozen.make(config)
+    encoder_params = frozen.load(config, encoders, sharding.make_mesh(config))
+    sampler = sample.Sampler(config, step.make_model(config), encoders, encoder_params)
+    drawn, _ = sampler.sample(params, names, range(len(names)))
+    found = quality.measure(images, np.asarray(drawn))
     rows = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').open())
     losses = [row['validation/loss_ema'] for row in rows if 'validation/loss_ema' in row]
     print(

@@ -16,8 +16,9 @@ from PIL import Image
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors, sharding
-from fluid_jax.encoders import frozen, patches, tokenizers
+from fluid_jax.encoders import frozen, tokenizers
 from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import patches, quality
 
 NUM_SHOWN = 12
 SHIPPED = (
@@ -36,7 +37,7 @@ def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.nda
     | {'text': {'source': 'bytes'}}
   )
   network = tokenizers.make(config)
-  params = frozen.load(config, sharding.make_mesh(config))['image']
+  params = frozen.load(config, frozen.make(config), sharding.make_mesh(config))['image']
   if tokens == 'discrete':
     codes_NxL = network.encode_batch(params, {'images': images}, None, None)
     bits = f'{codes_NxL.shape[1] * math.log2(image["vocab_size"]):,.0f}'
@@ -63,7 +64,7 @@ def main() -> None:
   print('| tokenizer | PSNR (dB) | SSIM | bits a picture |\n|---|---|---|---|')
   for name, tokens, tokenizer in SHIPPED:
     decoded, bits = reconstruct(tokens, tokenizer, images)
-    found = patches.measure(images, decoded)
+    found = quality.measure(images, decoded)
     print(f'| {name} | {found["psnr"]:.2f} | {found["ssim"]:.3f} | {bits} |')
     rows.append(decoded[::every][:NUM_SHOWN])
   if args.out:

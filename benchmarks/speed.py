@@ -41,8 +41,9 @@ def main() -> None:
   print(f'peak: {peak / 1e9:.1f} GFLOP/s ({jax.devices()[0].device_kind})')
 
   mesh = sharding.make_mesh(config)
-  program = step.build(config, mesh)
-  state, encoders = program.init(), frozen.load(config, mesh)
+  components = step.make_components(config)
+  program = step.build(components, mesh)
+  state, encoder_params = program.init(), frozen.load(config, components.encoders, mesh)
   rng = np.random.default_rng(0)
   size, batch_size = config.image.size, config.train.batch_size
   batch = {
@@ -52,7 +53,7 @@ def main() -> None:
 
   def train() -> None:
     nonlocal state
-    state, metrics = program.train_step(state, sharding.put_batch(batch, mesh), encoders)
+    state, metrics = program.train_step(state, sharding.put_batch(batch, mesh), encoder_params)
     jax.block_until_ready(metrics)
 
   seconds = best_seconds(train, args.repeats)
@@ -61,10 +62,10 @@ def main() -> None:
     f'training: {batch_size / seconds:.1f} images/s, {share:.1%} of peak, {seconds:.3f} s a step'
   )
 
-  sampler = sample.Sampler(config, encoders)
+  sampler = sample.Sampler(config, components.model, components.encoders, encoder_params)
   prompts = ['red heart'] * sample.BATCH_SIZE
   seconds = best_seconds(
-    lambda: sampler.draw(state.ema_params, prompts, range(sample.BATCH_SIZE)), args.repeats
+    lambda: sampler.sample(state.ema_params, prompts, range(sample.BATCH_SIZE)), args.repeats
   )
   rate = sample.BATCH_SIZE / seconds
   share = rate * flops.sampling_flops(config) / peak

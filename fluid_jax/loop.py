@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: of Fluid and of image tokenizers alike."""
+"""The training loop, top to bottom; Fluid and image tokenizers share it."""
 
 import contextlib
 import dataclasses
@@ -13,32 +13,33 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, distributed, errors, flops, metrics, sharding
+from fluid_jax import checkpoint, distributed, errors, files, flops, metrics, sharding
 from fluid_jax import config as config_lib
 from fluid_jax.data import pipeline, tasks
 
-# What may differ when a workdir is taken up again: nothing that changes the trained parameters.
+# Settings that may change when a run is resumed, because they do not affect the trained parameters.
 RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
 RESUMABLE += ('sampling.', 'mesh.', 'data.max_corrupt_fraction')
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is trained.
+  """What to train, and how.
 
   Attributes:
-    config: resolved, with name, train (`config.Run`) and data.
-    facts: what is saved beside the config, and must be the same when the workdir is taken up again.
+    config: resolved; has `name`, `train` (a `config.Run`) and `data`.
+    facts: JSON values saved with the config, which must be the same when the run is resumed.
     mesh: of all devices.
-    state: shapes, dtypes and shardings of the state, whose `params` are what is trained.
+    state: shapes, dtypes and shardings of the state; its `params` are the trained parameters.
     init: () -> state.
-    train_step: (state, batch, frozen) -> (state, figures, a loss among them), jitted.
-    frozen: parameters that stay as they are.
-    open_stream: from the first step, batches for `sharding.put_batch`.
-    evaluate: state -> figures.
-    draw: state -> pictures by name; None for none.
-    flops_per_image: of a training step, over its examples.
-    tokens_per_image: of which the throughput is told.
+    train_step: (state, batch, frozen) -> (state, metrics), jitted; 'loss' is one of the metrics.
+    frozen: parameters that are not trained.
+    open_stream: first step -> stream of batches for `sharding.put_batch`.
+    evaluate: state -> metrics by name, 'validation/NAME_ema' and 'validation/NAME_raw'.
+    shown_metrics: each NAME of them that is printed.
+    sample_images: state -> images_HxWx3 uint8 by name, or None.
+    flops_per_image: FLOPs of a training step per image.
+    tokens_per_image: for the throughput in tokens.
   """
 
   config: Any
@@ -50,7 +51,8 @@ class Job:
   frozen: Any
   open_stream: Callable[[int], pipeline.Stream]
   evaluate: Callable[[Any], dict[str, float]]
-  draw: Callable[[Any], dict[str, np.ndarray]] | None
+  shown_metrics: tuple[str, ...]
+  sample_images: Callable[[Any], dict[str, np.ndarray]] | None
   flops_per_image: float
   tokens_per_image: int
 
@@ -61,7 +63,7 @@ def saved(config: Any) -> dict[str, Any]:
 
 
 def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
-  """UserError in all processes of a run if they do not train the same."""
+  """Raises UserError in all processes of a run if their configs, code, data or `facts` differ."""
   if distributed.count() > 1:
     distributed.check_consistent(
       {
@@ -75,48 +77,60 @@ def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]
 
 
 def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) -> tuple[Any, int]:
-  """Trains `job` in `workdir`, from its newest checkpoint that verifies if it has one.
+  """Trains `job` in `workdir`, from its newest valid checkpoint if there is one.
+
+  Args:
+    job: see `Job`.
+    workdir: folder for checkpoints and metrics.
+    is_preempted: step -> whether to save and stop after it, see `preemption_signal`.
 
   Returns:
-    The state, and the exit code: 0 when done, 42 when SIGTERM came and the state was saved.
+    The state, and the exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
 
   Raises:
-    UserError: for what the user can mend; what was saved before stays as it is.
+    UserError: the workdir belongs to another config, or files cannot be read or written.
   """
   config, mesh, is_main_process = job.config, job.mesh, jax.process_index() == 0
+
+  def log(text: str) -> None:
+    metrics.log(text, is_main_process)
 
   # ---- Workdir and state ----
   saved_config = saved(config) | job.facts
   claim_workdir(workdir, saved_config, is_main_process)
+  log(f'looking for a checkpoint in {workdir} ...')
   checkpointer = checkpoint.Checkpointer(
     workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
   )
   restored = checkpointer.restore(job.state)
-  state = job.init() if restored is None else restored[0]
-  start = 0 if restored is None else restored[2]
+  if restored is None:
+    log('initializing the parameters ...')
+    state, start = job.init(), 0
+  else:
+    state, _, start = restored
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
-  metrics.log(
-    f'{config.name}: {num_params / 1e6:.1f}M parameters, state of '
-    f'{sharding.bytes_per_device(job.state) / 1e6:,.1f} MB a device; {jax.process_count()} '
-    f'process(es), {mesh.size} {jax.devices()[0].device_kind} device(s), mesh '
-    f'{" x ".join(f"{name} {size}" for name, size in mesh.shape.items())}; '
-    f'{"resuming" if start else "starting"} at step {start}',
-    is_main_process,
+  log(
+    f'{config.name}: {num_params / 1e6:.1f}M parameters, '
+    f'{sharding.bytes_per_device(job.state) / 1e6:,.1f} MB of state per device; '
+    f'{jax.process_count()} process(es), {mesh.size} {jax.devices()[0].device_kind} device(s), '
+    f'mesh {" x ".join(f"{name} {size}" for name, size in mesh.shape.items())}; '
+    f'{"resuming" if start else "starting"} at step {start}'
   )
 
-  # ---- Data and reporting ----
+  # ---- Data and metrics ----
+  log('loading the first batch ...')
   batches = job.open_stream(start)
   writer = metrics.Writer(workdir, start, is_main_process)
   writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
   peak_flops = flops.peak_flops() * len(jax.devices())
 
   def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
-    """Writes a step's figures; reading them waits for the step, so the next is running already."""
+    """Writes the metrics of a step. Reading them waits for it, while the next one is running."""
     nonlocal last_report
     values = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
     line = f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}'
-    if step_number > last_report:  # else it is the first step, which compiled
-      seconds, data_share = timer.read()
+    if step_number > last_report:  # false for the first step, which included compilation
+      seconds, data_fraction = timer.read()
       rate = (step_number - last_report) * config.train.batch_size / seconds
       last_report = step_number
       values |= {
@@ -124,35 +138,38 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         'speed/tokens_per_s': rate * job.tokens_per_image,
         'speed/tflop_per_s': rate * job.flops_per_image / 1e12,
         'speed/mfu': rate * job.flops_per_image / peak_flops,
-        'speed/data_wait_fraction': data_share,
+        'speed/data_wait_fraction': data_fraction,
       }
       left = (config.train.num_steps - step_number) * config.train.batch_size / rate
       line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
     writer.scalars(step_number, values)
-    metrics.log(line, is_main_process)
+    log(line)
 
   def is_due(every: int) -> bool:
     return step_number % every == 0 or step_number == config.train.num_steps
 
   timer = metrics.Timer()
 
-  # ---- Loop: step n + 1 is dispatched before step n's figures are read ----
+  # ---- Loop: step n + 1 is dispatched before the metrics of step n are read ----
   pending = None
   step_number = last_report = start
   exit_code = 0
-  # Whatever happens, what was being saved is finished. Nothing moves between host and device but
-  # where it is said.
+  # Checkpoints and events that are being written are finished even after an error. Transfers
+  # between host and device raise unless they are explicit.
   guard = jax.transfer_guard('disallow')
   with contextlib.closing(writer), checkpointer, contextlib.closing(batches), guard:
     for step_number in range(start + 1, config.train.num_steps + 1):
       waiting = time.perf_counter()
       batch = next(batches)
       timer.add_data(time.perf_counter() - waiting)
-      num_rows = len(batch.pop('valid'))  # all are, in training
+      num_rows = len(batch.pop('valid'))  # all rows are valid in training
       batch = sharding.put_batch(batch, mesh)
       if step_number == start + 1:
+        log('compiling the train step ...')
+        compiling = time.perf_counter()
         job.train_step.lower(state, batch, job.frozen).compile()
-        distributed.barrier('compiled')  # the first collective of CPUs waits 30 s and no longer
+        log(f'compiled the train step in {time.perf_counter() - compiling:.1f} s')
+        distributed.barrier('compiled')  # the first collective on CPUs waits only 30 s
       state, values = job.train_step(state, batch, job.frozen)
       if 'text_ids' in batch:
         values['truncated_text_fraction'] = batches.num_truncated / num_rows
@@ -161,7 +178,7 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         pending = None
       if step_number == start + 1:
         jax.block_until_ready(values)
-        timer.read()  # compilation is nobody's speed
+        timer.read()  # excludes compilation from the speed
         last_report = step_number
       if is_due(config.train.log_every):
         pending = step_number, values
@@ -172,15 +189,19 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         pending = None
 
       if is_saving or is_due(config.train.eval_every) or is_due(config.train.sample_every):
-        jax.block_until_ready(values)  # the step's own time is no pause
+        jax.block_until_ready(values)  # the time of the step itself is not a pause
       pausing = time.perf_counter()
       if is_due(config.train.eval_every):
-        writer.scalars(step_number, job.evaluate(state))
-      if job.draw and is_due(config.train.sample_every):
+        log(f'step {step_number}  evaluating the validation split ...')
+        validation = job.evaluate(state)
+        writer.scalars(step_number, validation)
+        log(f'step {step_number}  validation {_format(validation, job.shown_metrics)}')
+      if job.sample_images and is_due(config.train.sample_every):
+        log(f'step {step_number}  sampling images ...')
         with jax.transfer_guard('allow'):
-          pictures = job.draw(state)
-        for name, picture in pictures.items():
-          writer.images(step_number, name, picture)
+          images = job.sample_images(state)
+        for name, image in images.items():
+          writer.images(step_number, name, image)
       if is_saving:
         writer.flush()
         with jax.transfer_guard('allow'):
@@ -192,44 +213,64 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
     if pending is not None:
       report(*pending)
 
-  word = 'preempted; saved' if exit_code else 'done'
-  metrics.log(f'{word} at step {step_number}: {workdir}', is_main_process)
+  log(f'{"preempted; saved" if exit_code else "done"} at step {step_number}: {workdir}')
   return state, exit_code
 
 
+def _format(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
+  """'loss 0.3912 +- 0.0081 (EMA), 0.4004 +- 0.0083 (raw)'; standard errors where there are any."""
+  parts = []
+  for name in shown:
+    found = []
+    for weights, label in (('ema', 'EMA'), ('raw', 'raw')):
+      key = f'validation/{name}_{weights}'
+      error = f' +- {values[f"{key}_se"]:.4f}' if f'{key}_se' in values else ''
+      found.append(f'{values[key]:.4f}{error} ({label})')
+    parts.append(f'{name} {", ".join(found)}')
+  return '; '.join(parts)
+
+
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process: bool) -> None:
-  """Makes the folder, and leaves `config.json` in it or compares with the one that is there."""
+  """Creates the workdir with `config.json`, or compares the one that it has with `config`.
+
+  Args:
+    workdir: folder for checkpoints and metrics.
+    config: as JSON values, see `saved`.
+    is_main_process: whether this process writes.
+
+  Raises:
+    UserError: the workdir belongs to another config (exit code 4), its `config.json` is corrupt
+      (5), or it cannot be written (6).
+  """
   path = workdir / 'config.json'
-  try:
+  with files.writing(f'--workdir={workdir}'):
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      old = json.loads(path.read_text())
-      changed = config_lib.differences(old, config)
-      refused = [line for line in changed if not line.startswith(RESUMABLE)]
-      if refused:
-        raise errors.UserError(
-          f'{workdir} was trained with another config ({"; ".join(refused)}): give the same '
-          'config or another --workdir.',
-          errors.MISMATCH,
-        )
-    if is_main_process:
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(json.dumps(config, indent=2) + '\n')
-      temporary.replace(path)
-  except OSError as error:
-    raise errors.UserError(
-      f'--workdir={workdir} cannot be written ({error.strerror}): give a folder of yours.',
-      errors.STORAGE,
-    ) from error
-  except ValueError as error:
-    raise errors.UserError(
-      f'{path} is not JSON ({error}): delete it if {workdir} holds nothing you need.',
-      errors.CORRUPT,
-    ) from error
+    old = path.read_text() if path.exists() else None
+  if old is not None:
+    try:
+      changed = config_lib.differences(json.loads(old), config)
+    except ValueError as error:
+      raise errors.UserError(
+        f'{path} is not valid JSON ({error}): delete it or give another --workdir.', errors.CORRUPT
+      ) from error
+    refused = [line for line in changed if not line.startswith(RESUMABLE)]
+    if refused:
+      raise errors.UserError(
+        f'{workdir} was trained with another config ({"; ".join(refused)}): give the same config '
+        'or another --workdir.',
+        errors.MISMATCH,
+      )
+  if is_main_process:
+    with files.writing(f'--workdir={workdir}'):
+      files.write(path, json.dumps(config, indent=2) + '\n')
 
 
 def preemption_signal() -> Callable[[int], bool]:
-  """A function of the step: has SIGTERM come? All processes then stop after the same step."""
+  """Starts to listen for SIGTERM.
+
+  Returns:
+    step -> whether SIGTERM has arrived. All processes of a run stop after the same step.
+  """
   if jax.process_count() > 1:
     return multihost_utils.reached_preemption_sync_point
   received = []
@@ -243,7 +284,11 @@ def preemption_signal() -> Callable[[int], bool]:
 
 
 def data_facts(data: Any) -> dict[str, str]:
-  """For each split its size and a digest of its index; or why it cannot be read here."""
+  """Size and digest of each split, or the error that its files raise.
+
+  Args:
+    data: group `data` of a config.
+  """
   facts = {}
   for split in ('train', 'validation'):
     try:
@@ -251,6 +296,6 @@ def data_facts(data: Any) -> dict[str, str]:
         f'{len(part.records)} examples with digest {part.records.digest[:12]} at rate {part.rate:g}'
         for part in tasks.components(data.task, data.module, split)
       )
-    except errors.UserError as error:  # raised again, where all processes have it
+    except errors.UserError as error:  # raised again by the stream if all processes have it
       facts[split] = str(error)
   return facts

@@ -1,124 +1,192 @@
-"""Where figures go: TensorBoard, metrics.jsonl, and a progress line."""
+"""Where metrics go: TensorBoard, metrics.jsonl, and lines on standard output."""
 
 import json
 import math
 import os
 import pathlib
+import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
+
+from fluid_jax import files, startup
+
+# TensorBoard runs. Equal tags of different runs share a chart, so that training and validation
+# loss are curves of one plot and over-fitting is visible.
+_RUNS = ('train', 'validation_ema', 'validation_raw')
 
 
 class Writer:
   """Writes scalars, images and texts of one run; only process 0 writes.
 
-  `metrics.jsonl` is the source of truth: one object a line with `step`. A run that resumes at
-  `start_step` drops what an earlier process wrote beyond it, there and in TensorBoard, so that no
+  `metrics.jsonl` is the source of truth: one object with `step` per line. TensorBoard events are
+  written to `tensorboard/train`, `tensorboard/validation_ema` and `tensorboard/validation_raw`. A
+  run that resumes at `start_step` drops later lines and events of earlier processes, so that no
   step appears twice.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], start_step: int, is_active: bool = True):
+    """Opens the files.
+
+    Args:
+      workdir: existing folder.
+      start_step: last step whose metrics are kept.
+      is_active: whether this process writes.
+
+    Raises:
+      UserError: the files cannot be written (exit code 6).
+    """
     self._is_active = is_active
     if not is_active:
       return
+    startup.import_tensorflow()
     from clu import metric_writers
-    from tensorboard.compat.proto import event_pb2
-    from tensorboard.summary.writer import event_file_writer
 
     workdir = pathlib.Path(workdir)
     path = workdir / 'metrics.jsonl'
-    if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _step(line) <= start_step]
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(''.join(f'{line}\n' for line in kept))
-      temporary.replace(path)
-    # TensorBoard drops earlier events beyond the step of a session's start, but takes the first
-    # start that it reads for the beginning: a fresh run must mark its own, too.
-    events = event_file_writer.EventFileWriter(str(workdir))
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    events.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start))
-    events.close()
-    self._path = path
-    self._file = path.open('a')
-    self._summary = metric_writers.SummaryWriter(str(workdir))
+    with files.writing(workdir):
+      if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= start_step]
+        files.write(path, ''.join(f'{line}\n' for line in kept))
+      self._path = path
+      self._file = path.open('a')
+      self._runs = {}
+      for run in _RUNS:
+        folder = workdir / 'tensorboard' / run
+        _mark_start(folder, start_step + 1)
+        self._runs[run] = metric_writers.SummaryWriter(str(folder))
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    if self._is_active:
-      values = {name: float(value) for name, value in values.items()}
-      finite = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-      self._file.write(json.dumps({'step': step, **finite}) + '\n')
-      self._file.flush()
-      self._summary.write_scalars(step, values)
+    """Writes metrics by name, such as 'train/loss' or 'validation/loss_ema'."""
+    if not self._is_active:
+      return
+    values = {name: float(value) for name, value in values.items()}
+    finite = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+    self._file.write(json.dumps({'step': step, **finite}) + '\n')
+    self._file.flush()
+    by_run = defaultdict(dict)
+    for name, value in values.items():
+      run, tag = tensorboard_tag(name)
+      by_run[run][tag] = value
+    for run, tagged in by_run.items():
+      self._runs[run].write_scalars(step, tagged)
 
   def images(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
+    """Writes a uint8 image that was made with the averaged weights."""
     if self._is_active:
-      self._summary.write_images(step, {name: image_HxWx3[None]})
+      self._runs['validation_ema'].write_images(step, {name: image_HxWx3[None]})
 
   def text(self, step: int, name: str, text: str) -> None:
+    """Writes a text in Markdown."""
     if self._is_active:
-      self._summary.write_texts(step, {name: text})
+      self._runs['train'].write_texts(step, {name: text})
 
   def flush(self) -> None:
-    """Hands all that was written to the system, so that it outlives this process."""
+    """Hands everything written to the operating system, so that it survives this process."""
     if self._is_active:
-      self._summary.flush()
-      self._file.close()  # a file in a mounted bucket outlives the machine only once it is closed
+      for run in self._runs.values():
+        run.flush()
+      self._file.close()  # in a mounted bucket a file is stored only once it is closed
       self._file = self._path.open('a')
 
   def close(self) -> None:
+    """Closes the files."""
     if self._is_active:
       self._file.close()
-      self._summary.close()
+      for run in self._runs.values():
+        run.close()
+
+
+def tensorboard_tag(name: str) -> tuple[str, str]:
+  """The TensorBoard run and tag of a metric.
+
+  'train/loss' is 'loss' of run 'train', 'validation/loss_ema_se' is 'loss_se' of run
+  'validation_ema'. All others, such as 'speed/mfu', keep their name and belong to run 'train'.
+  """
+  group, _, tag = name.partition('/')
+  if group == 'train':
+    return 'train', tag
+  match = re.fullmatch(r'(.+)_(ema|raw)(_se)?', tag)
+  if group == 'validation' and match:
+    return f'validation_{match[2]}', match[1] + (match[3] or '')
+  return 'train', name
+
+
+def _mark_start(folder: pathlib.Path, step: int) -> None:
+  """Makes TensorBoard drop earlier events from `step` on.
+
+  TensorBoard does so at the start event of a session, except at the first one that it reads.
+  Therefore a new run must write one as well.
+  """
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.summary.writer import event_file_writer
+
+  events = event_file_writer.EventFileWriter(str(folder))
+  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  events.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+  events.close()
 
 
 def _step(line: str) -> float:
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
-    return math.inf  # a line cut off when the process was killed
+    return math.inf  # a line that is incomplete because the process was killed
 
 
 class Timer:
-  """Seconds since the last reading, and the part of them spent waiting for data."""
+  """Seconds since the last reading, and the fraction of them spent waiting for data."""
 
   def __init__(self):
     self.last = time.perf_counter()
     self.data_seconds = 0.0
 
   def add_data(self, seconds: float) -> None:
+    """Counts `seconds` as spent waiting for data."""
     self.data_seconds += seconds
 
   def pause(self, seconds: float) -> None:
-    """Leaves `seconds` (evaluation, sampling, saving) out of the current reading."""
+    """Excludes `seconds` (evaluation, sampling, saving) from the current reading."""
     self.last += seconds
 
   def read(self) -> tuple[float, float]:
-    """Seconds since the last call, and the share of them spent waiting for data."""
+    """Seconds since the last call, and the fraction of them spent waiting for data."""
     now = time.perf_counter()
     seconds = max(now - self.last, 1e-9)
-    share = self.data_seconds / seconds
+    fraction = self.data_seconds / seconds
     self.last, self.data_seconds = now, 0.0
-    return seconds, share
+    return seconds, fraction
 
 
 class Progress:
-  """A line every few seconds: how much is done, how fast, and how long the rest takes."""
+  """Prints every 5 seconds how much is done, how fast, and how long the rest takes."""
 
-  def __init__(self, what: str, done: int, total: int, unit: str, is_active: bool = True):
-    self._what, self._first, self._total, self._unit = what, done, total, unit
+  def __init__(self, label: str, done: int, total: int, unit: str, is_active: bool = True):
+    """Starts the clock.
+
+    Args:
+      label: first word of the line.
+      done: what an earlier process has done.
+      total: what there is to do.
+      unit: plural noun.
+      is_active: whether this process prints.
+    """
+    self._label, self._first, self._total, self._unit = label, done, total, unit
     self._is_active = is_active
     self._start = self._last = time.perf_counter()
 
-  def __call__(self, done: int, more: str = '') -> None:
+  def __call__(self, done: int, suffix: str = '') -> None:
+    """Prints a line with `suffix` if the last one is 5 seconds old or everything is done."""
     done, now = min(done, self._total), time.perf_counter()
     if now - self._last < 5 and done < self._total:
       return
     self._last = now
     rate = max(done - self._first, 1) / (now - self._start)
     log(
-      f'{self._what} {done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  '
-      f'ETA {duration((self._total - done) / rate)}{more}',
+      f'{self._label} {done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  '
+      f'ETA {duration((self._total - done) / rate)}{suffix}',
       self._is_active,
     )
 
@@ -131,6 +199,6 @@ def duration(seconds: float) -> str:
 
 
 def log(text: str, is_active: bool = True) -> None:
-  """A line for the person who watches."""
+  """Prints a line at once."""
   if is_active:
     print(text, flush=True)

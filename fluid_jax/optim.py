@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, and the average of the weights."""
+"""The optimizer, its schedule, and the moving average of the weights."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from fluid_jax import config as config_lib
 
 
 def make_schedule(config: config_lib.Config) -> optax.Schedule:
-  """Linear warm-up to the peak, then constant, or a cosine to zero at the last step."""
+  """Learning rate as a function of the number of updates.
+
+  Linear warm-up, then constant or a cosine decay to zero at the last step.
+  """
   c = config.optimizer
 
   def schedule(step):
@@ -24,12 +27,16 @@ def make_schedule(config: config_lib.Config) -> optax.Schedule:
 
 
 def make_optimizer(config: config_lib.Config) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW (facts 4, 7.5) or Adafactor; kernels alone decay.
+  """Clipping by global norm, then AdamW or Adafactor; weight decay applies to kernels only.
 
-  Adafactor (Shazeer and Stern 2018) keeps means over rows and columns in place of the second
-  moment and no first moment: 8 bytes a parameter with its average, where AdamW needs 16. As there,
-  an update's root mean square is clipped at 1 and its decay rate is 1 - t^-0.8; the learning rate
-  is absolute, as AdamW's is, not relative to the parameter's scale.
+  AdamW, its betas and its weight decay are the paper's (section 4, Implementation) and MAR's
+  (main_mar.py). The clipping norm is not stated in the paper; MAR's value is the default.
+
+  Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) replaces the second moment by means over rows
+  and columns and has no first moment. With the moving average it needs 8 bytes per parameter;
+  AdamW needs 16. As in that paper, the root mean square of an update is clipped at 1 and the decay
+  rate is 1 - t^-0.8. Unlike there, the learning rate is absolute, not relative to the parameter's
+  scale.
   """
   c = config.optimizer
   if c.name == 'adamw':
@@ -45,13 +52,20 @@ def make_optimizer(config: config_lib.Config) -> optax.GradientTransformation:
 
 
 def _is_kernel(params: Any) -> Any:
-  # By name: biases and scales of stacked layers are two-dimensional too.
+  # Selected by name, because biases and scales of stacked layers are two-dimensional too.
   return jax.tree_util.tree_map_with_path(
     lambda path, _: any(getattr(key, 'key', None) == 'kernel' for key in path), params
   )
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-  """The average after `step` () updates before this one; warmed up so that it forgets the start."""
+  """Moving average of the parameters, with a warm-up that reduces the weight of early values.
+
+  Args:
+    ema: the average so far.
+    params: parameters after this update.
+    step: () number of updates before this one.
+    decay: the final decay; the effective one is min(decay, (1 + step) / (10 + step)).
+  """
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
   return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)

@@ -1,4 +1,4 @@
-"""Mesh and logical-axis rules: where every array of the program lives."""
+"""The device mesh, and rules that map the logical axes of arrays to its axes."""
 
 import contextlib
 import math
@@ -16,12 +16,13 @@ from fluid_jax import errors
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
-MAX_REPLICATED = 0.02  # share of the parameters' bytes that may lie whole on every device
+MAX_REPLICATED = 0.02  # fraction of the parameters that may be replicated by accident
 
-# Logical axes of parameters, in T5X's words, to mesh axes. What lies over `fsdp` is gathered just
-# before use (fully sharded data parallel): an MLP's hidden side, four times as long as the others,
-# whose shards are whole tiles of memory the longest; of all else the side of the model's width.
-# Over `tensor` lie the heads and hidden units of an example that its devices share.
+# Mesh axes of the logical axes of parameters, which are named as in T5X. Arrays split over `fsdp`
+# are gathered just before use (fully sharded data parallelism). MLP kernels are split along their
+# hidden axis: it is four times as long as the others, so its shards are complete memory tiles on
+# more devices. All other kernels are split along the model's width. `tensor` splits heads and
+# hidden units among devices that compute the same examples.
 _DATA = {
   'embed': ('fsdp',),
   'joined_kv': (),
@@ -43,17 +44,21 @@ _TENSOR = {
 PRESETS = {
   'fsdp': _DATA,
   'fsdp_tensor': {**_DATA, **_TENSOR},
-  # Slices hold copies and add their gradients over the data-centre network once a step; between
-  # parts of one slice `replica` works the same way.
+  # Slices hold replicas and all-reduce their gradients over the data-center network once per step.
+  # `replica` does the same between parts of one slice.
   'multislice': {**_DATA, **_TENSOR},
 }
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh (replica, fsdp, tensor) over all devices, slices outermost, by `config.mesh`.
+  """Makes the mesh (replica, fsdp, tensor) of `config.mesh`; slices are its outermost part.
+
+  Args:
+    config: resolved, of the model or of a tokenizer.
+    devices: all devices by default.
 
   Raises:
-    UserError: the devices do not fit.
+    UserError: the mesh does not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
   num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -61,19 +66,19 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
   asked = dict(zip(AXES, shape, strict=True))
   if math.prod(shape) != len(devices):
     raise errors.UserError(
-      f'mesh {_written(asked)} asks for {math.prod(shape)} devices but there are {len(devices)}: '
+      f'mesh {_format(asked)} asks for {math.prod(shape)} devices but there are {len(devices)}: '
       'change --config.mesh.',
       errors.DEVICES,
     )
   if config.mesh.preset == 'fsdp' and shape[2] > 1:
     raise errors.UserError(
-      f"mesh.preset 'fsdp' splits nothing over mesh.tensor={shape[2]}: set it to 1, or "
-      '--config.mesh.preset=fsdp_tensor.',
+      f"mesh.preset 'fsdp' does not use mesh.tensor={shape[2]}: set mesh.tensor to 1 or "
+      "mesh.preset to 'fsdp_tensor'.",
       errors.DEVICES,
     )
   if shape[0] % num_slices:
     raise errors.UserError(
-      f'{num_slices} slices cannot share mesh.replica={shape[0]} evenly: set it to a multiple.',
+      f'mesh.replica={shape[0]} is not a multiple of the {num_slices} slices: change mesh.replica.',
       errors.DEVICES,
     )
   within = (shape[0] // num_slices, *shape[1:])
@@ -86,8 +91,8 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
       placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
   except (NotImplementedError, ValueError) as error:
     raise errors.UserError(
-      f'mesh {_written(asked)} cannot be laid over these devices ({error}): choose axes that are '
-      'products of the sides of the slice.',
+      f'mesh {_format(asked)} does not fit the topology of these devices ({error}): choose sizes '
+      'that are products of the sides of the slice.',
       errors.DEVICES,
     ) from error
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -96,10 +101,10 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 def mesh_shape(
   mesh: config_lib.Mesh, devices: Sequence[jax.Device], num_slices: int
 ) -> tuple[int, int, int]:
-  """Sizes of the axes, -1 filled in.
+  """Sizes of the axes, with -1 replaced.
 
-  A slice that is a three-dimensional torus keeps its shortest side for copies: over two sides the
-  TPU compiler reduces gradients straight into their shards, over three it moves them whole.
+  On a slice that is a three-dimensional torus the shortest side holds replicas: over two sides the
+  TPU compiler turns the gradients' reduction into reduce-scatters, over three into all-reduces.
   """
   left = len(devices) // mesh.tensor
   replica, fsdp = mesh.replica, mesh.fsdp
@@ -116,23 +121,26 @@ def mesh_shape(
   return max(replica, 1), max(fsdp, 1), mesh.tensor
 
 
-def _written(sizes: Mapping[str, int]) -> str:
+def _format(sizes: Mapping[str, int]) -> str:
   return ' x '.join(f'{name}={size}' for name, size in sizes.items())
 
 
 def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
-  """A saved config, without the digests beside it, over the devices of this machine.
+  """The config of a saved model, with a mesh for the devices of this machine.
 
-  Its mesh splits the model whatever number of devices there is: the one that trained elsewhere
-  does not bind it.
+  The mesh that it was trained with is ignored. The new one splits the model over as many devices as
+  divide its width.
+
+  Args:
+    saved: JSON values of the config, with or without `encoder_digests`.
 
   Raises:
-    UserError: it is a tokenizer's.
+    UserError: it is the config of a tokenizer.
   """
   if 'model' not in saved:
     raise errors.UserError(
-      f'there is a tokenizer, {saved.get("name")!r}, and no Fluid: give the workdir of one that '
-      'was trained on it.'
+      f'{saved.get("name")!r} is a tokenizer, not a Fluid model: give the workdir of a model that '
+      'was trained on its tokens.'
     )
   fsdp = math.gcd(jax.device_count(), saved['model']['width'])
   settings = {name: value for name, value in saved.items() if name != 'encoder_digests'}
@@ -140,46 +148,65 @@ def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
 
 
 def check_heads(config: config_lib.Config, mesh: Mesh) -> None:
-  """UserError if `tensor` cuts through heads."""
+  """Raises UserError if the mesh axis `tensor` does not divide the attention heads."""
   if config.model.num_heads % mesh.shape['tensor']:
     raise errors.UserError(
       f'mesh.tensor={mesh.shape["tensor"]} does not divide the {config.model.num_heads} heads of '
-      'this model: choose one that does.',
+      'this model: choose a divisor.',
       errors.DEVICES,
     )
 
 
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
-  """UserError if the devices cannot share heads, or the groups of examples of a microbatch."""
+  """Raises UserError if the mesh does not divide the heads or the groups of a microbatch."""
   check_heads(config, mesh)
   parts = config.model.mask_group_size * config.optimizer.accumulation_steps
-  groups = config.train.batch_size // parts
-  shares = mesh.shape['replica'] * mesh.shape['fsdp']
-  if groups % shares:
+  check_divides(
+    mesh,
+    config.train.batch_size // parts,
+    'groups of model.mask_group_size examples in a microbatch',
+    'change train.batch_size, model.mask_group_size or --config.mesh',
+  )
+
+
+def num_shards(mesh: Mesh) -> int:
+  """Number of parts into which a batch is split."""
+  return mesh.shape['replica'] * mesh.shape['fsdp']
+
+
+def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
+  """Raises UserError unless `count` things can be split evenly over the data-parallel devices.
+
+  Args:
+    mesh: of all devices.
+    count: size of the batch, in `unit`.
+    unit: plural noun for the message.
+    remedy: what to change, for the message.
+  """
+  if count % num_shards(mesh):
     raise errors.UserError(
-      f'a microbatch holds {groups} groups of model.mask_group_size examples, which {shares} '
-      'data-parallel devices cannot share evenly: change train.batch_size, '
-      'model.mask_group_size or --config.mesh.',
+      f'{num_shards(mesh)} data-parallel devices cannot share {count} {unit} evenly: {remedy}.',
       errors.DEVICES,
     )
 
 
 def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) -> Any:
-  """Shardings of (shape-only) parameters that carry logical axis names.
+  """Shardings of (shape-only) parameters with logical axis names.
 
-  Vectors (biases, scales) lie whole: to split them would save nothing and cost a collective in
-  every layer. So does a side that its mesh axis does not divide, such as the 259 bytes.
+  Vectors (biases, scales) are not split over `fsdp`: it would save almost no memory and cost a
+  collective in every layer. An axis that its mesh axis does not divide, such as the 259 byte ids,
+  is not split either.
 
   Raises:
-    UserError: so much lies whole for lack of division that the mesh does not serve its purpose.
+    UserError: more than `MAX_REPLICATED` of the parameters cannot be split as the rules say.
   """
   rules = PRESETS[config.mesh.preset]
-  accidents, total = {}, 0
+  replicated, total = {}, 0
 
   def fit(path: tuple, spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     nonlocal total
     total += leaf.size
-    spec = (*spec, *[None] * (len(leaf.shape) - len(spec)))  # what carries no name lies whole
+    spec = (*spec, *[None] * (len(leaf.shape) - len(spec)))  # axes without a name are not split
     wanted = [() if name is None else rules[name] for name in spec]
     if 'mlp' in spec:
       wanted = [() if name == 'embed' else axes for name, axes in zip(spec, wanted, strict=True)]
@@ -192,18 +219,18 @@ def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) ->
     lost = {axis for axis in sum(wanted, ()) if mesh.shape[axis] > 1} - set(sum(found, ()))
     if 'fsdp' in lost or (lost and not any(found)):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
-      accidents[name] = leaf.size, f'{min(lost)}={mesh.shape[min(lost)]}'
+      replicated[name] = leaf.size, f'{min(lost)}={mesh.shape[min(lost)]}'
     return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in found)))
 
   specs, shapes = nn.get_partition_spec(boxed_params), nn.unbox(boxed_params)
   shardings = jax.tree_util.tree_map_with_path(fit, specs, shapes)
-  share = sum(size for size, _ in accidents.values()) / total
-  if share > MAX_REPLICATED:
-    largest = sorted(accidents, key=lambda name: -accidents[name][0])
+  fraction = sum(size for size, _ in replicated.values()) / total
+  if fraction > MAX_REPLICATED:
+    largest = sorted(replicated, key=lambda name: -replicated[name][0])
     raise errors.UserError(
-      f'{share:.0%} of the parameters would lie whole on every device, since '
-      f'{accidents[largest[0]][1]} does not divide them: {", ".join(largest[:5])}'
-      f'{" and others" if len(largest) > 5 else ""}; choose --config.mesh axes that do.',
+      f'{fraction:.0%} of the parameters would be replicated on every device, because '
+      f'{replicated[largest[0]][1]} does not divide them: {errors.and_more(largest, 5, ", ")}; '
+      'choose sizes of --config.mesh that divide them.',
       errors.DEVICES,
     )
   return shardings
@@ -212,9 +239,9 @@ def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) ->
 def like_params(params: Any, shardings: Any, tree: Any) -> Any:
   """Shardings of a (shape-only) tree in which some leaves belong to parameters.
 
-  A leaf belongs to the parameter whose path ends its own. It is split as the parameter if it has
-  its shape (moments, averages), as what is left if it lacks one axis (Adafactor's means over rows
-  or columns), and lies whole on every device otherwise (counts).
+  A leaf belongs to a parameter if its path ends with the path of the parameter. It is split like
+  the parameter if it has the same shape (moments, averages), or along the remaining axes if it
+  lacks one (Adafactor's means over rows or columns). All other leaves (counts) are replicated.
   """
   known = {
     path: (leaf.shape, sharding)
@@ -225,19 +252,19 @@ def like_params(params: Any, shardings: Any, tree: Any) -> Any:
   mesh = next(iter(known.values()))[1].mesh
 
   def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     shape, sharding = next(
-      (known[path[i:]] for i in range(len(path)) if path[i:] in known), ((), whole)
+      (known[path[i:]] for i in range(len(path)) if path[i:] in known), ((), replicated)
     )
     if leaf.shape == shape:
       return sharding
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    # Of a square kernel the means over columns come first, `v_row`: they lack the last axis.
+    # For a square kernel only the name distinguishes them: `v_row` lacks the last axis.
     axes = range(len(shape)) if 'v_col' in map(_name, path) else reversed(range(len(shape)))
     for axis in axes:
       if leaf.shape == (*shape[:axis], *shape[axis + 1 :]):
         return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
-    return whole
+    return replicated
 
   return jax.tree_util.tree_map_with_path(find, tree)
 
@@ -248,23 +275,36 @@ def _name(key: Any) -> str:
 
 @contextlib.contextmanager
 def axis_rules(config: config_lib.Config, mesh: Mesh) -> Iterator[None]:
-  """While a program is traced: what the logical axes of its activations mean."""
+  """Sets the mesh and the meaning of the logical axes of activations while a function is traced."""
   hidden = tuple(axis for axis in PRESETS[config.mesh.preset]['mlp'] if axis not in BATCH_AXES)
   rules = (('batch', BATCH_AXES), ('mlp', hidden or None))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
     yield
 
 
+def bind(
+  function: Callable[..., Any], *first: Any, config: config_lib.Config, mesh: Mesh
+) -> Callable[..., Any]:
+  """`function` with its first arguments given, to be traced under `axis_rules(config, mesh)`."""
+
+  def bound(*args: Any) -> Any:
+    with axis_rules(config, mesh):
+      return function(*first, *args)
+
+  bound.__name__ = function.__name__  # names the compiled program
+  return bound
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Examples split over the data-parallel devices."""
+  """The first axis (examples) is split over the data-parallel devices."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Sorted numbers of the rows of a global batch that this process's devices hold.
+  """Sorted indices of the rows of a global batch that the devices of this process hold.
 
-  Not one consecutive share each: `tensor` may join processes, which then hold the same rows, and
-  the mesh of a torus takes the chips of several hosts in turn.
+  They need not be consecutive or disjoint between processes: `tensor` may span processes, which
+  then hold the same rows, and the mesh of a torus may interleave the chips of several hosts.
   """
   indices = batch_sharding(mesh).devices_indices_map((batch_size,))
   process = jax.process_index()
@@ -273,38 +313,37 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Global arrays (B, ...) of `batch`, whose arrays hold the rows `local_rows(mesh, B)`."""
-  num_shares = mesh.shape['replica'] * mesh.shape['fsdp']
-  num_local = len(local_rows(mesh, num_shares))
+  """Global arrays (B, ...) from `batch`, whose arrays hold the rows `local_rows(mesh, B)`."""
+  num_local = len(local_rows(mesh, num_shards(mesh)))
 
   def put(array: np.ndarray) -> jax.Array:
     size = len(array) // num_local
-    rows = local_rows(mesh, size * num_shares)
+    rows = local_rows(mesh, size * num_shards(mesh))
 
     def shard(index: slice) -> np.ndarray:
       start = np.searchsorted(rows, index.start or 0)
       return array[start : start + size]
 
-    shape = (size * num_shares, *array.shape[1:])
+    shape = (size * num_shards(mesh), *array.shape[1:])
     return _put(shape, batch_sharding(mesh), lambda index: shard(index[0]))
 
   return {name: put(array) for name, array in batch.items()}
 
 
 def put_replicated(value: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A global array of which every device holds the whole, the same in all processes."""
+  """A global array that is replicated on every device; `value` is the same in all processes."""
   return _put(np.shape(value), NamedSharding(mesh, PartitionSpec()), lambda index: value)
 
 
 def _put(shape: tuple[int, ...], sharding: NamedSharding, shard: Callable[..., Any]) -> jax.Array:
-  """As `jax.make_array_from_callback`, but by transfers that a transfer guard takes for meant."""
+  """Like `jax.make_array_from_callback`, with explicit transfers that a transfer guard allows."""
   indices = sharding.addressable_devices_indices_map(shape)
   shards = jax.device_put([shard(index) for index in indices.values()], list(indices))
   return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def bytes_per_device(state: Any) -> int:
-  """Bytes that each device holds of a (shape-only) state with shardings."""
+  """Bytes of a (shape-only) state with shardings that each device holds."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(state)

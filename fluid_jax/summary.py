@@ -1,4 +1,4 @@
-"""What a config amounts to: parameters, FLOPs and bytes by component, from shapes alone."""
+"""Parameters, FLOPs and bytes of a config by component, computed from shapes only."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from fluid_jax import config as config_lib
 from fluid_jax import flops, optim, step
 from fluid_jax.encoders import frozen, t5, tokenizers
 
-# Parameters in millions by (width, depth): the paper's table of sizes (facts 1.1).
+# Parameters in millions by (width, depth): the paper's table of model sizes.
 PAPER_PARAMS = {
   (768, 12): 166,
   (1024, 16): 369,
@@ -20,7 +20,7 @@ PAPER_PARAMS = {
   (2304, 32): 3100,
   (4096, 34): 10500,
 }
-# Where a parameter counts, by the first names of its path; the decoder has the rest.
+# Component of a parameter by the beginning of its path; all others belong to the decoder.
 _COMPONENTS = (
   (('aligner', 'aligner_norm', 'text_projection'), 'aligner'),
   (('head/token_embedding', 'text_embedding', 'position_embedding'), 'embeddings'),
@@ -30,7 +30,7 @@ _COMPONENTS = (
 
 
 def count_params(config: config_lib.Config) -> dict[str, int]:
-  """Parameters by component, from shapes alone."""
+  """Number of parameters by component."""
   counts = dict.fromkeys(('decoder', 'aligner', 'head', 'embeddings'), 0)
   for path, leaf in jax.tree.leaves_with_path(_param_shapes(config)):
     counts[_component(jax.tree_util.keystr(path, simple=True, separator='/'))] += math.prod(
@@ -52,7 +52,7 @@ def _component(path: str) -> str:
 
 
 def describe(config: config_lib.Config) -> str:
-  """The table that `--validate_only` prints."""
+  """The text that `--validate_only` prints: a table and what the frozen encoders cost."""
   params = count_params(config)
   image = flops.forward_flops(config)
   batch = config.train.batch_size
@@ -61,7 +61,7 @@ def describe(config: config_lib.Config) -> str:
   opt_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
   lines = [
     f'{config.name}: {config.model.order} order, {config.model.tokens} tokens, '
-    f'{config.image.num_tokens} tokens an image, batch {batch}',
+    f'{config.image.num_tokens} tokens per image, batch size {batch}',
     '',
     f'{"component":<12}{"parameters":>16}{"GFLOP/image":>14}{"TFLOP/step":>13}',
   ]
@@ -82,27 +82,27 @@ def describe(config: config_lib.Config) -> str:
       f'paper: {paper}M parameters; here {total / 1e6:.1f}M ({total / paper / 1e4 - 100:+.1f}%)'
     )
   lines += [
-    'FLOP/image is one forward pass; a step counts three (forward and backward) for each image.',
+    'FLOP/image is one forward pass; a step counts three (forward and backward) per image.',
     '',
-    'bytes (float32, all devices together):',
+    'bytes (float32, total over all devices):',
     f'  parameters {_size(4 * total)}, optimizer ({config.optimizer.name}) {_size(opt_bytes)}, '
-    f'EMA {_size(4 * total)}, together {_size(8 * total + opt_bytes)}',
+    f'EMA {_size(4 * total)}, total {_size(8 * total + opt_bytes)}',
     *_encoders(config, flops.step_flops(config) / batch),
   ]
   return '\n'.join(lines)
 
 
 def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
-  """Lines on what frozen encoders cost in the step, and what their outputs weigh.
+  """Lines with the cost of frozen encoders in the step and the size of their outputs on disk.
 
   Args:
     config: resolved.
-    step_flops: of one training image, without the encoders.
+    step_flops: FLOPs of the step per image, without the encoders.
   """
   image, text = config.image, config.text
   rows = []
 
-  def cost(part: str, **changes: str) -> str:
+  def in_step(part: str, **changes: str) -> str:
     changed = dataclasses.replace(
       config, **{part: dataclasses.replace(getattr(config, part), **changes)}
     )
@@ -114,21 +114,20 @@ def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
   on_disk = f'{kind} {_size(image.num_tokens * per_token)}'
   for name, network in tokenizers.NETWORKS.items():
     if tokenizers.fits(config, network):
-      rows.append((name, cost('image', tokenizer=name), on_disk))
+      rows.append((name, in_step('image', tokenizer=name), on_disk))
   own = image.tokenizer.removeprefix('prepared:')
   if own.partition(':')[0] == 'trained':
-    rows.append(('trained', cost('image', tokenizer=own), on_disk))
+    rows.append(('trained', in_step('image', tokenizer=own), on_disk))
   if t5.SIZES[text.t5_size].width == text.feature_dim and text.source != 'bytes':
-    prepared = f'text_features {_size(2 * text.feature_dim)} a token'
-    rows.append((f't5 {text.t5_size}', cost('text', source='t5'), prepared))
+    prepared = f'text_features {_size(2 * text.feature_dim)} per token'
+    rows.append((f't5 {text.t5_size}', in_step('text', source='t5'), prepared))
   if not rows:
     return []
   return [
     '',
-    'frozen encoders in the step, or what they make prepared (fluid_jax.prepare --stage=encode):',
-    *(
-      f'  {name:<12}{in_step:<42}an example on disk: {prepared}' for name, in_step, prepared in rows
-    ),
+    'frozen encoders: cost in the step, or size of prepared outputs (fluid_jax.prepare '
+    '--stage=encode):',
+    *(f'  {name:<12}{cost:<42}per example on disk: {size}' for name, cost, size in rows),
   ]
 
 

@@ -9,39 +9,37 @@ import jax
 import numpy as np
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, flops, loop, sharding, step
+from fluid_jax import errors, flops, loop, metrics, sharding, startup, step
 from fluid_jax.data import pipeline, tasks
 from fluid_jax.encoders import frozen, text
 from fluid_jax.sample import pipeline as sample
 
 
 def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
-  """Trains `config` in `workdir`, from its newest checkpoint that verifies if it has one.
+  """Trains `config` in `workdir`, from its newest valid checkpoint if there is one.
 
   Returns:
-    The exit code: 0 when done, 42 when SIGTERM came and the state was saved.
+    The exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
 
   Raises:
-    UserError: for what the user can mend; what was saved before stays as it is.
+    UserError: the config, the data, the encoders, the devices or the workdir are wrong. Earlier
+      checkpoints are kept.
   """
-  # What the user can mend is found before the workdir is touched.
+  startup.enable_compilation_cache()
+  # All checks come before the first change to the workdir.
   is_preempted = loop.preemption_signal()
   workdir = pathlib.Path(workdir)
   loop.check_processes(config, workdir, {'encoders': frozen.file_facts(config)})
   mesh = sharding.make_mesh(config)
   sharding.check_batch(config, mesh)
-  program = step.build(config, mesh)
-  encoders = frozen.load(config, mesh)
-  digests = encoder_digests(config, frozen.digests(encoders, mesh))
+  components = step.make_components(config)
+  program = step.build(components, mesh)
+  is_main_process = jax.process_index() == 0
+  metrics.log('loading the encoders ...', is_main_process)
+  encoder_params = frozen.load(config, components.encoders, mesh)
+  digests = encoder_digests(config, frozen.digests(encoder_params, mesh))
+  metrics.log(f'checking the data of {config.data.task} ...', is_main_process)
   open_stream(config, mesh, 'validation', shuffle=False).close()
-  draw = None
-  if config.train.sample_prompts:
-    text.encode_prompts(config.train.sample_prompts, config.text)
-    sampler = sample.Sampler(config, encoders)
-
-    def draw(state: step.TrainState) -> dict[str, np.ndarray]:
-      return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts)}
-
   job = loop.Job(
     config=config,
     facts={'encoder_digests': digests},
@@ -49,94 +47,124 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
     state=program.state,
     init=program.init,
     train_step=program.train_step,
-    frozen=encoders,
+    frozen=encoder_params,
     open_stream=lambda start: open_stream(config, mesh, 'train', start_step=start),
-    evaluate=functools.partial(evaluate, config, program, encoders, mesh),
-    draw=draw,
+    evaluate=functools.partial(evaluate, config, program, encoder_params, mesh),
+    shown_metrics=('loss',),
+    sample_images=_image_sampler(components, encoder_params),
     flops_per_image=flops.step_flops(config) / config.train.batch_size,
     tokens_per_image=config.image.num_tokens,
   )
   return loop.run(job, workdir, is_preempted)[1]
 
 
+def _image_sampler(components: step.Components, encoder_params: frozen.Params) -> Any:
+  """state -> a grid of samples of `train.sample_prompts`; None if there are none.
+
+  Raises:
+    UserError: a prompt is too long.
+  """
+  config = components.config
+  if not config.train.sample_prompts:
+    return None
+  text.encode_prompts(config.train.sample_prompts, config.text)
+  sampler = sample.Sampler(config, components.model, components.encoders, encoder_params)
+
+  def sample_images(state: step.TrainState) -> dict[str, np.ndarray]:
+    return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts, num_images=4)}
+
+  return sample_images
+
+
 def encoder_digests(config: config_lib.Config, loaded: dict[str, str]) -> dict[str, str]:
-  """Digests of the encoders that make what the model reads, in the step or beforehand.
+  """Digests of the encoders that make the model's inputs, in the train step or in preparation.
 
   Args:
     config: resolved.
-    loaded: of those whose weights the config gives.
+    loaded: digests of the encoders whose weights the config names.
 
   Raises:
-    UserError: the task's examples were made by others, or are of other shapes.
+    UserError: the examples were prepared by other encoders, or have other shapes.
   """
-  made_by, arrays = tasks.encoders_of(config.data.task, config.data.module)
-  for name, digest in made_by.items():
+  prepared_by, arrays = tasks.encoders_of(config.data.task, config.data.module)
+  for name, digest in prepared_by.items():
     if loaded.get(name, digest) != digest:
       raise errors.UserError(
-        f'{config.data.task} was prepared by another {name} encoder (digest {digest[:12]}) than '
-        f'the config names ({loaded[name][:12]}): give the weights that prepared it, or prepare it '
-        'anew with these.',
+        f'{config.data.task} was prepared with another {name} encoder (digest {digest[:12]}) than '
+        f'the config names ({loaded[name][:12]}): give the weights that it was prepared with, or '
+        'prepare it again with these.',
         errors.MISMATCH,
       )
   image, text = config.image, config.text
-  wanted = {
+  expected = {
     'image_moments': [image.num_tokens, 2 * image.channels],
     'image_codes': [image.num_tokens],
     'text_features': [arrays.get('text_features', [0])[0], text.feature_dim],
   }
   for name, shape in arrays.items():
-    if shape != wanted[name]:
+    if shape != expected[name]:
       raise errors.UserError(
-        f'{config.data.task} holds {name} of shape {shape} and the config asks for {wanted[name]}: '
-        'change image.num_tokens, image.channels or text.feature_dim, or prepare it anew.',
+        f'{config.data.task} has {name} of shape {shape}, but the config expects {expected[name]}: '
+        'change image.num_tokens, image.channels or text.feature_dim, or prepare it again.',
         errors.MISMATCH,
       )
-  return loaded | made_by
+  return loaded | prepared_by
 
 
 def open_stream(
   config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
 ) -> pipeline.Stream:
-  """This process's rows of the batches of a split of the config's task.
+  """Opens this process's rows of the batches of a split of the config's task.
+
+  Args:
+    config: resolved.
+    mesh: of all devices.
+    split: 'train' or 'validation'.
+    **kwargs: see `data.pipeline.open_config`.
 
   Raises:
-    UserError: see `pipeline.Stream`; or its examples hold other arrays than the config reads.
+    UserError: see `data.pipeline.Stream`; or the examples have other arrays than the config reads.
   """
   rows = sharding.local_rows(mesh, config.train.batch_size)
   stream = pipeline.open_config(config, split, rows=rows, **kwargs)
-  wanted = sorted(step.batch_shapes(config, mesh))
-  if stream.arrays != wanted:
+  expected = sorted(step.batch_shapes(config, mesh))
+  if stream.arrays != expected:
     stream.close()
     raise errors.UserError(
-      f'examples of task {config.data.task!r} give {", ".join(stream.arrays)} and the config reads '
-      f'{", ".join(wanted)}: set image.tokenizer to a network for pictures or to prepared for '
-      "what it made, and text.source to 'bytes' or 't5' for texts or to 'features' for theirs."
+      f'examples of task {config.data.task!r} have {", ".join(stream.arrays)}, but the config '
+      f'reads {", ".join(expected)}: set image.tokenizer to a network for images or to prepared '
+      "for its outputs, and text.source to 'bytes' or 't5' for captions or to 'features' for text "
+      'features.'
     )
   return stream
 
 
 def evaluate(
   config: config_lib.Config,
-  program: step.Program,
-  encoders: frozen.Params,
+  program: step.TrainProgram,
+  encoder_params: frozen.Params,
   mesh: jax.sharding.Mesh,
   state: step.TrainState,
 ) -> dict[str, float]:
-  """Loss over the whole validation split, of raw and averaged weights, with standard errors.
+  """Loss over the complete validation split, for raw and averaged weights.
 
-  Masks, times and noise of an example are the same at every call and for both weights. The loss is
-  the mean over predicted tokens, a ratio of sums, and its standard error that of a ratio estimate
-  over pictures.
+  Masks, diffusion times and noise of an example are the same at every call and for both weights.
+  The loss is the mean over all predicted tokens: a ratio of sums. Its standard error is that of a
+  ratio estimate, with images as the sampling units.
+
+  Returns:
+    'validation/NAME_raw' and 'validation/NAME_ema' for the loss and its parts, and with '_se' added
+    their standard errors.
   """
-  figures = {}
+  found = {}
   sums = {'raw': [], 'ema': []}
   batches = open_stream(config, mesh, 'validation', shuffle=False)
   for index, batch in enumerate(batches):
-    del batch['valid']  # the first num_examples rows of all are
+    del batch['valid']  # the first num_examples rows are valid
     batch = sharding.put_batch(batch, mesh)
     first = sharding.put_replicated(np.int32(index * config.train.batch_size), mesh)
     for weights, params in (('raw', state.params), ('ema', state.ema_params)):
-      sums[weights].append(program.eval_step(params, batch, first, encoders))
+      sums[weights].append(program.eval_step(params, batch, first, encoder_params))
   batches.close()
   for weights, parts in jax.device_get(sums).items():
     parts = {
@@ -148,5 +176,5 @@ def evaluate(
       mean = total.sum() / count.sum()
       spread = np.sqrt((len(count) / max(1, len(count) - 1)) * ((total - mean * count) ** 2).sum())
       key = f'validation/{name.removesuffix("_B")}_{weights}'
-      figures |= {key: mean, f'{key}_se': spread / count.sum()}
-  return figures
+      found |= {key: mean, f'{key}_se': spread / count.sum()}
+  return found

@@ -234,7 +234,7 @@ def test_a_kept_executable_computes_the_same(tmp_path):
     (['--config=configs/tiny.py', '--topology=v5e-4', '--mesh=pipeline=3'], 'write sizes of', 2),
     (
       ['--config=configs/tiny.py', '--topology=v5e-4', '--preset=fsdp', '--mesh=fsdp=2,tensor=2'],
-      "preset 'fsdp' splits nothing",
+      "preset 'fsdp' does not use",
       3,
     ),
     (['--config=configs/tiny.py', '--topology=v5e-8'], 'cannot share evenly', 3),

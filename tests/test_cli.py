@@ -68,7 +68,7 @@ def trained(tmp_path_factory, random_params):
     'data.emoji',
     'prepare.inspect',
     'fluid_jax.prepare',
-    'encoders.patches',
+    'train_tokenizer.patches',
     'encoders.convert',
   ],
 )
@@ -105,7 +105,7 @@ def test_validate_only_weighs_encoders_in_the_step_against_their_outputs():
   out = commands.run_ok('-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only')
   # 256 tokens x 16 means and 16 log variances x 2 bytes; 4096 channels x 2 bytes.
   assert re.search(r'sd_vae +268\.4 GFLOP/image, \d+\.\d% of a step .*image_moments 16\.4 kB', out)
-  assert re.search(r't5 xxl +1,191\.9 GFLOP/image, .*text_features 8\.2 kB a token', out)
+  assert re.search(r't5 xxl +1,191\.9 GFLOP/image, .*text_features 8\.2 kB per token', out)
   assert 'amused_vq' not in out  # its tokens are codes
 
 
@@ -116,7 +116,7 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
   )  # fmt: skip
   # 170.8M parameters: 4 bytes each, 4 of the average, and means of rows and columns.
   assert re.search(r'parameters 683\.\d MB, optimizer \(adafactor\) \d\.\d MB, EMA 683\.', out)
-  assert 'together 1.4 GB' in out
+  assert 'total 1.4 GB' in out
 
 
 # ---- Configs that cannot be ----
@@ -214,7 +214,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tm
 
 def test_a_broken_config_in_the_workdir_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"name": ')
-  with pytest.raises(errors.UserError, match='is not JSON') as caught:
+  with pytest.raises(errors.UserError, match='is not valid JSON') as caught:
     loop.claim_workdir(tmp_path, {}, is_main_process=True)
   assert caught.value.exit_code == errors.CORRUPT
 
@@ -262,7 +262,7 @@ def test_an_unwritable_workdir_exits_with_6(tmp_path):
 
 
 def test_a_full_disk_exits_with_6(tmp_path):
-  (tmp_path / 'config.tmp').symlink_to('/dev/full')
+  (tmp_path / 'config.json.tmp').symlink_to('/dev/full')
   args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}')
   expect(6, 'cannot be written (No space left on device)', *args)
   script = (

@@ -255,7 +255,7 @@ with distributed.initialize(30):
     np.reshape(devices, (int(replica), int(fsdp), int(tensor))), ('replica', 'fsdp', 'tensor'),
     axis_types=(AxisType.Auto,) * 3,
   )
-  program = step.build(config, mesh)
+  program = step.build(step.make_components(config), mesh)
   checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints', keep=9, config=values)
   state, _, found = checkpointer.restore(program.state)
   stream = train.open_stream(config, mesh, 'train', start_step=found)
@@ -443,9 +443,9 @@ values['image'].update(size=16, tokenizer='sd_vae:vae')
 values['data'].update(task='emoji_demo', languages=('en',))
 config = config_lib.resolve(values)
 
-def load(config, mesh):
+def load(config, encoders, mesh):
   params = small_encoders.random_params(config)
-  shapes = frozen.shapes(config, mesh)
+  shapes = frozen.shapes(config, encoders, mesh)
   place = lambda a, s: jax.make_array_from_callback(a.shape, s.sharding, lambda i: a[i])
   return jax.tree.map(place, jax.device_get(params), shapes)
 

@@ -183,9 +183,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
   refused(r'text_features of shape \[12, 24\]', train.encoder_digests, wider, {})
   # Pictures where what was made of them is read, and the other way round.
   raw = dataclasses.replace(outside, data=config.data)
-  refused('give images, text_ids and the config', train.open_stream, raw, mesh, 'train')
+  refused('have images, text_ids, but the config', train.open_stream, raw, mesh, 'train')
   inside = dataclasses.replace(config, data=outside.data)
-  refused('give image_moments, text_features', train.open_stream, inside, mesh, 'train')
+  refused('have image_moments, text_features', train.open_stream, inside, mesh, 'train')
   # Nothing to encode.
   out = str(tmp_path / 'other')
   refused("'prepared' is no network", encode.encode, outside, out)
@@ -253,7 +253,7 @@ for number in (1, 8):
     values['mesh'] |= dict(replica=2, fsdp=2, tensor=2)
   config = config_lib.resolve(values)
   mesh = sharding.make_mesh(config, devices)
-  shardings = jax.tree.map(lambda s: s.sharding, frozen.shapes(config, mesh))
+  shardings = jax.tree.map(lambda s: s.sharding, frozen.shapes(config, encoders, mesh))
   placed = jax.device_put(params, shardings)
   made = encode(placed, sharding.put_batch(batch, mesh))
   results.append((frozen.digests(placed, mesh), jax.device_get(made)))

@@ -196,12 +196,14 @@ def test_model_card(trained, exported):
 def test_images_from_workdir_export_and_import_are_equal(trained, exported, tmp_path):
   assert export.main([f'--import={exported}', f'--workdir={tmp_path / "new"}']) == 0
   config, *_ = sample.load_workdir(trained[0])
-  sampler = sample.Sampler(config, frozen.load(config, sharding.make_mesh(config)))
+  encoders = frozen.make(config)
+  encoder_params = frozen.load(config, encoders, sharding.make_mesh(config))
+  sampler = sample.Sampler(config, step.make_model(config), encoders, encoder_params)
   images = []
   for place in (trained[0], exported, tmp_path / 'new'):
     found, _, params, _ = sample.load_workdir(place)
-    assert found == config  # so the three share one compiled program
-    images.append(sampler.draw(params, PROMPTS, [0, 1])[0])
+    assert found == config  # so that one compiled program serves the three
+    images.append(sampler.sample(params, PROMPTS, [0, 1])[0])
   assert np.ptp(images[0].astype(int)) > 50
   np.testing.assert_array_equal(images[1], images[0])
   np.testing.assert_array_equal(images[2], images[0])
@@ -228,7 +230,7 @@ def test_user_trained_tokenizer_is_copied(prefix, trained, tmp_path):
   out.rename(moved)
   loaded = sample.load_workdir(moved)[0]
   assert loaded.image.tokenizer == f'{prefix}{moved}/tokenizer.safetensors'
-  frozen.load(loaded, sharding.make_mesh(loaded))
+  frozen.load(loaded, frozen.make(loaded), sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
   assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}

@@ -1,4 +1,4 @@
-"""Several devices compute what one computes: 8 fake devices against 1, in every preset."""
+"""Training on 8 fake devices equals training on one, in every preset."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 NUM_STEPS = 20
-# Trains on made-up pictures; prints losses and how the state lies, keeps the first gradient.
+# Trains on random images; prints losses and sharded fractions, and saves the first gradient.
 _SCRIPT = """
 import importlib, json, sys
 import jax, numpy as np
@@ -19,12 +19,12 @@ config = importlib.import_module('configs.tiny').get_config(variant)
 config.mesh.update(preset=preset, replica=int(replica), fsdp=int(fsdp), tensor=int(tensor))
 config.model.mask_group_size = 2  # 8 groups for 8 devices
 if optimizer == 'adafactor':
-  config.model.width = 256  # it factors no shorter side than 128
-# The paper's rate: at tiny's, Adam's division by small moments makes 4e-5 of rounding.
+  config.model.width = 256  # it factors only axes of at least 128
+# The paper's rate: at that of tiny, Adam's division by small moments amplifies rounding to 4e-5.
 config.optimizer.update(name=optimizer, learning_rate=1e-4)
 config = config_lib.resolve(config.to_dict())
 mesh = sharding.make_mesh(config)
-program = step.build(config, mesh)
+program = step.build(step.make_components(config), mesh)
 state = program.init()
 rng = np.random.default_rng(0)
 size, length = config.image.size, config.text.length
@@ -34,22 +34,24 @@ for number in range({num_steps}):
     images=rng.integers(0, 256, (16, size, size, 3), np.uint8),
     text_ids=rng.integers(3, 259, (16, length), np.int32),
   )
-  state, values = program.train_step(state, sharding.put_batch(batch, mesh), program.encoders)
+  state, values = program.train_step(
+    state, sharding.put_batch(batch, mesh), program.encoder_params
+  )
   losses.append(float(values['loss']))
   if number == 0 and optimizer == 'adamw':  # the first moment is then 0.1 of the clipped gradient
     moments = jax.tree.leaves_with_path(state.opt_state[1].mu)
     np.savez(path, **{jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in moments})
 
-def share(tree):
+def local_fraction(tree):
   leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
   local = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
   return local / sum(leaf.size for leaf in leaves)
 
 print(json.dumps(dict(
   losses=losses,
-  params=share(state.params),
-  ema=share(state.ema_params),
-  moments=share(state.opt_state),
+  params=local_fraction(state.params),
+  ema=local_fraction(state.ema_params),
+  moments=local_fraction(state.opt_state),
 )))
 """
 FLUID = 'order=random,tokens=continuous'
@@ -57,7 +59,7 @@ FLUID = 'order=random,tokens=continuous'
 
 @pytest.fixture(scope='module')
 def train(tmp_path_factory):
-  """(preset, replica, fsdp, tensor, optimizer, variant) -> what it prints, and its gradient."""
+  """(preset, replica, fsdp, tensor, optimizer, variant) -> printed results, and gradient."""
   runs = {}
 
   def get(*args):
@@ -86,7 +88,7 @@ def train(tmp_path_factory):
     ),
   ],
 )
-def test_eight_devices_compute_what_one_does(
+def test_eight_devices_compute_the_same_as_one(
   preset, replica, fsdp, tensor, optimizer, variant, train
 ):
   one, gradient = train('fsdp', 1, 1, 1, optimizer, variant)
@@ -94,13 +96,13 @@ def test_eight_devices_compute_what_one_does(
   assert len(set(one['losses'])) == NUM_STEPS
   assert eight['losses'] == pytest.approx(one['losses'], rel=1e-5, abs=1e-5)
   assert bool(gradient) == (optimizer == 'adamw')
-  for name, whole in gradient.items():
-    error = np.linalg.norm(split_gradient[name] - whole)
-    assert error <= 1e-4 * np.linalg.norm(whole), name
-  # Nearly all lies split; of the tiny model the vectors and the 259 bytes weigh more.
+  for name, expected in gradient.items():
+    error = np.linalg.norm(split_gradient[name] - expected)
+    assert error <= 1e-4 * np.linalg.norm(expected), name
+  # Nearly everything is split. In the tiny model vectors and byte embeddings are a larger fraction.
   assert eight['params'] < 1.5 / (fsdp * tensor)
   assert eight['ema'] == eight['params']
   if optimizer == 'adamw':
     assert eight['moments'] == pytest.approx(eight['params'])
   else:
-    assert eight['moments'] < 0.6  # of a small model it keeps mostly vectors' moments, whole
+    assert eight['moments'] < 0.6  # mostly moments of vectors, which are replicated

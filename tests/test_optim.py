@@ -1,4 +1,4 @@
-"""Schedules, optimizer and average against the reference; and the train step around them."""
+"""Schedules, optimizer and moving average against the reference; and the train step."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ def test_adafactor_equals_shazeer_and_stern(make_config):
   rate = optim.make_schedule(config)
   optimizer = optim.make_optimizer(config)
   rng = np.random.default_rng(0)
-  ours = {'layer': {'kernel': rng.normal(size=(130, 128))}}  # factored from sides of 128 on
+  ours = {'layer': {'kernel': rng.normal(size=(130, 128))}}  # axes of at least 128 are factored
   expected = ours['layer']['kernel']
   state = optimizer.init(ours)
   row, column = np.zeros(128), np.zeros(130)
@@ -102,7 +102,7 @@ def test_adafactor_equals_shazeer_and_stern(make_config):
 
 
 @pytest.mark.usefixtures('x64')
-def test_average_of_the_weights_equals_the_reference():
+def test_moving_average_equals_the_reference():
   rng = np.random.default_rng(1)
   average = {'a': rng.normal(size=5)}
   ours = average
@@ -114,7 +114,7 @@ def test_average_of_the_weights_equals_the_reference():
 
 
 def test_only_kernels_decay(make_config, random_params):
-  """Zero gradients leave weight decay alone: what moves is what decays."""
+  """With zero gradients, only parameters with weight decay change."""
   config = make_config({'optimizer.weight_decay': 0.1, 'optimizer.learning_rate': 0.5})
   params = random_params(config)
   optimizer = optim.make_optimizer(config)
@@ -135,7 +135,7 @@ def test_only_kernels_decay(make_config, random_params):
 
 
 def make_batch(config, seed=0):
-  """Prepared tokens and texts; the last text is empty."""
+  """Prepared tokens and captions; the last caption is empty."""
   rng = np.random.default_rng(seed)
   batch, image = config.train.batch_size, config.image
   ids = rng.integers(3, 259, size=(batch, config.text.length), dtype=np.int32)
@@ -149,8 +149,9 @@ def make_batch(config, seed=0):
 
 
 def run(config, params, num_steps=1, poison=()):
-  """Program, states and metrics of some steps from `params`; those in `poison` get a NaN."""
-  program = step.build(config, sharding.make_mesh(config, jax.devices()[:1]))
+  """Program, states and metrics of steps from `params`; batches in `poison` contain a NaN."""
+  components = step.make_components(config)
+  program = step.build(components, sharding.make_mesh(config, jax.devices()[:1]))
   state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.state)
   params = jax.tree.map(np.float32, params)
   state = state.replace(params=params, ema_params=params)
@@ -159,7 +160,7 @@ def run(config, params, num_steps=1, poison=()):
     batch = make_batch(config, seed=i)
     if i in poison:
       batch['image_moments'][3, 2, 1] = np.nan
-    state, metrics = program.train_step(state, batch, program.encoders)
+    state, metrics = program.train_step(state, batch, program.encoder_params)
     states.append(jax.device_get(state))
     all_metrics.append(jax.device_get(metrics))
   return program, states, all_metrics
@@ -183,7 +184,7 @@ def config(make_config):
 
 @pytest.fixture(scope='module')
 def five_steps(config, random_params):
-  """Training in which the batches of steps 1 and 3 are poisoned."""
+  """Training in which the batches of steps 1 and 3 contain a NaN."""
   return run(config, random_params(config), 5, poison=(1, 3))
 
 
@@ -195,7 +196,7 @@ def assert_trees_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_poisoned_batch_changes_nothing_but_the_counts(five_steps):
+def test_a_batch_with_a_nan_changes_only_the_counters(five_steps):
   _, states, metrics = five_steps
   for i in (1, 3):
     assert not np.isfinite(metrics[i]['loss'])
@@ -211,7 +212,7 @@ def test_a_poisoned_batch_changes_nothing_but_the_counts(five_steps):
   assert [int(m['num_skipped']) for m in metrics] == [0, 1, 1, 2, 2]
 
 
-def test_skipped_steps_count_neither_for_the_schedule_nor_for_the_average(five_steps):
+def test_skipped_steps_do_not_advance_the_schedule_or_the_average(five_steps):
   _, states, metrics = five_steps
   rates = [float(m['learning_rate']) for m in metrics]
   np.testing.assert_allclose(rates, [0.01 / 3, 0.02 / 3, 0.02 / 3, 0.01, 0.01], rtol=1e-6)
@@ -227,7 +228,7 @@ def test_skipped_steps_count_neither_for_the_schedule_nor_for_the_average(five_s
 def test_norms_in_the_metrics_are_global_norms(five_steps):
   _, states, metrics = five_steps
   np.testing.assert_allclose(metrics[0]['param_norm'], global_norm(states[1].params), rtol=1e-5)
-  # The first moment after one step is 0.1 of the gradient, clipped to a norm of 0.5.
+  # After one step, the first moment is 0.1 times the gradient, clipped to a norm of 0.5.
   adam = states[1].opt_state[1]
   norm = 10 * global_norm(adam.mu)
   np.testing.assert_allclose(norm, min(0.5, metrics[0]['grad_norm']), rtol=1e-5)
@@ -237,7 +238,7 @@ def test_accumulated_gradients_equal_the_large_batch(
   config, random_params, five_steps, monkeypatch
 ):
   _, (_, state, *_), (metrics, *_) = five_steps
-  # Adam's first moment is then 0.1 of the clipped gradient; plain momentum is the gradient.
+  # Adam's first moment is 0.1 times the clipped gradient; the trace of SGD is the gradient.
   scale = 10 * max(1, metrics['grad_norm'] / config.optimizer.clip_norm)
   gradient = jax.tree.map(lambda a: scale * a, state.opt_state[1].mu)
   monkeypatch.setattr(optim, 'make_optimizer', lambda config: optax.sgd(1.0, momentum=0.9))
@@ -251,30 +252,33 @@ def test_accumulated_gradients_equal_the_large_batch(
     assert error < 1e-6 * global_norm(gradient)
 
 
-def test_validation_loss_depends_on_the_example_and_its_index_alone(config, five_steps):
+def test_validation_loss_depends_only_on_the_example_and_its_index(config, five_steps):
   program, states, _ = five_steps
   batch, params = make_batch(config), states[-1].params
-  sums = jax.device_get(program.eval_step(params, batch, 4, program.encoders))
+  sums = jax.device_get(program.eval_step(params, batch, 4, program.encoder_params))
   assert (sums['count_B'] >= 1).all()
   np.testing.assert_allclose(sums['loss_B'], sums['mse_B'] + sums['vlb_B'], rtol=1e-5)
-  # The same examples, further on in another batch: places 2 to 7 become 0 to 5.
+  # The same examples in a later batch: positions 2 to 7 become 0 to 5.
   rolled = {name: np.roll(array, -2, axis=0) for name, array in batch.items()}
-  others = jax.device_get(program.eval_step(params, rolled, 6, program.encoders))
+  others = jax.device_get(program.eval_step(params, rolled, 6, program.encoder_params))
   for name, per_example in sums.items():
     np.testing.assert_allclose(others[name][:6], per_example[2:], rtol=1e-5, err_msg=name)
-  # At another index an example has another mask and other noise.
-  others = jax.device_get(program.eval_step(params, batch, 8, program.encoders))
+  # With another index an example has another mask and other noise.
+  others = jax.device_get(program.eval_step(params, batch, 8, program.encoder_params))
   assert (others['loss_B'] != sums['loss_B']).all()
 
 
-def test_eight_bit_products_of_the_trunk_train_the_same_parameters(config, random_params):
+def test_int8_training_changes_the_gradients_only_slightly(config, random_params):
   params = random_params(config)
   model = dataclasses.replace(config.model, quantization='int8')
   quantized = dataclasses.replace(config, model=model)
-  program = step.build(quantized, sharding.make_mesh(quantized, jax.devices()[:1]))
-  text = str(program.train_step.trace(program.state, make_batch(config), program.encoders).jaxpr)
-  # Each kernel of the trunk multiplies integers forwards, and twice backwards: 4 projections of an
-  # attention and 2 layers of an MLP; an aligner block has 6 kernels, a decoder block 10.
+  components = step.make_components(quantized)
+  program = step.build(components, sharding.make_mesh(quantized, jax.devices()[:1]))
+  traced = program.train_step.trace(program.state, make_batch(config), program.encoder_params)
+  text = str(traced.jaxpr)
+  # Each kernel of the aligner and the decoder has one integer product in the forward pass and two in
+  # the backward pass. An attention has 4 projections and an MLP 2 layers, so that an aligner block
+  # has 6 kernels and a decoder block 10.
   integers = re.findall(r'i32\[[^\]]*\] = dot_general', text)
   assert len(integers) == 3 * (6 + 10 + 10)
   _, (_, exact), (metrics,) = run(config, params)

@@ -6,6 +6,8 @@ from skimage import metrics
 
 from fluid_jax import errors
 from fluid_jax.encoders import patches
+from fluid_jax.train_tokenizer import patches as fit_patches
+from fluid_jax.train_tokenizer import quality
 
 # Measured by scikit-image on the 150 held-out pictures; quantisation costs 3 dB at 64 tokens.
 SHIPPED = {
@@ -18,7 +20,7 @@ SHIPPED = {
 
 @pytest.fixture(scope='module')
 def held_out():
-  return {size: patches.read_images('emoji', 'validation', size) for size in (32, 64)}
+  return {size: fit_patches.read_images('emoji', 'validation', size) for size in (32, 64)}
 
 
 def _images(num=6, size=8, seed=0):
@@ -108,6 +110,6 @@ def test_shipped_tokenizers_lose_what_is_stated(name, held_out):
     pytest.approx(SHIPPED[name][1], abs=0.02),
   )
   # The command prints TensorFlow's figures, which must say the same.
-  printed = patches.measure(held_out, decoded)
+  printed = quality.measure(held_out, decoded)
   assert printed['psnr'] == pytest.approx(psnr, abs=0.01)
   assert printed['ssim'] == pytest.approx(ssim, abs=0.02)

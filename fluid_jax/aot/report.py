@@ -96,19 +96,17 @@ def compile_program(
   """The executable of the program that `step.build` or `step.make_sampler` makes."""
   if what == 'train':
     sharding.check_batch(config, mesh)
-    program = step.build(config, mesh)
+    program = step.build(step.make_components(config), mesh)
     batch = step.batch_shapes(config, mesh)
-    traced = program.train_step.trace(program.state, batch, program.encoders)
+    traced = program.train_step.trace(program.state, batch, program.encoder_params)
   else:
     sharding.check_heads(config, mesh)
-    shares = mesh.shape['replica'] * mesh.shape['fsdp']
-    if config.train.batch_size % shares:
-      raise errors.UserError(
-        f'{shares} data-parallel devices cannot share {config.train.batch_size} images evenly: '
-        'change --config.train.batch_size or --mesh.',
-        errors.DEVICES,
-      )
-    traced = step.make_sampler(config, mesh).trace(*step.sampler_shapes(config, mesh))
+    sharding.check_divides(
+      mesh, config.train.batch_size, 'images', 'change --config.train.batch_size or --mesh'
+    )
+    encoders = frozen.make(config)
+    sampler = step.make_sampler(config, step.make_model(config), encoders, mesh)
+    traced = sampler.trace(*step.sampler_shapes(config, encoders, mesh))
   lowered = traced.lower(lowering_platforms=('tpu',))
   return lowered.compile(compiler_options=options or None)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, startup
 from fluid_jax.data import emoji, records
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   Raises:
     UserError: the module cannot be imported, or nothing has this name.
   """
+  startup.import_tensorflow()
   import seqio
 
   for subset in _EMOJI.keys() - seqio.TaskRegistry.names():

@@ -1,4 +1,4 @@
-"""The frozen networks of a config: which they are, their parameters, and their part of a step."""
+"""The frozen text encoder and image tokenizer of a config, their parameters, and their cost."""
 
 import dataclasses
 import hashlib
@@ -14,23 +14,23 @@ from fluid_jax import config as config_lib
 from fluid_jax import errors, flops, sharding
 from fluid_jax.encoders import t5, text, tokenizers, weights
 
-Params = dict[str, Any]  # 'text' and 'image', each empty if it has none
+Params = dict[str, Any]  # 'text' and 'image'; each is empty if the encoder has no parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-  """Text encoder and image tokenizer; pure functions of their parameters.
+  """Text encoder and image tokenizer, as pure functions of their parameters.
 
   Attributes:
-    image: the tokenizer.
-    text: T5, or None where bytes are read, or features alone.
+    image: the image tokenizer.
+    text: T5, or None if the model reads bytes or prepared features.
   """
 
   image: tokenizers.Tokenizer
   text: t5.Encoder | None
 
   def init(self) -> Params:
-    """Fresh parameters, boxed with logical axis names."""
+    """Initial parameters, boxed with logical axis names: for `jax.eval_shape`."""
     if self.text is None:
       return {'image': self.image.init(), 'text': {}}
     ids = jnp.zeros((1, 4), jnp.int32)
@@ -38,7 +38,7 @@ class Encoders:
     return {'image': self.image.init(), 'text': params}
 
   def encode_text(self, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """What the model reads, ids or features_BxTxE, and the mask of what is real in it."""
+    """The model's text inputs: ids_BxT or features_BxTxE, and mask_BxT, True at real tokens."""
     if 'text_features' in batch:
       return batch['text_features'], batch['text_mask']
     ids_BxT = batch['text_ids']
@@ -48,22 +48,26 @@ class Encoders:
 
 
 def make(config: config_lib.Config) -> Encoders:
-  """The encoders of a config; UserError if they are not of its shapes."""
+  """Builds the encoders of a config.
+
+  Raises:
+    UserError: their outputs do not have the shapes that the config asks for.
+  """
   encoder = None
   if config.has_t5:
     size = t5.SIZES[config.text.t5_size]
     if size.width != config.text.feature_dim:
       raise errors.UserError(
-        f'features of T5 {config.text.t5_size!r} have {size.width} channels: set '
+        f'T5 {config.text.t5_size!r} makes features of {size.width} channels: set '
         f'--config.text.feature_dim={size.width}.'
       )
     encoder = t5.Encoder(size, jnp.dtype(config.model.dtype))
   return Encoders(tokenizers.make(config), encoder)
 
 
-def shapes(config: config_lib.Config, mesh: Mesh) -> Params:
-  """Shapes, dtypes and shardings of the parameters, split as the model's are."""
-  boxed = jax.eval_shape(make(config).init)
+def shapes(config: config_lib.Config, encoders: Encoders, mesh: Mesh) -> Params:
+  """Shapes, dtypes and shardings of the parameters; they are split as the model's are."""
+  boxed = jax.eval_shape(encoders.init)
   return {
     name: jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -77,16 +81,16 @@ def shapes(config: config_lib.Config, mesh: Mesh) -> Params:
 
 
 def forward_flops(config: config_lib.Config) -> dict[str, float]:
-  """FLOPs of the encoders of a config on one example in the training step; 0 for what is prepared.
+  """FLOPs that the encoders of a config spend on one example in the training step.
 
-  Patches are not counted.
+  Encoders whose outputs are prepared cost nothing. Patch tokenizers are not counted.
   """
   encoders, found = make(config), {'image': 0.0, 'text': 0.0}
   params = nn.unbox(jax.eval_shape(encoders.init))
   if isinstance(encoders.image, tokenizers.NetworkTokenizer) and not config.is_image_prepared:
     side = config.image.size
-    pictures = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-    found['image'] = flops.traced_flops(encoders.image.encode_images, params['image'], pictures)
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+    found['image'] = flops.traced_flops(encoders.image.encode_images, params['image'], images)
   if config.text.source == 't5':
     batch = {'text_ids': jax.ShapeDtypeStruct((1, config.text.length), jnp.int32)}
     found['text'] = flops.traced_flops(encoders.encode_text, params, batch)
@@ -94,7 +98,7 @@ def forward_flops(config: config_lib.Config) -> dict[str, float]:
 
 
 def file_facts(config: config_lib.Config) -> dict[str, str]:
-  """Fingerprints of the files that the config names, for processes to compare."""
+  """Fingerprints of the files that the config names, for comparison between processes."""
   paths = {
     'image.tokenizer': tokenizers.path_of(config),
     'text.t5_path': config.text.t5_path,
@@ -103,39 +107,39 @@ def file_facts(config: config_lib.Config) -> dict[str, str]:
   return {name: weights.fingerprint(path) for name, path in paths.items() if path}
 
 
-def load(config: config_lib.Config, mesh: Mesh) -> Params:
-  """The parameters, read from the files that the config names.
+def load(config: config_lib.Config, encoders: Encoders, mesh: Mesh) -> Params:
+  """Reads the parameters from the files that the config names.
 
   Raises:
-    UserError: see `weights.load`; or the vocabulary is not the encoder's.
+    UserError: see `weights.load`; or the vocabulary does not belong to the text encoder.
   """
-  encoders, wanted = make(config), shapes(config, mesh)
+  wanted = shapes(config, encoders, mesh)
   params = {'image': encoders.image.load(wanted['image']), 'text': {}}
   if encoders.text is not None:
     if not config.text.t5_path:
       raise errors.UserError(
-        "text.source='t5' needs T5's weights: give text.t5_path, a safetensors file or a T5X "
+        "text.source='t5' needs the weights of T5: set text.t5_path to a safetensors file or a T5X "
         'checkpoint.'
       )
     pieces, rows = text.load_pieces(config.text.vocabulary), encoders.text.size.vocab_size
     if not 0 <= rows - pieces.vocab_size() <= 256:  # rows are rounded up for sentinels and tiles
       raise errors.UserError(
         f'{config.text.vocabulary} has {pieces.vocab_size()} pieces, but T5 '
-        f'{config.text.t5_size!r} embeds {rows}: take the vocabulary that it was published with.'
+        f'{config.text.t5_size!r} embeds {rows}: set text.vocabulary to the one published with it.'
       )
     params['text'] = t5.load(config.text.t5_path, wanted['text'])
   return params
 
 
 def digests(params: Params, mesh: Mesh) -> dict[str, str]:
-  """SHA-256 of each encoder's parameters, whatever file they came from and wherever they lie.
+  """SHA-256 of the parameters of each encoder, independent of file format and sharding.
 
-  Of sums over all elements of a hash of an element's bits and place: integers, whose sum does not
-  depend on its order, so that no device needs to hold, or to send, more than its own part. Encoders
-  of constants, such as patches, have none.
+  It is computed from integer sums over all elements of a hash of the element's bits and position.
+  Such sums do not depend on their order, so each device needs only its own shard. Encoders without
+  parameters, such as patch tokenizers, have no digest.
   """
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  add = jax.jit(lambda tree: jax.tree.map(_sums, tree), out_shardings=everywhere)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  add = jax.jit(lambda tree: jax.tree.map(_sums, tree), out_shardings=replicated)
   sums = jax.device_get(add(params))
   found = {}
   for name, part in sums.items():
@@ -151,17 +155,18 @@ def digests(params: Params, mesh: Mesh) -> dict[str, str]:
 
 
 def _sums(leaf: jax.Array) -> jax.Array:
-  """Two uint32 of the elements of an array of float32, bfloat16 or float16."""
+  """Two uint32 sums over the elements of a float32, bfloat16 or float16 array."""
   bits = jax.lax.bitcast_convert_type(leaf, f'uint{8 * leaf.dtype.itemsize}').astype(jnp.uint32)
-  place = jnp.zeros(leaf.shape, jnp.uint32)
+  position = jnp.zeros(leaf.shape, jnp.uint32)
   for axis, size in enumerate(leaf.shape):
-    place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    position *= np.uint32(size)
+    position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
   seeds = np.array([0x9E3779B9, 0x85EBCA6B], np.uint32)
-  return jnp.stack([_mix(_mix(place + seed) ^ bits).sum(dtype=jnp.uint32) for seed in seeds])
+  return jnp.stack([_mix(_mix(position + seed) ^ bits).sum(dtype=jnp.uint32) for seed in seeds])
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """Finaliser of MurmurHash3 (public domain), uint32 to uint32."""
+  """The finalizer of MurmurHash3 (public domain), uint32 to uint32."""
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

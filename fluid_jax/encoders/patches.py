@@ -1,12 +1,8 @@
-"""Two classical tokenizers that need no download: patch PCA (continuous), patch k-means (discrete).
+"""Two tokenizers that need no download: patch PCA (continuous tokens), patch k-means (discrete).
 
-  python -m fluid_jax.encoders.patches --size 64 --patch 8 --channels 16 --vocab_size 1024
-
-fits both on the training split and prints PSNR and SSIM on the validation split: what does
-quantisation lose? (paper section 5.1, in small).
+`python -m fluid_jax.train_tokenizer.patches` fits them to a task.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -163,8 +159,8 @@ def shipped_path(kind: str, image_size: int, patch: int, size: int) -> pathlib.P
   if not path.exists():
     there = ', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors')))
     raise errors.UserError(
-      f'no tokenizer {path.stem} ships with fluid_jax ({there}): fit one with '
-      'python -m fluid_jax.encoders.patches and give its path as image.tokenizer, or train one '
+      f'no tokenizer {path.stem} ships with fluid_jax ({there}): fit one with python -m '
+      'fluid_jax.train_tokenizer.patches and give its path as image.tokenizer, or train one '
       "with python -m fluid_jax.train_tokenizer and give 'trained:PATH'."
     )
   return path
@@ -198,57 +194,6 @@ def load(path: str | pathlib.Path) -> PatchPCA | PatchKMeans:
   except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
     raise errors.UserError(
       f'{path} is not a patch tokenizer ({error}): fit one with '
-      'python -m fluid_jax.encoders.patches.',
+      'python -m fluid_jax.train_tokenizer.patches.',
       errors.CORRUPT,
     ) from error
-
-
-# ---- command ----
-
-
-def measure(images: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
-  """Mean over pictures of PSNR (dB) and SSIM of uint8 (N, H, W, 3) arrays."""
-  import tensorflow as tf
-
-  return {
-    'psnr': float(tf.reduce_mean(tf.image.psnr(images, decoded, 255))),
-    'ssim': float(tf.reduce_mean(tf.image.ssim(images, decoded, 255))),
-  }
-
-
-def read_images(task: str, split: str, size: int) -> np.ndarray:
-  """All pictures of a split, (N, size, size, 3) uint8."""
-  from fluid_jax.data import pipeline
-
-  stream = pipeline.Stream(
-    task, split, batch_size=64, seed=0, image_size=size, text_length=8, shuffle=False
-  )
-  return np.concatenate([batch['images'][batch['valid']] for batch in stream])
-
-
-def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--task', default='emoji', help='seqio task to fit on')
-  parser.add_argument('--size', type=int, default=64, help='pixels a side')
-  parser.add_argument('--patch', type=int, default=8, help='pixels a side of a patch')
-  parser.add_argument('--channels', type=int, default=16, help='principal components')
-  parser.add_argument('--vocab_size', type=int, default=1024, help='codes')
-  parser.add_argument('--out', type=pathlib.Path, default=WEIGHTS, help='folder to write to')
-  args = parser.parse_args(argv)
-  if args.size % args.patch:
-    raise errors.UserError(f'--size {args.size} is not divisible by --patch {args.patch}.')
-  train = read_images(args.task, 'train', args.size)
-  held_out = read_images(args.task, 'validation', args.size)
-  x_NxP = np.asarray(to_patches(train, args.patch)).reshape(-1, args.patch**2 * 3)
-  args.out.mkdir(parents=True, exist_ok=True)
-  for kind, size in ((PatchPCA, args.channels), (PatchKMeans, args.vocab_size)):
-    path = args.out / f'{kind.name}_{args.size}px_{args.patch}x{args.patch}_{size}.safetensors'
-    save(kind.fit(x_NxP, args.patch, size), path)
-    tokenizer = load(path)
-    decoded = np.asarray(tokenizer.decode(tokenizer.encode(held_out)))
-    scores = ', '.join(f'{k} {v:.3f}' for k, v in measure(held_out, decoded).items())
-    print(f'{path.name}: {scores} on {len(held_out)} held-out pictures')
-
-
-if __name__ == '__main__':
-  errors.run(main)

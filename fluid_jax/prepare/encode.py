@@ -48,10 +48,11 @@ class Encode:
     self.config = config = dataclasses.replace(config, mesh=config_lib.Mesh(replica=1))
     self.mesh = sharding.make_mesh(config)
     self.batch_size = self.mesh.size * max(1, config.train.batch_size // self.mesh.size)
-    self._params = frozen.load(config, self.mesh)
+    encoders = frozen.make(config)
+    self._params = frozen.load(config, encoders, self.mesh)
     self.digests = frozen.digests(self._params, self.mesh)
     self._program = jax.jit(
-      functools.partial(_encode, config, self.mesh, frozen.make(config)),
+      functools.partial(_encode, config, self.mesh, encoders),
       out_shardings=(
         sharding.batch_sharding(self.mesh),
         NamedSharding(self.mesh, PartitionSpec()),

@@ -45,7 +45,7 @@ def pictures(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np.ndar
   if isinstance(tokenizer, tokenizers.NetworkTokenizer) and not tokenizer.path:
     return None
   mesh = sharding.make_mesh(config)
-  params = frozen.load(config, mesh)['image']
+  params = frozen.load(config, frozen.make(config), mesh)['image']
   arrays = {name: batch[name] for name in ('image_moments', 'image_codes') if name in batch}
   indices_B = jnp.arange(len(batch['key']))
   tokens = tokenizer.encode_batch(params, arrays, jax.random.key(config.train.seed), indices_B)

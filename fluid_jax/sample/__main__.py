@@ -1,5 +1,5 @@
 from fluid_jax import errors
-from fluid_jax.sample import pipeline
+from fluid_jax.sample import command
 
 if __name__ == '__main__':
-  errors.run(pipeline.main)
+  errors.run(command.main)

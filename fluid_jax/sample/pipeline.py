@@ -1,11 +1,10 @@
-"""Prompts to pictures: the sampler of a trained workdir or an export, as a class and as a command.
+"""The Python API of sampling: a trained model that turns prompts into images.
 
-python -m fluid_jax.sample --workdir=DIR --prompt "red heart" --seed 0 --out grid.png
+model = fluid_jax.load('runs/demo')
+images = model.sample(['red heart'], seed=0, guidance_scale=3.0)
 """
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,75 +14,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 
-import fluid_jax
-from fluid_jax import checkpoint, errors, export, plots, sharding, step
+from fluid_jax import checkpoint, errors, export, plots, sharding, startup, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
+from fluid_jax.models import fluid
 
-# Images are always drawn in batches of this size, the last one filled up: one program serves every
-# number of prompts, and an image comes out the same whatever it is drawn beside.
+# Images are sampled in batches of this size; the last batch is padded. One compiled program then
+# serves any number of prompts, and an image does not depend on the other images.
 BATCH_SIZE = 8
 
 
 class Sampler:
-  """Draws pictures with given parameters; compiles once."""
+  """Samples images with given parameters. Compiles at the first call."""
 
   def __init__(
-    self, config: config_lib.Config, encoders: frozen.Params, show_progress: bool = False
+    self,
+    config: config_lib.Config,
+    model: fluid.Fluid,
+    encoders: frozen.Encoders,
+    encoder_params: frozen.Params,
+    show_progress: bool = False,
   ):
     """Compiles nothing yet.
 
     Args:
       config: resolved.
-      encoders: the frozen parameters, see `encoders.frozen.load`.
-      show_progress: whether each step is a line on standard error.
+      model: see `step.make_model`.
+      encoders: see `encoders.frozen.make`.
+      encoder_params: see `encoders.frozen.load`.
+      show_progress: whether to print the steps as one updating line on standard error.
 
     Raises:
-      UserError: nothing here makes pictures of the tokens.
+      UserError: the config has no network that decodes the tokens.
     """
     if config.image.tokenizer == 'prepared':
       raise errors.UserError(
-        'this model draws tokens of a network that it was not trained with: name the one that '
+        'this model samples tokens of a network that is not part of its config: name the one that '
         'prepared them, as in --tokenizer=sd_vae:vae.safetensors.'
       )
     self.config = config
-    self._encoders = encoders
-    self._decode = jax.jit(frozen.make(config).image.decode)
+    self._encoder_params = encoder_params
+    self._decode = jax.jit(encoders.image.decode)
     self._label = ''
-    self._draw = step.make_sampler(config, progress=self._progress if show_progress else None)
+    self._sample = step.make_sampler(
+      config, model, encoders, progress=self._progress if show_progress else None
+    )
 
-  def draw(
+  def sample(
     self, params: Any, prompts: Sequence[str], seeds: Sequence[int]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """One picture for each prompt and seed.
+    """One image for each prompt and seed.
+
+    Args:
+      params: of the model.
+      prompts: n texts.
+      seeds: n integers from 0 to 2**32 - 1.
 
     Returns:
-      images (n, H, W, 3) uint8, and drawn_at (n, L) int32, the step at which each token was drawn.
+      images (n, H, W, 3) uint8, and sampled_at (n, L) int32, the step that sampled each token.
     """
     ids = text.encode_prompts(prompts, self.config.text)
-    images, drawn_at = [], []
+    images, sampled_at = [], []
     for start in range(0, len(ids), BATCH_SIZE):
       rows = np.minimum(np.arange(start, start + BATCH_SIZE), len(ids) - 1)
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
-      tokens, at = self._draw(params, self._encoders, {'text_ids': ids[rows]}, keys)
-      # Whole on every process; this waits, so that there is one label a batch.
+      tokens, at = self._sample(params, self._encoder_params, {'text_ids': ids[rows]}, keys)
+      # All rows on every process. This waits, so the label is that of the running batch.
       tokens, at = multihost_utils.process_allgather((tokens, at), tiled=True)
-      pictures = self._decode(self._encoders['image'], tokens)
-      if not pictures.is_fully_addressable:
-        pictures = multihost_utils.process_allgather(pictures, tiled=True)
-      images.append(np.asarray(pictures))
-      drawn_at.append(at)
-    count = len(ids)
-    return np.concatenate(images)[:count], np.concatenate(drawn_at)[:count]
+      decoded = self._decode(self._encoder_params['image'], tokens)
+      if not decoded.is_fully_addressable:
+        decoded = multihost_utils.process_allgather(decoded, tiled=True)
+      images.append(np.asarray(decoded))
+      sampled_at.append(at)
+    return np.concatenate(images)[: len(ids)], np.concatenate(sampled_at)[: len(ids)]
 
   def grid(self, params: Any, prompts: Sequence[str], num_images: int = 4) -> np.ndarray:
-    """A picture of prompts (rows) by seeds 0, 1, ... (columns), (H, W, 3) uint8."""
+    """Images of prompts (rows) by seeds 0, 1, ... (columns) as one image (H, W, 3) uint8."""
     pairs = [(prompt, seed) for prompt in prompts for seed in range(num_images)]
-    images, _ = self.draw(params, *zip(*pairs, strict=True))
-    return np.asarray(draw_grid(images, prompts, num_images))
+    images, _ = self.sample(params, *zip(*pairs, strict=True))
+    return np.asarray(plots.image_grid(images, prompts, num_images, max(128, images.shape[1])))
 
   def _progress(self, done: np.ndarray) -> None:
     total = self.config.sampling.num_steps
@@ -91,55 +103,189 @@ class Sampler:
     print(f'\r{self._label}: step {done}/{total}', end=end, file=sys.stderr, flush=True)
 
 
-def draw_grid(images: np.ndarray, prompts: Sequence[str], num_images: int) -> Image.Image:
-  """Rows of `num_images` pictures, each row under its prompt."""
-  cell, line = max(128, images.shape[1]), 20
-  grid = Image.new('RGB', (num_images * cell, len(prompts) * (cell + line)), 'white')
-  font = ImageFont.load_default(13)
-  canvas = ImageDraw.Draw(grid)
-  for index, image in enumerate(images):
-    row, column = divmod(index, num_images)
-    picture = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
-    grid.paste(picture, (column * cell, row * (cell + line) + line))
-  for row, prompt in enumerate(prompts):
-    canvas.text((4, row * (cell + line) + 2), plots.plain(prompt), fill='black', font=font)
-  return grid
+class Pipeline:
+  """A trained model with its text encoder and image tokenizer; see `load`.
+
+  Attributes:
+    config: the resolved config that it was trained with.
+    params: parameters of the model.
+    step: the training step of its checkpoint.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.Config,
+    params: Any,
+    step_number: int,
+    encoders: frozen.Encoders,
+    encoder_params: frozen.Params,
+  ):
+    self.config, self.params, self.step = config, params, step_number
+    self._model, self._encoders = step.make_model(config), encoders
+    self._encoder_params = encoder_params
+    self._samplers: dict[tuple[config_lib.Sampling, bool], Sampler] = {}
+
+  def sample(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    seed: int = 0,
+    num_images: int = 1,
+    guidance_scale: float | None = None,
+    guidance_schedule: str | None = None,
+    num_steps: int | None = None,
+    num_diffusion_steps: int | None = None,
+    temperature: float | None = None,
+    show_progress: bool = True,
+  ) -> list[Image.Image]:
+    """Samples images. The first call with new settings compiles.
+
+    Args:
+      prompts: one text, or several.
+      seed: seed of the first image of each prompt, from 0 to 2**31 - 1; the next have seed + 1, ...
+      num_images: images per prompt.
+      guidance_scale: 1 for no guidance; default: the config's.
+      guidance_schedule: 'linear' or 'constant'; default: the config's.
+      num_steps: autoregressive steps in random order; default: the config's.
+      num_diffusion_steps: 2 to 1000, for continuous tokens; default: the config's.
+      temperature: of the noise or of the softmax; default: the config's.
+      show_progress: whether to print the steps as one updating line on standard error.
+
+    Returns:
+      RGB images, prompt by prompt: len(prompts) * num_images of them.
+
+    Raises:
+      UserError: a prompt or a setting is not valid.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = {
+      'guidance_scale': guidance_scale,
+      'guidance_schedule': guidance_schedule,
+      'num_steps': num_steps,
+      'num_diffusion_steps': num_diffusion_steps,
+      'temperature': temperature,
+    }
+    images, _ = self.sample_arrays(
+      prompts, range(seed, seed + num_images), settings, show_progress=show_progress
+    )
+    return [Image.fromarray(image) for image in images]
+
+  def sample_arrays(
+    self,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    show_progress: bool = True,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """As `sample`, for every pair of a prompt and a seed.
+
+    Args:
+      prompts: n texts.
+      seeds: m integers from 0 to 2**31 - 1.
+      settings: of `config.Sampling` by name; None for the config's.
+      show_progress: see `sample`.
+
+    Returns:
+      images (n * m, H, W, 3) uint8, and sampled_at (n * m, L) int32, the step of each token.
+
+    Raises:
+      UserError: a prompt or a setting is not valid.
+    """
+    if not prompts:
+      raise errors.UserError('there is no prompt: give at least one, such as "red heart".')
+    if not len(seeds):
+      raise errors.UserError('num_images is below 1: ask for at least one image per prompt.')
+    if not 0 <= min(seeds) <= max(seeds) < 2**31:
+      raise errors.UserError(
+        f'seeds from {min(seeds)} to {max(seeds)} are out of range: choose 0 to {2**31 - 1}.'
+      )
+    sampling = self.sampling_settings(settings)
+    if (sampling, show_progress) not in self._samplers:
+      config = dataclasses.replace(self.config, sampling=sampling)
+      self._samplers[sampling, show_progress] = Sampler(
+        config, self._model, self._encoders, self._encoder_params, show_progress
+      )
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    sampler = self._samplers[sampling, show_progress]
+    return sampler.sample(self.params, *zip(*pairs, strict=True))
+
+  def sampling_settings(self, settings: Mapping[str, Any]) -> config_lib.Sampling:
+    """The config's settings with changes, checked; None leaves a setting as it is."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if 'num_steps' in given and self._model.order.is_sequential:
+      raise errors.UserError(
+        f'num_steps is for random order; {self.config.model.order} order samples one token per '
+        'step.'
+      )
+    values = dataclasses.asdict(self.config)
+    values['sampling'] |= given
+    return config_lib.resolve(values).sampling
 
 
-def save_animation(
-  images: np.ndarray, drawn_at: np.ndarray, path: pathlib.Path, milliseconds: int = 180
-) -> None:
-  """An animated strip of pictures, in which each token appears at the step that drew it."""
-  count, size = images.shape[:2]
-  grid = round(drawn_at.shape[1] ** 0.5)
-  patch = size // grid
-  # (n, L) steps to (n, H, W): the step that drew the token each pixel lies in.
-  at = drawn_at.reshape(count, grid, grid).repeat(patch, 1).repeat(patch, 2)
-  frames = []
-  for done in range(at.max() + 2):
-    shown = np.where((at < done)[..., None], images, 200).astype(np.uint8)
-    frames.append(Image.fromarray(np.concatenate(list(shown), axis=1)))
-  frames = [frame.resize((frame.width * 2, frame.height * 2)) for frame in frames]
-  durations = [milliseconds] * (len(frames) - 1) + [2000]
-  frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def load(
+  path: str | pathlib.Path,
+  *,
+  weights: str = 'ema',
+  step: int | None = None,
+  tokenizer_path: str | None = None,
+  t5_path: str | None = None,
+  vocabulary: str | None = None,
+) -> Pipeline:
+  """Loads a trained model for sampling; does not import TensorFlow.
+
+  Args:
+    path: the workdir of a training run, or an export.
+    weights: 'ema' or 'raw'.
+    step: checkpoint to load; the newest valid one by default.
+    tokenizer_path, t5_path, vocabulary: files of the encoders, where they are not at the paths of
+      the config.
+
+  Raises:
+    UserError: there is no valid checkpoint, or an encoder is missing or not the one of training.
+  """
+  if weights not in export.FIELDS:
+    raise errors.UserError(f'weights={weights!r} is neither ema nor raw: choose one of them.')
+  startup.enable_compilation_cache()
+  replaced = {
+    'image.tokenizer': tokenizer_path,
+    'text.t5_path': t5_path,
+    'text.vocabulary': vocabulary,
+  }
+  replaced = {name: value for name, value in replaced.items() if value is not None}
+  config, digests, params, step_number = load_workdir(path, weights, step, replaced)
+  mesh = sharding.make_mesh(config)
+  encoders = frozen.make(config)
+  encoder_params = frozen.load(config, encoders, mesh)
+  for name, digest in frozen.digests(encoder_params, mesh).items():
+    if digests.get(name, digest) != digest:
+      raise errors.UserError(
+        f'the {name} encoder has digest {digest[:12]}, but the model was trained with one of '
+        f'{digests[name][:12]}: give the weights that it was trained with.',
+        errors.MISMATCH,
+      )
+  return Pipeline(config, params, step_number, encoders, encoder_params)
 
 
 def load_workdir(
   workdir: str | pathlib.Path,
   weights: str = 'ema',
   checkpoint_step: int | None = None,
-  moved: Mapping[str, str] | None = None,
+  replaced: Mapping[str, str] | None = None,
 ) -> tuple[config_lib.Config, dict[str, str], Any, int]:
-  """Config, digests of the encoders, parameters ('ema' or 'raw') and step of a workdir or export.
+  """Config, digests of the encoders, parameters and step of a workdir or export.
 
-  `moved` is by setting ('text.t5_path') what stands in place of the saved config's.
+  Args:
+    workdir: of training, or an export.
+    weights: 'ema' or 'raw'.
+    checkpoint_step: the newest valid one if None.
+    replaced: values for settings of the saved config, such as {'text.t5_path': ...}.
   """
   workdir = pathlib.Path(workdir)
   if export.is_export(workdir):
-    return export.load(workdir, weights, checkpoint_step, moved)
+    return export.load(workdir, weights, checkpoint_step, replaced)
   directory = workdir / 'checkpoints'
   saved = checkpoint.read_config(directory, checkpoint_step)
-  for name, value in (moved or {}).items():
+  for name, value in (replaced or {}).items():
     group, key = name.split('.')
     saved[group][key] = value
   config = sharding.config_here(saved)
@@ -150,106 +296,3 @@ def load_workdir(
   checkpointer.close()
   state, _, found = restored
   return config, saved.get('encoder_digests', {}), state[field], found
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog='python -m fluid_jax.sample', description='Draws pictures of prompts.'
-  )
-  parser.add_argument('--workdir', required=True, help='where fluid_jax.main trained, or an export')
-  parser.add_argument('--prompt', action='append', default=[], help='may be given many times')
-  parser.add_argument('--prompts_file', type=pathlib.Path, help='one prompt a line')
-  parser.add_argument('--seed', type=int, default=0, help='of the first column')
-  parser.add_argument('--num_images', type=int, default=4, help='seeds for each prompt')
-  parser.add_argument('--num_steps', type=int, help='autoregressive steps (random order)')
-  parser.add_argument('--num_diffusion_steps', type=int, help='2 to 1000 (continuous tokens)')
-  parser.add_argument('--guidance_scale', type=float, help="1 is none, 0 the paper's")
-  parser.add_argument('--guidance_schedule', choices=('linear', 'constant'))
-  parser.add_argument('--temperature', type=float, help="of the noise; 0 is the paper's")
-  parser.add_argument('--weights', choices=('ema', 'raw'), default='ema')
-  parser.add_argument('--tokenizer', help='NAME:PATH instead of the one trained with')
-  parser.add_argument('--t5_path', help='instead of the one trained with')
-  parser.add_argument('--vocabulary', help="T5's, instead of the one trained with")
-  parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('grid.png'))
-  parser.add_argument('--animation', type=pathlib.Path, help='also write a GIF of the decoding')
-  return parser.parse_args(argv)
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-  prompts = list(args.prompt)
-  if args.prompts_file:
-    try:
-      prompts += args.prompts_file.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise errors.UserError(
-        f'--prompts_file={args.prompts_file} cannot be read ({error}).'
-      ) from error
-  if not prompts:
-    raise errors.UserError('there is no prompt: give --prompt "red heart", or --prompts_file.')
-  return prompts
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  args = parse_args(argv)
-  prompts = read_prompts(args)
-  for name, value, low in (('num_images', args.num_images, 1), ('seed', args.seed, 0)):
-    if not low <= value < 2**31:
-      raise errors.UserError(f'--{name}={value} is out of range: choose {low} or more.')
-  for name, path, suffix in (('out', args.out, '.png'), ('animation', args.animation, '.gif')):
-    if path and not path.absolute().parent.is_dir():
-      raise errors.UserError(f'the folder of --{name}={path} does not exist: make it first.')
-    if path and path.suffix.lower() != suffix:
-      raise errors.UserError(f'--{name}={path} does not end in {suffix}: name it so.')
-  moved = {
-    'image.tokenizer': args.tokenizer,
-    'text.t5_path': args.t5_path,
-    'text.vocabulary': args.vocabulary,
-  }
-  moved = {name: value for name, value in moved.items() if value is not None}
-  config, digests, params, found = load_workdir(args.workdir, args.weights, args.step, moved)
-  text.encode_prompts(prompts, config.text)  # refuses before anything is drawn
-  names = [field.name for field in dataclasses.fields(config.sampling)]
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  if config.model.order == 'raster' and 'num_steps' in given:
-    raise errors.UserError('--num_steps is for random order; this model draws one token a step.')
-  # Checked as a config file's settings are; 0 stands for the paper's value here too.
-  sampling = dataclasses.asdict(config.sampling) | given
-  config = config_lib.resolve(dataclasses.asdict(config) | {'sampling': sampling})
-  mesh = sharding.make_mesh(config)
-  encoders = frozen.load(config, mesh)
-  for name, digest in frozen.digests(encoders, mesh).items():
-    if digests.get(name, digest) != digest:
-      raise errors.UserError(
-        f'the {name} encoder has digest {digest[:12]}, and the model was trained with one of '
-        f'{digests[name][:12]}: give the weights that it was trained with.',
-        errors.MISMATCH,
-      )
-  sampler = Sampler(config, encoders, show_progress=True)
-  seeds = range(args.seed, args.seed + args.num_images)
-  pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-  images, drawn_at = sampler.draw(params, *zip(*pairs, strict=True))
-  facts = {
-    'prompts': prompts,
-    'seeds': list(seeds),
-    'checkpoint_step': found,
-    'weights': args.weights,
-    'settings': dataclasses.asdict(config.sampling),
-    'config': config.name,
-    'fluid_jax': fluid_jax.__version__,
-  }
-  info = PngImagePlugin.PngInfo()
-  for key, value in facts.items():
-    info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-  try:
-    draw_grid(images, prompts, args.num_images).save(args.out, format='PNG', pnginfo=info)
-    if args.animation:
-      first = slice(0, None, args.num_images)
-      save_animation(images[first], drawn_at[first], args.animation)
-  except OSError as error:
-    raise errors.UserError(f'{error}: give a place you can write to.', errors.STORAGE) from error
-  print(f'wrote {args.out}' + (f' and {args.animation}' if args.animation else ''))
-
-
-if __name__ == '__main__':
-  errors.run(main)

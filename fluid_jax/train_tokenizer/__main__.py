@@ -1,5 +1,47 @@
-from fluid_jax import errors
-from fluid_jax.train_tokenizer import train
+"""The command that trains image tokenizers."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from fluid_jax import cli, errors
+from fluid_jax.train_tokenizer import config as tokenizer_config
+
+_DESCRIPTION = """\
+Trains an image tokenizer, a KL-VAE or a VQGAN, on the images of a task.
+
+  python -m fluid_jax.train_tokenizer --config=tokenizer_kl --workdir=runs/kl
+
+When done, it writes tokenizer.safetensors to the workdir and prints the flags that train Fluid on
+its tokens. The same command resumes a run that was interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = cli.Parser(
+    'python -m fluid_jax.train_tokenizer', _DESCRIPTION, settings=tokenizer_config.Config
+  )
+  cli.add_run_flags(parser)
+  words = sys.argv[1:] if argv is None else argv
+  args, config = parser.read_config(words, tokenizer_config.resolve)
+  if args.print_config:
+    print(json.dumps(dataclasses.asdict(config), indent=2))
+    return 0
+  if args.validate_only:
+    from fluid_jax.train_tokenizer import train
+
+    print(train.describe(config))
+    return 0
+  if not args.workdir:
+    raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
+  from fluid_jax import distributed
+
+  with distributed.initialize(args.peer_timeout_s):
+    from fluid_jax.train_tokenizer import train
+
+    return train.train(config, args.workdir)
+
 
 if __name__ == '__main__':
-  errors.run(train.run)
+  errors.run(main)

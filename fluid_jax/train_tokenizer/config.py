@@ -1,4 +1,4 @@
-"""Settings of `fluid_jax.train_tokenizer`, beside those of `config` that all training shares."""
+"""Settings of `fluid_jax.train_tokenizer`; shared ones are in `fluid_jax.config`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,66 +17,67 @@ CHOICES = {
   'optimizer.schedule': config_lib.CHOICES['optimizer.schedule'],
 }
 _OPTIMIZER = config_lib.Optimizer(warmup_steps=1000, b2=0.99, clip_norm=1.0, ema_decay=0.999)
-_MESH = config_lib.Mesh(fsdp=1)  # small enough to lie whole on every device
+_MESH = config_lib.Mesh(fsdp=1)  # a tokenizer is small enough to be replicated on every device
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-  kind: str = 'kl'  # 'kl': continuous latents; 'vq': codes
+class Architecture:
+  kind: str = 'kl'  # 'kl': KL-VAE, continuous latents; 'vq': VQGAN, discrete codes
   width: int = 128  # channels of the first level
-  multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level over `width`
-  num_blocks: int = 2  # residual blocks of a level
-  pixel_patch: int = 1  # pixels a side that are one place of the first level
-  channels: int = 16  # of a token, or of a code
-  vocab_size: int = 8192  # codes of 'vq'
+  multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, relative to width
+  num_blocks: int = 2  # residual blocks per level
+  pixel_patch: int = 1  # side in pixels of the patches that the first level reads
+  channels: int = 16  # channels of a latent token or of a code
+  vocab_size: int = 8192  # number of codes ('vq' only)
   dtype: str = 'float32'  # of the computation; parameters and losses are float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  task: str = 'webli'  # name of a seqio task, or the path of a prepared set; its texts are not read
-  module: str = ''  # Python module that registers it, if it is yours
-  image_size: int = 256  # pixels a side
-  max_corrupt_fraction: float = 0.001  # of records, before training ends; others take their places
-  random_flip: bool = False  # mirrors half of the pictures
+  task: str = 'webli'  # name of a seqio task, or path of a prepared set; captions are not read
+  module: str = ''  # Python module that registers your own task
+  image_size: int = 256  # side of the images in pixels
+  max_corrupt_fraction: float = 0.001  # fraction of records that may be corrupt; they are replaced
+  random_flip: bool = False  # mirror half of the images
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Weights of the terms; pictures lie in [-1, 1]. See `encoders.tokenizer_losses`."""
+  """Weights of the terms of the loss. Images are in [-1, 1]; see `train_tokenizer.losses`."""
 
   l1: float = 1.0  # mean absolute error
   l2: float = 0.0  # mean squared error
-  kl: float = 1e-6  # of 'kl': nats of a picture over its number of values (latent diffusion's)
-  commitment: float = 0.25  # of 'vq'
-  perceptual: float = 0.0  # needs vgg_path
-  vgg_path: str = ''  # VGG-16's safetensors, by torchvision's names
-  lpips_path: str = ''  # LPIPS' linear weights; without them all channels weigh the same
-  adversarial: float = 0.0
-  discriminator_start: int = 0  # step from which there is an adversary
-  discriminator_width: int = 64
+  kl: float = 1e-6  # KL divergence in nats over the number of values of an image ('kl' only)
+  commitment: float = 0.25  # squared distance of encodings to their codes ('vq' only)
+  perceptual: float = 0.0  # LPIPS; needs vgg_path
+  vgg_path: str = ''  # safetensors of VGG-16 with torchvision's names
+  lpips_path: str = ''  # safetensors of LPIPS' linear weights; empty: all channels have weight 1
+  adversarial: float = 0.0  # PatchGAN discriminator
+  discriminator_start: int = 0  # first step with the adversarial term
+  discriminator_width: int = 64  # channels of the discriminator's first layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Codebook:
-  """Of 'vq': codes are moving means of the encodings nearest to them (arXiv 1711.00937)."""
+  """For 'vq': codes are moving means of the encodings nearest to them (arXiv 1711.00937)."""
 
-  decay: float = 0.99
-  # A code whose use falls below this share of the mean starts anew at an encoding of the batch.
+  decay: float = 0.99  # of the moving means
+  # a code whose use falls below this fraction of the mean use is reset to an encoding of the batch
   revive_below: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(config_lib.Run):
-  # 'module:name' of a function without arguments, called at each evaluation; what it returns has
-  # update(images, reconstructions), uint8 (n, H, W, 3), and result() -> {name: figure}: for rFID.
+  # 'module:function' of your own metric such as rFID; the function is called without arguments at
+  # each evaluation and returns an object with update(images, reconstructions), uint8 (n, H, W, 3),
+  # and result() -> {name: value}
   metric: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   name: str = 'tokenizer'
-  network: Network = Network()
+  network: Architecture = Architecture()
   losses: Losses = Losses()
   codebook: Codebook = Codebook()
   data: Data = Data()
@@ -86,12 +87,15 @@ class Config:
 
   @property
   def num_tokens(self) -> int:
-    """Of a picture."""
+    """Tokens per image."""
     return (self.data.image_size // make_network(self).shape.stride) ** 2
 
 
 def make_network(config: Config) -> kl_vae.KLVAE | vq.VQGAN:
-  """The network of a config; attention at the innermost resolution alone, as in MAR's KL-16."""
+  """The network of a config. Only the level of lowest resolution has attention, as in MAR's KL-16.
+
+  Source: MAR, models/vae.py.
+  """
   n = config.network
   shape = autoencoder.Shape(
     n.width,
@@ -113,7 +117,11 @@ def base_config() -> ml_collections.ConfigDict:
 
 
 def resolve(config: Mapping[str, Any]) -> Config:
-  """A checked `Config`; raises one UserError that lists every problem, each with its mending."""
+  """A checked `Config`.
+
+  Raises:
+    UserError: lists every problem and how to fix it.
+  """
   return config_lib.build(Config, config, _check)
 
 
@@ -134,8 +142,8 @@ def _check(c: Config) -> list[str]:
   stride = make_network(c).shape.stride
   if c.data.image_size % stride:
     problems.append(
-      f'data.image_size {c.data.image_size} is not divisible by the {stride} pixels a side of a '
-      'token (network.pixel_patch, and twice that for each further level of multipliers).'
+      f'data.image_size {c.data.image_size} is not divisible by the side of a token, {stride} '
+      'pixels (network.pixel_patch, doubled for each level of network.multipliers after the first).'
     )
   if c.losses.perceptual and not c.losses.vgg_path:
     problems.append(
@@ -144,13 +152,13 @@ def _check(c: Config) -> list[str]:
   if not c.losses.l1 + c.losses.l2 + c.losses.perceptual:
     problems.append('losses.l1, losses.l2 and losses.perceptual are all 0; set one of them.')
   if c.network.kind == 'kl' and not c.losses.kl:
-    problems.append("losses.kl is 0, so nothing holds the latents' scale; 1e-6 is usual.")
+    problems.append('losses.kl is 0, so the scale of the latents is not bounded; 1e-6 is usual.')
   if not 0 < c.codebook.decay < 1:
-    problems.append(f'codebook.decay is {c.codebook.decay}; it must lie between 0 and 1.')
+    problems.append(f'codebook.decay is {c.codebook.decay}; it must be between 0 and 1.')
   if not 0 < c.codebook.revive_below < 1:
     problems.append(
-      f'codebook.revive_below is {c.codebook.revive_below}; it must lie between 0 and 1.'
+      f'codebook.revive_below is {c.codebook.revive_below}; it must be between 0 and 1.'
     )
   if c.mesh.tensor != 1:
-    problems.append('mesh.tensor splits nothing of a tokenizer; set it to 1.')
+    problems.append(f'mesh.tensor is {c.mesh.tensor}, but tokenizers are not split; set it to 1.')
   return problems

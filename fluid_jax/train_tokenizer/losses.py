@@ -1,6 +1,6 @@
-"""What image tokenizers are trained against: distances of pictures, and an adversary.
+"""Losses of image tokenizers: KL divergence, LPIPS, and a discriminator.
 
-Pictures x_BxHxWx3 are float32 in [-1, 1].
+Images x_BxHxWx3 are float32 in [-1, 1].
 """
 
 import math
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from fluid_jax.encoders import weights
 
-# VGG-16 (arXiv 1409.1556): channels of its convolutions, each with a ReLU behind it. LPIPS reads
-# what leaves each group; between groups the side halves.
+# VGG-16 (arXiv 1409.1556): channels of its convolutions, each followed by a ReLU. LPIPS compares
+# the outputs of each group. Max pooling between groups halves the resolution.
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# Mean and standard deviation of ImageNet's values, as LPIPS brings them to [-1, 1].
+# Mean and standard deviation of ImageNet, for values in [-1, 1], as in LPIPS.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def kl_divergence(moments_BxLx2C: jax.Array) -> jax.Array:
-  """Nats (B,) from the standard normal distribution to that of the latents of each picture."""
+  """KL divergence (B,) in nats of the latents' distribution from the standard normal one."""
   mean_BxLxC, log_variance_BxLxC = jnp.split(moments_BxLx2C, 2, axis=-1)
   twice = jnp.square(mean_BxLxC) + jnp.exp(log_variance_BxLxC) - 1 - log_variance_BxLxC
   return 0.5 * twice.sum((1, 2))
@@ -30,7 +30,7 @@ def kl_divergence(moments_BxLx2C: jax.Array) -> jax.Array:
 
 
 def perceptual_shapes(sharding: Any, has_linear: bool) -> dict[str, Any]:
-  """Shapes of what `perceptual` reads, float32: of VGG-16's convolutions, and LPIPS' weights."""
+  """Shapes of the float32 parameters of `perceptual`: VGG-16's and LPIPS' linear weights."""
 
   def shape(*sizes: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=sharding)
@@ -49,20 +49,25 @@ def perceptual_shapes(sharding: Any, has_linear: bool) -> dict[str, Any]:
 
 
 def load_perceptual(vgg_path: str, lpips_path: str, sharding: Any) -> dict[str, Any]:
-  """Parameters of `perceptual`, from torchvision's VGG-16 and, unless '', LPIPS' linear layers.
+  """Reads the parameters of `perceptual`.
+
+  Args:
+    vgg_path: safetensors of torchvision's VGG-16.
+    lpips_path: safetensors of LPIPS' linear layers, or ''.
+    sharding: of every array.
 
   Raises:
     UserError: see `weights.load`.
   """
   shapes = perceptual_shapes(sharding, bool(lpips_path))
-  found, place = {}, 0
+  found, position = {}, 0
   for group, channels in enumerate(VGG16):
     for number in range(len(channels)):
-      name, torch_name = f'conv_{group}_{number}', f'features.{place}'
+      name, torch_name = f'conv_{group}_{number}', f'features.{position}'
       found[f'{name}/kernel'] = weights.Entry(f'{torch_name}.weight', (2, 3, 1, 0))
       found[f'{name}/bias'] = weights.Entry(f'{torch_name}.bias')
-      place += 2  # a ReLU stands between
-    place += 1  # and a pooling behind each group
+      position += 2  # skips the ReLU
+    position += 1  # skips the pooling after each group
   params = {'vgg': weights.load(weights.Safetensors(vgg_path), found, shapes['vgg'], 'classifier')}
   found = {f'group_{i}': weights.Entry(f'lin{i}.model.1.weight', (1,)) for i in range(len(VGG16))}
   params['linear'] = (
@@ -72,13 +77,13 @@ def load_perceptual(vgg_path: str, lpips_path: str, sharding: Any) -> dict[str, 
 
 
 def perceptual(params: dict[str, Any], x_BxHxWx3: jax.Array, y_BxHxWx3: jax.Array) -> jax.Array:
-  """LPIPS (arXiv 1801.03924) of pictures (B,), of VGG-16.
+  """LPIPS (arXiv 1801.03924) with VGG-16 of two batches of images, (B,).
 
-  Without linear weights each channel weighs 1: twice the cosine distance of features, averaged over
-  places and summed over groups.
+  Without linear weights each channel has weight 1. This is twice the cosine distance of the
+  features, averaged over positions and summed over groups.
   """
   total = 0.0
-  features = [_features(params['vgg'], pictures) for pictures in (x_BxHxWx3, y_BxHxWx3)]
+  features = [_features(params['vgg'], images) for images in (x_BxHxWx3, y_BxHxWx3)]
   for group, (x, y) in enumerate(zip(*features, strict=True)):
     weight = params['linear'].get(f'group_{group}', 1.0)
     total += (jnp.square(_unit(x) - _unit(y)) * weight).sum(-1).mean((1, 2))
@@ -86,7 +91,7 @@ def perceptual(params: dict[str, Any], x_BxHxWx3: jax.Array, y_BxHxWx3: jax.Arra
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  # Inside the root, where a vector of zeros has a gradient.
+  # The constant is inside the root, so that the gradient of a zero vector is finite.
   return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-10)
 
 
@@ -109,17 +114,20 @@ def _features(vgg: dict[str, Any], x_BxHxWx3: jax.Array) -> list[jax.Array]:
 
 
 class Discriminator(nn.Module):
-  """Says of squares of a picture whether they are real (PatchGAN, arXiv 1611.07004), 3 layers deep.
+  """PatchGAN (arXiv 1611.07004) with 3 layers: classifies overlapping patches as real or generated.
 
-  With group normalization in place of batch normalization, so that an example's answer does not
-  depend on the others of its batch, or on how many devices share it.
+  It uses group normalization instead of batch normalization, so that the output for an example does
+  not depend on the other examples of the batch or on the number of devices.
+
+  Attributes:
+    width: channels of the first layer.
   """
 
   width: int = 64
 
   @nn.compact
   def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
-    """Logits (B, h, w)."""
+    """Logits (B, h, w) from images (B, H, W, 3)."""
     h = x_BxHxWx3
     for layer, (factor, stride) in enumerate(((1, 2), (2, 2), (4, 2), (8, 1), (0, 1))):
       features = self.width * factor or 1
@@ -140,6 +148,6 @@ class Discriminator(nn.Module):
     return h[..., 0]
 
 
-def discriminator_loss(real: jax.Array, made: jax.Array) -> jax.Array:
-  """Hinge loss () of its logits on real and on made pictures."""
-  return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + made).mean())
+def discriminator_loss(real: jax.Array, generated: jax.Array) -> jax.Array:
+  """Hinge loss () of the discriminator's logits on real and on generated images."""
+  return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + generated).mean())

@@ -1,4 +1,4 @@
-"""The jitted programs of image tokenizers: init, train step, and reconstruction."""
+"""The train step and the reconstruction of image tokenizers, and their jitted forms."""
 
 import dataclasses
 import functools
@@ -19,22 +19,23 @@ from fluid_jax.train_tokenizer import losses as tokenizer_losses
 
 
 class Trained(flax.struct.PyTreeNode):
-  """Parameters and their optimizer's state."""
+  """Parameters and the state of their optimizer."""
 
   params: Any
   opt_state: Any
 
 
 class TokenizerState(flax.struct.PyTreeNode):
-  """All that training changes.
+  """Everything that training changes.
 
   Attributes:
-    step: batches.
-    num_skipped: those of them that changed nothing.
-    network, ema_params: of the tokenizer. The codebook lies among them but no gradient moves it.
-    codebook: for 'vq' moving means `counts_V` of each code's uses in a batch and `sums_VxC` of the
-      encodings nearest to it; else {}.
-    discriminator: or {}.
+    step: () int32, number of batches seen.
+    num_skipped: () int32, how many of them were skipped because a metric was not finite.
+    network: the tokenizer. For 'vq' its parameters include the codebook, which has no gradient.
+    ema_params: exponential moving average of the tokenizer's parameters.
+    codebook: for 'vq' the moving means `counts_V`, uses of each code per batch, and `sums_VxC`,
+      sums of the encodings nearest to each code; {} otherwise.
+    discriminator: {} without the adversarial term.
   """
 
   step: jax.Array
@@ -50,14 +51,14 @@ class TokenizerState(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-  """What `build` makes.
+class TokenizerProgram:
+  """The jitted functions of training, with the shardings of their arguments and results.
 
   Attributes:
     init: () -> TokenizerState.
-    train_step: (state, {'images': uint8}, perceptual parameters) -> (state, figures).
-    reconstruct: (params, images_BxHxWx3 uint8) -> the images and what comes back of them, uint8,
-      and their moments or codes; whole on every device.
+    train_step: (state, {'images': uint8}, perceptual parameters) -> (state, metrics).
+    reconstruct: (params, images_BxHxWx3 uint8) -> the images, their reconstructions (uint8), and
+      their moments or codes; replicated on every device.
     state: shapes, dtypes and shardings of the state.
   """
 
@@ -67,32 +68,32 @@ class Program:
   state: TokenizerState
 
 
-def build(config: tokenizer_config.Config, mesh: Mesh) -> Program:
-  """The programs of `config` over `mesh`, jitted with exact shardings."""
+def build(config: tokenizer_config.Config, mesh: Mesh) -> TokenizerProgram:
+  """Jits `train_step` and `reconstruct` over `mesh`; nothing is compiled yet."""
   begin = functools.partial(init, config)
   shapes, boxed = jax.eval_shape(begin), jax.eval_shape(functools.partial(_init_params, config))
-  whole = NamedSharding(mesh, PartitionSpec())
-  shardings = jax.tree.map(lambda _: whole, shapes)
-  held = {'network': ('network', 'ema_params'), 'discriminator': ('discriminator',)}
+  replicated = NamedSharding(mesh, PartitionSpec())
+  shardings = jax.tree.map(lambda _: replicated, shapes)
+  fields = {'network': ('network', 'ema_params'), 'discriminator': ('discriminator',)}
   for part, boxed_params in boxed.items():
     params = getattr(shapes, part).params
     by_param = sharding.param_shardings(config, mesh, boxed_params)
-    for name in held[part]:
+    for name in fields[part]:
       found = sharding.like_params(params, by_param, getattr(shapes, name))
       shardings = shardings.replace(**{name: found})
   by_example = sharding.batch_sharding(mesh)
-  return Program(
+  return TokenizerProgram(
     init=jax.jit(begin, out_shardings=shardings),
     train_step=jax.jit(
-      _over(config, mesh, _train_step),
-      in_shardings=(shardings, by_example, whole),
-      out_shardings=(shardings, whole),
+      sharding.bind(train_step, config, config=config, mesh=mesh),
+      in_shardings=(shardings, by_example, replicated),
+      out_shardings=(shardings, replicated),
       donate_argnums=0,
     ),
     reconstruct=jax.jit(
-      _over(config, mesh, _reconstruct),
+      sharding.bind(reconstruct, config, config=config, mesh=mesh),
       in_shardings=(shardings.ema_params, by_example),
-      out_shardings=whole,
+      out_shardings=replicated,
     ),
     state=jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
@@ -100,30 +101,23 @@ def build(config: tokenizer_config.Config, mesh: Mesh) -> Program:
   )
 
 
-def _over(config: tokenizer_config.Config, mesh: Mesh, function: Callable) -> Callable:
-  def over(*args):
-    with sharding.axis_rules(config, mesh):
-      return function(config, *args)
-
-  return over
-
-
 def _init_params(config: tokenizer_config.Config) -> dict[str, Any]:
-  """Fresh parameters by part, boxed with logical axis names."""
+  """Initial parameters of network and discriminator, boxed with logical axis names."""
   keys = jax.random.split(jax.random.key(config.train.seed))
-  pictures = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+  images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
   network = tokenizer_config.make_network(config).network
-  params = {'network': network.init(keys[0], pictures)['params']}
+  params = {'network': network.init(keys[0], images)['params']}
   if config.losses.adversarial:
-    params['discriminator'] = _discriminator(config).init(keys[1], pictures)['params']
+    params['discriminator'] = _discriminator(config).init(keys[1], images)['params']
   return params
 
 
 def init(config: tokenizer_config.Config) -> TokenizerState:
+  """The state before the first step."""
   params, optimizer = nn.unbox(_init_params(config)), optim.make_optimizer(config)
   trained = {name: Trained(part, optimizer.init(part)) for name, part in params.items()}
   codebook = {}
-  if config.network.kind == 'vq':  # of counts of 0, so that all codes start at encodings
+  if config.network.kind == 'vq':  # counts of 0, so that the first step resets all codes
     codes_VxC = params['network']['codebook']
     codebook = {'counts_V': jnp.zeros(len(codes_VxC)), 'sums_VxC': jnp.zeros_like(codes_VxC)}
   return TokenizerState(
@@ -140,19 +134,30 @@ def _discriminator(config: tokenizer_config.Config) -> tokenizer_losses.Discrimi
   return tokenizer_losses.Discriminator(config.losses.discriminator_width)
 
 
-def _train_step(
+def train_step(
   config: tokenizer_config.Config,
   state: TokenizerState,
   batch: dict[str, jax.Array],
   perceptual_params: Any,
 ) -> tuple[TokenizerState, dict[str, jax.Array]]:
+  """One update of the network, the codebook and the discriminator.
+
+  Args:
+    config: resolved.
+    state: before the step.
+    batch: `images` (B, H, W, 3) uint8.
+    perceptual_params: see `losses.load_perceptual`; {} without the perceptual term.
+
+  Returns:
+    The new state, and metrics by name, each ().
+  """
   optimizer, schedule = optim.make_optimizer(config), optim.make_schedule(config)
   x_BxHxWx3 = batch['images'].astype(jnp.float32) / 127.5 - 1
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   has_adversary = (state.step >= config.losses.discriminator_start).astype(jnp.float32)
 
-  def judge(params: Any, pictures: jax.Array) -> jax.Array:
-    return _discriminator(config).apply({'params': params}, pictures)
+  def judge(params: Any, images: jax.Array) -> jax.Array:
+    return _discriminator(config).apply({'params': params}, images)
 
   def loss_of(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any, jax.Array]]:
     y_BxHxWx3, terms, encoded = _reconstruction(config, params, x_BxHxWx3, key)
@@ -171,12 +176,12 @@ def _train_step(
 
   compute = jax.value_and_grad(loss_of, has_aux=True)
   (loss, (terms, encoded, y_BxHxWx3)), grads = compute(state.network.params)
-  figures = {**terms, 'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  metrics = {**terms, 'loss': loss, 'grad_norm': optax.tree.norm(grads)}
   network = _update(optimizer, state.network, grads)
   codebook, discriminator = state.codebook, state.discriminator
   if codebook:
-    codebook, codes_VxC, share = _move_codes(config, codebook, key, *encoded)
-    figures['codes_used_fraction'] = share
+    codebook, codes_VxC, used = _update_codebook(config, codebook, key, *encoded)
+    metrics['codes_used_fraction'] = used
     network = network.replace(params={**network.params, 'codebook': codes_VxC})
   if config.losses.adversarial:
 
@@ -184,7 +189,7 @@ def _train_step(
       return tokenizer_losses.discriminator_loss(judge(params, x_BxHxWx3), judge(params, y_BxHxWx3))
 
     value, grads = jax.value_and_grad(discriminator_loss)(discriminator.params)
-    figures['discriminator_loss'] = value
+    metrics['discriminator_loss'] = value
     updated = _update(optimizer, discriminator, grads)
     discriminator = _where(has_adversary > 0, updated, discriminator)
   num_updates = state.step - state.num_skipped
@@ -197,18 +202,29 @@ def _train_step(
     codebook=codebook,
     discriminator=discriminator,
   )
-  # A step whose figures are not finite changes nothing but the counts.
-  is_finite = jnp.isfinite(jnp.stack([*figures.values()])).all()
+  # A step with a metric that is not finite changes only the counters.
+  is_finite = jnp.isfinite(jnp.stack([*metrics.values()])).all()
   skipped = state.replace(step=new.step, num_skipped=state.num_skipped + 1)
   new = _where(is_finite, new, skipped)
-  figures |= {'learning_rate': schedule(num_updates), 'num_skipped': new.num_skipped}
-  return new, figures
+  metrics |= {'learning_rate': schedule(num_updates), 'num_skipped': new.num_skipped}
+  return new, metrics
 
 
 def _reconstruction(
   config: tokenizer_config.Config, params: Any, x_BxHxWx3: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, ...]]:
-  """y_BxHxWx3, the terms of the loss on latents, and for 'vq' z_NxC and the codes_N nearest."""
+  """Encodes and decodes images.
+
+  Args:
+    config: resolved.
+    params: parameters of the network.
+    x_BxHxWx3: images, float32 in [-1, 1].
+    key: PRNG key of the latents of 'kl'.
+
+  Returns:
+    y_BxHxWx3; the terms of the loss on latents by name; and for 'vq' the encodings z_NxC and the
+    index of the nearest code of each, code_N.
+  """
   tokenizer = tokenizer_config.make_network(config)
   network = functools.partial(tokenizer.network.apply, {'params': params})
   encoded = network(x_BxHxWx3, method='encode')
@@ -224,35 +240,39 @@ def _reconstruction(
   code_N = patches.nearest(jax.lax.stop_gradient(z_NxC), codes_VxC)
   nearest_NxC = codes_VxC[code_N]
   commitment = jnp.square(z_NxC - nearest_NxC).mean()
-  # The decoder reads codes; its gradient reaches the encoder as if it had read the encoding.
+  # Straight-through estimator: the decoder reads codes, and the encoder receives their gradient.
   q_NxC = z_NxC + jax.lax.stop_gradient(nearest_NxC - z_NxC)
   y_BxHxWx3 = network(q_NxC.reshape(encoded.shape), method='decode')
   return y_BxHxWx3, {'commitment': commitment}, (z_NxC, code_N)
 
 
-def _move_codes(
+def _update_codebook(
   config: tokenizer_config.Config,
   codebook: dict[str, jax.Array],
   key: jax.Array,
   z_NxC: jax.Array,
   code_N: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-  """The codebook's moving means, its codes_VxC, and the share of codes that the batch used.
+  """Updates the moving means of the codebook.
 
-  Codes are means of the encodings nearest to them (arXiv 1711.00937, appendix A.1); one that is
-  hardly used starts anew at an encoding of the batch, as if it were used as the others are.
+  Codes are means of the encodings nearest to them (arXiv 1711.00937, appendix A.1). A code whose
+  use falls below `codebook.revive_below` of the mean use is reset to a random encoding of the
+  batch, and its count to the mean count.
+
+  Returns:
+    The moving means, the new codes_VxC, and the fraction of codes that the batch used.
   """
   settings, num_codes = config.codebook, config.network.vocab_size
   counts_V = jnp.zeros(num_codes).at[code_N].add(1.0)
   sums_VxC = jnp.zeros((num_codes, z_NxC.shape[1])).at[code_N].add(z_NxC)
-  usual = len(code_N) / num_codes
+  mean_count = len(code_N) / num_codes
   batch = {'counts_V': counts_V, 'sums_VxC': sums_VxC}
   moved = jax.tree.map(lambda old, new: old + (1 - settings.decay) * (new - old), codebook, batch)
-  is_dead_V = moved['counts_V'] < settings.revive_below * usual
+  is_dead_V = moved['counts_V'] < settings.revive_below * mean_count
   fresh_VxC = z_NxC[jax.random.randint(key, (num_codes,), 0, len(code_N))]
   moved = {
-    'counts_V': jnp.where(is_dead_V, usual, moved['counts_V']),
-    'sums_VxC': jnp.where(is_dead_V[:, None], usual * fresh_VxC, moved['sums_VxC']),
+    'counts_V': jnp.where(is_dead_V, mean_count, moved['counts_V']),
+    'sums_VxC': jnp.where(is_dead_V[:, None], mean_count * fresh_VxC, moved['sums_VxC']),
   }
   codes_VxC = moved['sums_VxC'] / moved['counts_V'][:, None]
   return moved, codes_VxC, (counts_V > 0).mean()
@@ -267,9 +287,13 @@ def _where(condition: jax.Array, a: Any, b: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
-def _reconstruct(
+def reconstruct(
   config: tokenizer_config.Config, params: Any, images_BxHxWx3: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The uint8 images, their reconstructions, and their moments_BxLx2C or codes_BxL.
+
+  For 'kl' the means of the latents are decoded.
+  """
   network = tokenizer_config.make_network(config)
   if isinstance(network, kl_vae.KLVAE):
     encoded = network.moments(params, images_BxHxWx3)

@@ -1,66 +1,60 @@
-"""Trains an image tokenizer, a KL-VAE or a VQGAN, on the pictures of any task.
-
-  python -m fluid_jax.train_tokenizer --config=configs/tokenizer_kl.py --workdir=DIR
-
-It ends with DIR/tokenizer.safetensors, to be given to Fluid as
---config.image.tokenizer=trained:DIR/tokenizer.safetensors.
-"""
+"""An image tokenizer as a job of the training loop: its programs, batches, metrics and files."""
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import distributed, errors, flops, loop, main, metrics, sharding
+from fluid_jax import errors, flops, loop, metrics, sharding, startup
 from fluid_jax.data import pipeline
-from fluid_jax.encoders import kl_vae, patches, trained, weights
+from fluid_jax.encoders import kl_vae, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
 from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import quality
 from fluid_jax.train_tokenizer import step as tokenizer_step
 
-_NUM_SHOWN = 8  # pictures of a grid
+_NUM_SHOWN = 8  # images in a grid of reconstructions
 
 
 def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> int:
-  """Trains `config` in `workdir`, from its newest checkpoint that verifies if it has one.
+  """Trains `config` in `workdir`, from its newest valid checkpoint if there is one.
+
+  When done, it writes `tokenizer.safetensors` to the workdir.
 
   Returns:
-    The exit code: 0 when done, 42 when SIGTERM came and the state was saved.
+    The exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
 
   Raises:
-    UserError: for what the user can mend; what was saved before stays as it is.
+    UserError: the config, the data, the weights, the devices or the workdir are wrong. Earlier
+      checkpoints are kept.
   """
+  startup.enable_compilation_cache()
+  # All checks come before the first change to the workdir.
   is_preempted = loop.preemption_signal()
   workdir = pathlib.Path(workdir)
   paths = config.losses.vgg_path, config.losses.lpips_path
   files = [path for path in paths if path]
   loop.check_processes(config, workdir, {path: weights.fingerprint(path) for path in files})
   mesh = sharding.make_mesh(config)
-  shares = mesh.shape['replica'] * mesh.shape['fsdp']
-  if config.train.batch_size % shares:
-    raise errors.UserError(
-      f'{shares} data-parallel devices cannot share train.batch_size {config.train.batch_size} '
-      'evenly: set it to a multiple.',
-      errors.DEVICES,
-    )
+  sharding.check_divides(
+    mesh, config.train.batch_size, 'images', 'set train.batch_size to a multiple of the devices'
+  )
   program = tokenizer_step.build(config, mesh)
   perceptual = {}
   if config.losses.perceptual:
-    whole = NamedSharding(mesh, PartitionSpec())
-    perceptual = tokenizer_losses.load_perceptual(*paths, whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    perceptual = tokenizer_losses.load_perceptual(*paths, replicated)
+  metrics.log(f'checking the data of {config.data.task} ...', jax.process_index() == 0)
   _open_stream(config, mesh, 'validation', shuffle=False).close()
   make_metric(config.train.metric)
   job = loop.Job(
@@ -73,31 +67,32 @@ def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> i
     frozen=perceptual,
     open_stream=lambda start: _open_stream(config, mesh, 'train', start_step=start),
     evaluate=functools.partial(evaluate, config, program, mesh),
-    draw=functools.partial(draw, config, program, mesh),
+    shown_metrics=('psnr', 'ssim'),
+    sample_images=functools.partial(sample_images, config, program, mesh),
     flops_per_image=3 * _forward_flops(config, program.state.params),
     tokens_per_image=config.num_tokens,
   )
   state, code = loop.run(job, workdir, is_preempted)
   if not code:
-    write(config, program, mesh, state, workdir / 'tokenizer.safetensors')
+    export(config, program, mesh, state, workdir / 'tokenizer.safetensors')
   return code
 
 
 def _forward_flops(config: tokenizer_config.Config, params: Any) -> float:
-  """Of the autoencoder on one picture; losses are not counted."""
+  """FLOPs of encoding and decoding one image; losses are not counted."""
   size = config.data.image_size
-  picture = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+  image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   network = tokenizer_config.make_network(config).network
-  return flops.traced_flops(lambda p, x: network.apply({'params': p}, x), params, picture)
+  return flops.traced_flops(lambda p, x: network.apply({'params': p}, x), params, image)
 
 
 def _open_stream(
   config: tokenizer_config.Config, mesh: Mesh, split: str, **kwargs: Any
 ) -> pipeline.Stream:
-  """This process's rows of the batches of pictures of a split.
+  """Opens this process's rows of the batches of images of a split.
 
   Raises:
-    UserError: see `pipeline.Stream`; or its examples hold no pictures.
+    UserError: see `pipeline.Stream`; or the examples have no images.
   """
   stream = pipeline.Stream(
     config.data.task,
@@ -115,46 +110,48 @@ def _open_stream(
   if stream.arrays != ['images']:
     stream.close()
     raise errors.UserError(
-      f'examples of task {config.data.task!r} give {", ".join(stream.arrays)} and no pictures: '
-      'name the task that they were prepared from.'
+      f'examples of task {config.data.task!r} have {", ".join(stream.arrays)}, but no images: set '
+      'data.task to the set that they were prepared from.'
     )
   return stream
 
 
 def _reconstructions(
   config: tokenizer_config.Config,
-  program: tokenizer_step.Program,
+  program: tokenizer_step.TokenizerProgram,
   mesh: Mesh,
   params: Any,
   split: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """By batch of a split: images, what came back of them, and their moments or codes."""
+  """Yields for each batch of a split: images, reconstructions, and moments or codes."""
   with contextlib.closing(_open_stream(config, mesh, split, shuffle=False)) as batches:
     left = batches.num_examples
     for batch in batches:
       images = sharding.put_batch({'images': batch['images']}, mesh)['images']
-      made = jax.device_get(program.reconstruct(params, images))
-      yield tuple(array[:left] for array in made)
-      left -= len(made[0])
+      arrays = jax.device_get(program.reconstruct(params, images))
+      yield tuple(array[:left] for array in arrays)
+      left -= len(arrays[0])
 
 
 def evaluate(
   config: tokenizer_config.Config,
-  program: tokenizer_step.Program,
+  program: tokenizer_step.TokenizerProgram,
   mesh: Mesh,
   state: tokenizer_step.TokenizerState,
 ) -> dict[str, float]:
-  """PSNR (dB) and SSIM on the validation split, of raw and averaged weights.
+  """Metrics of the validation split, for raw and averaged weights.
 
-  For 'kl' also the mean KL divergence in bits a picture; for 'vq' the share of codes used and the
-  perplexity of their use; and the figures of `train.metric`.
+  Returns:
+    'validation/NAME_raw' and 'validation/NAME_ema' for: psnr (dB), ssim; for 'kl' kl_bits, the mean
+    KL divergence of an image in bits; for 'vq' codes_used_fraction and code_perplexity; and the
+    metrics of `train.metric`.
   """
-  figures = {}
+  values = {}
   for name, params in (('raw', state.params), ('ema', state.ema_params)):
     sums, count, metric = {}, 0, make_metric(config.train.metric)
     counts_V = np.zeros(config.network.vocab_size)
     for images, decoded, encoded in _reconstructions(config, program, mesh, params, 'validation'):
-      found = patches.measure(images, decoded)
+      found = quality.measure(images, decoded)
       if config.network.kind == 'kl':
         found['kl_bits'] = _kl_bits(encoded)
       else:
@@ -166,13 +163,13 @@ def evaluate(
         metric.update(images, decoded)
     found = {key: value / count for key, value in sums.items()}
     if config.network.kind == 'vq':
-      shares = counts_V[counts_V > 0] / counts_V.sum()
-      found['codes_used_fraction'] = len(shares) / len(counts_V)
-      found['code_perplexity'] = float(np.exp(-(shares * np.log(shares)).sum()))
+      frequencies = counts_V[counts_V > 0] / counts_V.sum()
+      found['codes_used_fraction'] = len(frequencies) / len(counts_V)
+      found['code_perplexity'] = float(np.exp(-(frequencies * np.log(frequencies)).sum()))
     if metric:
       found |= metric.result()
-    figures |= {f'validation/{key}_{name}': value for key, value in found.items()}
-  return figures
+    values |= {f'validation/{key}_{name}': value for key, value in found.items()}
+  return values
 
 
 def _kl_bits(moments_BxLx2C: np.ndarray) -> float:
@@ -181,7 +178,7 @@ def _kl_bits(moments_BxLx2C: np.ndarray) -> float:
 
 
 def make_metric(name: str) -> Any:
-  """What `train.metric` names, called; None for ''.
+  """Calls the function 'module:function' of `train.metric`; None for ''.
 
   Raises:
     UserError: there is no such function.
@@ -193,17 +190,17 @@ def make_metric(name: str) -> Any:
     return getattr(importlib.import_module(module), function)()
   except (ImportError, AttributeError, ValueError) as error:
     raise errors.UserError(
-      f'train.metric={name!r} cannot be called ({error}): write module:function.'
+      f'train.metric={name!r} cannot be called ({error}): write it as module:function.'
     ) from error
 
 
-def draw(
+def sample_images(
   config: tokenizer_config.Config,
-  program: tokenizer_step.Program,
+  program: tokenizer_step.TokenizerProgram,
   mesh: Mesh,
   state: tokenizer_step.TokenizerState,
 ) -> dict[str, np.ndarray]:
-  """The first validation pictures, and below each what comes back of it."""
+  """A grid of the first validation images, above their reconstructions."""
   batches = _reconstructions(config, program, mesh, state.ema_params, 'validation')
   with contextlib.closing(batches):
     images, decoded, _ = (array[:_NUM_SHOWN] for array in next(batches))
@@ -211,16 +208,22 @@ def draw(
   return {'reconstructions': np.concatenate(rows)}
 
 
-def write(
+def export(
   config: tokenizer_config.Config,
-  program: tokenizer_step.Program,
+  program: tokenizer_step.TokenizerProgram,
   mesh: Mesh,
   state: tokenizer_step.TokenizerState,
   path: pathlib.Path,
 ) -> None:
-  """Writes the averaged weights, with the mean and scale of latents of the training split."""
+  """Writes the averaged weights to `path`.
+
+  For 'kl' the file also has the mean and the scale of each channel of the latents, measured on the
+  training split.
+  """
+  is_main_process = jax.process_index() == 0
   network, params = tokenizer_config.make_network(config), state.ema_params
   if isinstance(network, kl_vae.KLVAE):
+    metrics.log('measuring the latents of the training split ...', is_main_process)
     count, first, second = 0, 0.0, 0.0
     for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train'):
       mean, log_variance = np.split(moments_BxLx2C.astype(np.float64), 2, axis=-1)
@@ -232,40 +235,26 @@ def write(
     found = [tuple(float(f'{v:.6g}') for v in values) for values in (mean_C, scale_C)]
     network = dataclasses.replace(network, latent_mean=found[0], latent_scale=found[1])
   params = multihost_utils.process_allgather(params, tiled=True)
-  if jax.process_index() == 0:
+  if is_main_process:
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
     facts |= {'name': config.name, 'step': int(state.step)}
     trained.save(network, params, path, facts)
   metrics.log(
-    f'wrote {path}; train Fluid on it with\n'
+    f'wrote {path}; to train Fluid on its tokens, use\n'
     f'  --config.image.tokenizer=trained:{path} --config.image.size={config.data.image_size} '
     f'--config.image.num_tokens={config.num_tokens}',
-    jax.process_index() == 0,
+    is_main_process,
   )
 
 
-def run() -> int:
-  config = main.read_config(sys.argv, tokenizer_config.resolve)
-  if flags.FLAGS.print_config:
-    print(json.dumps(dataclasses.asdict(config), indent=2))
-    return 0
-  if flags.FLAGS.validate_only:
-    print(describe(config))
-    return 0
-  if not flags.FLAGS.workdir:
-    raise errors.UserError('--workdir is missing: give the folder for checkpoints and figures.')
-  with distributed.initialize(main.PEER_TIMEOUT_S.value):
-    return train(config, flags.FLAGS.workdir)
-
-
 def describe(config: tokenizer_config.Config) -> str:
-  """What `--validate_only` prints."""
+  """The text that `--validate_only` prints."""
   shapes = jax.eval_shape(functools.partial(tokenizer_step.init, config))
   counts = {'tokenizer': shapes.params}
   if shapes.discriminator:
     counts['discriminator'] = shapes.discriminator.params
   lines = [
-    f'{config.name}: {config.num_tokens} tokens a picture of {config.data.image_size} pixels, '
+    f'{config.name}: {config.num_tokens} tokens per image of {config.data.image_size} pixels, '
     + (
       f'{config.network.channels} channels each'
       if config.network.kind == 'kl'
@@ -275,10 +264,7 @@ def describe(config: tokenizer_config.Config) -> str:
   for name, params in counts.items():
     lines.append(f'  {name}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters')
   lines.append(
-    f'  {_forward_flops(config, shapes.params) / 1e9:.2f} GFLOP a picture, forwards, there and back'
+    f'  {_forward_flops(config, shapes.params) / 1e9:.2f} GFLOP per image '
+    '(forward pass: encoding and decoding)'
   )
   return '\n'.join(lines)
-
-
-if __name__ == '__main__':
-  errors.run(run)

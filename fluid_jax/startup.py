@@ -1,0 +1,53 @@
+"""What every start does: compiled programs come from a cache, and TensorFlow loads silently."""
+
+import contextlib
+import functools
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder, for the next start.
+
+  Nothing changes if the user has set a folder (JAX_COMPILATION_CACHE_DIR), or if the default one,
+  $XDG_CACHE_HOME/fluid_jax/xla, cannot be written. JAX_ENABLE_COMPILATION_CACHE=false disables it.
+  """
+  import jax
+
+  if jax.config.jax_compilation_cache_dir:
+    return
+  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  folder = pathlib.Path(base) / 'fluid_jax' / 'xla'
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+      jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
+@functools.cache
+def import_tensorflow() -> None:
+  """Imports TensorFlow, and tensorflow-text through seqio, without their lines on standard error.
+
+  Their C++ code writes these lines before it reads TF_CPP_MIN_LOG_LEVEL. Call this before the
+  first `import tensorflow` of a process.
+  """
+  if 'tensorflow' not in sys.modules:
+    with _silent_stderr():
+      importlib.import_module('seqio')
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+  """Discards what is written to file descriptor 2. Exceptions pass through."""
+  sys.stderr.flush()
+  saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(nowhere)
