@@ -41,7 +41,7 @@ class Writer:
     self._is_active = is_active
     if not is_active:
       return
-    startup.import_tensorflow()
+    startup.load_seqio()
     from clu import metric_writers
 
     workdir = pathlib.Path(workdir)

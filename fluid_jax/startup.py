@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 
 def enable_compilation_cache() -> None:
@@ -28,15 +29,14 @@ def enable_compilation_cache() -> None:
 
 
 @functools.cache
-def import_tensorflow() -> None:
-  """Imports TensorFlow, and tensorflow-text through seqio, without their lines on standard error.
+def load_seqio() -> ModuleType:
+  """Imports seqio, and with it TensorFlow, without TensorFlow's lines on standard error.
 
-  Their C++ code writes these lines before it reads TF_CPP_MIN_LOG_LEVEL. Call this before the
-  first `import tensorflow` of a process.
+  Its C++ code writes these lines before it reads TF_CPP_MIN_LOG_LEVEL. Modules that use TensorFlow
+  call this first.
   """
-  if 'tensorflow' not in sys.modules:
-    with _silent_stderr():
-      importlib.import_module('seqio')
+  with _silent_stderr():
+    return importlib.import_module('seqio')
 
 
 @contextlib.contextmanager

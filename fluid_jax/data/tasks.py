@@ -36,8 +36,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   Raises:
     UserError: the module cannot be imported, or nothing has this name.
   """
-  startup.import_tensorflow()
-  import seqio
+  seqio = startup.load_seqio()
 
   for subset in _EMOJI.keys() - seqio.TaskRegistry.names():
     _add_emoji(subset)
@@ -61,7 +60,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
 
 def add_set(name: str, path: epath.PathLike) -> None:
   """Registers a set that `fluid_jax.prepare` wrote under a name, for mixtures."""
-  import seqio
+  seqio = startup.load_seqio()
 
   seqio.TaskRegistry.add_provider(name, _of_set(name, path))
 
@@ -80,7 +79,7 @@ def components(name: str, module: str, split: str) -> list[Component]:
   Raises:
     UserError: see `get` and `open_records`; or a rate is not above 0.
   """
-  import seqio
+  seqio = startup.load_seqio()
 
   found = get(name, module)
   if not isinstance(found, seqio.Mixture):
@@ -99,7 +98,7 @@ def components(name: str, module: str, split: str) -> list[Component]:
 
 def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
   """The task with its texts in the pieces of a SentencePiece file, see `encoders.text`."""
-  import seqio
+  seqio = startup.load_seqio()
 
   name = f'{task.name}_{zlib.crc32(path.encode()):08x}'
   if name in seqio.TaskRegistry.names():
@@ -117,7 +116,7 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
   Raises:
     UserError: the task's source is not a record set, or has no such split.
   """
-  import seqio
+  seqio = startup.load_seqio()
 
   if not isinstance(task.source, seqio.TFExampleDataSource):
     raise errors.UserError(
@@ -150,7 +149,7 @@ def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, 
   Raises:
     UserError: see `get`; or the sets of a mixture were made by different encoders.
   """
-  import seqio
+  seqio = startup.load_seqio()
 
   found = get(name, module)
   digests, arrays = {}, {}
@@ -170,7 +169,7 @@ def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, 
 
 def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
   """The task of a set that says itself what its examples hold, see `fluid_jax.prepare`."""
-  import seqio
+  seqio = startup.load_seqio()
   import tensorflow as tf
 
   index = records.read_index(path)
@@ -222,14 +221,14 @@ def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
 
 
 def _picture() -> seqio.Feature:
-  import seqio
+  seqio = startup.load_seqio()
   import tensorflow as tf
 
   return seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0, dtype=tf.string)
 
 
 def _add_emoji(name: str) -> None:
-  import seqio
+  seqio = startup.load_seqio()
   import tensorflow as tf
 
   select = _EMOJI[name]

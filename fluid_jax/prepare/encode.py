@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
-from fluid_jax import distributed, errors, metrics, sharding
+from fluid_jax import distributed, errors, metrics, sharding, startup
 from fluid_jax.data import examples, pipeline, records, tasks
 from fluid_jax.encoders import frozen, tokenizers
 
@@ -177,7 +177,7 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   Raises:
     UserError: see `Encode` and `records.Writer`.
   """
-  import seqio
+  seqio = startup.load_seqio()
 
   task = tasks.get(config.data.task, config.data.module)
   if not isinstance(task, seqio.Task):
