@@ -18,7 +18,7 @@ import pathlib
 import re
 import textwrap
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from absl import flags
@@ -147,6 +147,8 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     if _raised_in(error, path):
       raise _config_failed(path, error) from error
+    if overrides:
+      _check_names(overrides, load_config(value))
     # The libraries name the flag or key and may suggest another.
     reason = error.args[0] if error.args else error
     if isinstance(reason, KeyError):  # ml_collections' error for a key that does not exist
@@ -160,6 +162,34 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   return config
 
 
+def _check_names(overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+  """UserError for the first override of a setting that the config does not have."""
+  known = set(_setting_names(config))
+  for word in overrides:
+    name = word.partition('=')[0].removeprefix('--config.')
+    if word.startswith('--config.') and name not in known:
+      similar = _similar(name, sorted(known))
+      hint = f'did you mean {" or ".join(similar)}?' if similar else 'see --help for the settings.'
+      raise errors.UserError(f'{name} is not a setting of this config; {hint}')
+
+
+def _setting_names(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
+  for name, value in config.items():
+    if isinstance(value, Mapping) and value:
+      yield from _setting_names(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name
+
+
+def _similar(name: str, known: Sequence[str]) -> list[str]:
+  """Up to three settings that may be meant: alike, abbreviated by `name`, or containing it."""
+  last = name.rpartition('.')[2]
+  abbreviated = [k for k in known if ''.join(w[0] for w in k.rpartition('.')[2].split('_')) == last]
+  similar = difflib.get_close_matches(name, known, n=1, cutoff=0.9) or abbreviated
+  similar = similar or difflib.get_close_matches(name, known, n=3)
+  return (similar or [k for k in known if last and last in k])[:3]
+
+
 def _find_config(name: str) -> pathlib.Path:
   path = pathlib.Path(name)
   if path.is_file():
@@ -170,7 +200,7 @@ def _find_config(name: str) -> pathlib.Path:
         return folder / f'{name}.py'
   if path.with_suffix('.py').is_file():
     raise errors.UserError(f'--config={name} is not a file: did you mean {path}.py?')
-  close = difflib.get_close_matches(path.stem, config_names(), n=1)
+  close = difflib.get_close_matches(path.stem, config_names(), n=1, cutoff=0.5)
   hint = f'did you mean {close[0]}?' if close else f'known names: {", ".join(config_names())}.'
   raise errors.UserError(f'--config={name} is neither a file nor the name of a config; {hint}')
 

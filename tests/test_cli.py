@@ -1,42 +1,31 @@
-"""The commands as a user meets them: help, checks, pictures, and a sentence for every bad input."""
+"""The commands as users run them: help, checks, images, and one sentence for each bad input."""
 
 import dataclasses
 import json
 import math
 import re
 import shutil
-import sys
 
 import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
-from fluid_jax import checkpoint, errors, loop, main
+from fluid_jax import checkpoint, cli, errors, loop, main
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
-from fluid_jax.sample import pipeline as sample
+from fluid_jax.sample import command, pipeline
+from fluid_jax.train_tokenizer import config as tokenizer_config
 
 TINY = '--config=configs/tiny.py'
-STEP = 3  # of the checkpoint that is drawn from
+STEP = 3  # of the checkpoint to sample from
 
 
-@pytest.fixture
-def read_config(monkeypatch):
-  """A function from flags to the config that the command reads from them."""
-
-  def read(*args):
-    for name in [name for name in flags.FLAGS if name.startswith('config.')]:
-      delattr(flags.FLAGS, name)  # overrides of a call before
-    flags.FLAGS['config'].unparse()
-    monkeypatch.chdir(commands.ROOT)
-    monkeypatch.setattr(sys, 'argv', ['main', *args])
-    return main.read_config(sys.argv)
-
-  return read
+def read_config(*args):
+  """The config that the training command reads from its flags."""
+  return main.make_parser().read_config(args, config_lib.resolve)[1]
 
 
 @pytest.fixture(scope='module')
@@ -58,41 +47,53 @@ def trained(tmp_path_factory, random_params):
 # ---- Help and checks ----
 
 
-@pytest.mark.parametrize(
-  'module',
-  [
-    'main',
-    'sample',
-    'train_tokenizer',
-    'export',
-    'data.emoji',
-    'prepare.inspect',
-    'fluid_jax.prepare',
-    'train_tokenizer.patches',
-    'encoders.convert',
-  ],
-)
-def test_help_names_the_flags(module):
+COMMANDS = (
+  'main', 'sample', 'train_tokenizer', 'train_tokenizer.patches', 'prepare', 'prepare.inspect',
+  'prepare.emoji', 'export', 'encoders.convert', 'aot',
+)  # fmt: skip
+WITH_CONFIG = ('main', 'train_tokenizer', 'prepare', 'prepare.inspect', 'aot')
+
+
+@pytest.mark.parametrize('module', COMMANDS)
+def test_help_lists_the_flags_and_settings(module):
   done = commands.run('-m', f'fluid_jax.{module}', '--help')
-  assert ' --' in done.stdout
+  assert done.returncode == 0
   assert not done.stderr
+  assert done.stdout.startswith(f'usage: python -m fluid_jax.{module} ')
+  assert '  --' in done.stdout
+  has_settings = '\n  optimizer.learning_rate ' in done.stdout
+  assert has_settings == (module in WITH_CONFIG)
 
 
-def test_print_config_is_the_resolved_config_as_json(read_config):
+def test_every_setting_has_a_comment_for_the_help():
+  for settings in (config_lib.Config, tokenizer_config.Config):
+    lines = cli.describe_settings(settings).splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith('   ')]
+    assert 'train.batch_size' in names
+    for line in lines:
+      if not line.startswith('   ') and '.' in line.split()[0]:
+        assert len(line) > 53, line
+
+
+def test_the_package_lists_its_commands():
+  out = commands.run_ok('-m', 'fluid_jax')
+  for module in ('main', 'sample', 'prepare', 'export', 'aot'):
+    assert f'python -m fluid_jax.{module} ' in out
+
+
+def test_print_config_is_the_resolved_config_as_json():
   args = (TINY, '--config.train.seed=7', '--config.model.width=64')
   printed = json.loads(commands.run_ok('-m', 'fluid_jax.main', *args, '--print_config'))
   assert printed['train']['seed'] == 7
-  assert printed['sampling']['guidance_scale'] == 5.0  # the paper's value in the place of 0
+  assert printed['sampling']['guidance_scale'] == 5.0  # the paper's value, for which 0 stands
   assert config_lib.resolve(printed) == read_config(*args)
 
 
 def test_validate_only_touches_no_device():
   script = """
-import sys
 from jax._src import xla_bridge
 from fluid_jax import main
-sys.argv = ['main', '--config=configs/fluid_10b.py', '--validate_only']
-assert main.main() == 0
+assert main.main(['--config=fluid_10b', '--validate_only']) == 0
 assert not xla_bridge.backends_are_initialized()
 """
   out = commands.run_ok('-c', script)
@@ -125,8 +126,14 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
 @pytest.mark.parametrize(
   ('args', 'words'),
   [
-    ([TINY, '--config.model.wdth=3'], 'no key \'wdth\': Did you mean "width"'),
-    ([TINY, '--wrkdir=x'], "'wrkdir'. Did you mean: workdir"),
+    ([TINY, '--config.model.wdth=3'], 'did you mean model.width?'),
+    ([TINY, '--config.model.heds=3'], 'model.heds is not a setting of this config; did you mean'),
+    ([TINY, '--config.optimizer.lr=1'], 'did you mean optimizer.learning_rate?'),
+    ([TINY, '--config.optimiser.learning_rate=1'], 'did you mean optimizer.learning_rate?'),
+    ([TINY, '--wrkdir=x'], 'unknown flag --wrkdir; did you mean --workdir?'),
+    (['--config=configs/tiny'], 'did you mean configs/tiny.py?'),
+    (['--config=tyni'], 'did you mean tiny?'),
+    (['--config=tokenizer_kl'], 'network is not a setting'),
     ([TINY, '--config.model.width=wide'], '--config.model.width=wide'),
     ([TINY, '--config.train.sample_prompts=(1,)'], 'train.sample_prompts is (1,), which is not'),
     ([TINY, '--config.model.width=33'], 'multiple of it, such as 32'),
@@ -141,21 +148,48 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
     ),
     ([f'{TINY}:order=spiral'], 'choose one of random, raster'),
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
-    (['--config=configs/absent.py'], '--config=configs/absent.py cannot be read'),
-    (['--config=configs/absent.py', '--config.model.width=32'], 'cannot be read'),
+    (['--config=configs/absent.py'], '--config=configs/absent.py is neither a file nor the name'),
+    (['--config=configs/absent.py', '--config.model.width=32'], 'is neither a file nor the name'),
     ([], '--config is missing'),
     ([TINY, 'stray'], "'stray' is not a flag"),
   ],
 )
-def test_a_wrong_config_is_named(read_config, args, words):
+def test_a_wrong_config_is_named(args, words):
   with pytest.raises(errors.UserError) as caught:
     read_config(*args)
   assert words in str(caught.value)
-  assert '\n' not in str(caught.value)
   assert caught.value.exit_code == errors.CONFIG
 
 
-def test_all_that_is_wrong_is_named_at_once():
+def test_a_config_is_found_by_name_and_by_file(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  by_file = read_config(f'--config={commands.ROOT}/configs/tiny.py:order=raster')
+  assert read_config('--config=tiny:order=raster') == by_file
+  assert 'fluid_10b' in cli.config_names()
+
+
+@pytest.mark.parametrize(
+  ('line', 'words'),
+  [
+    ('  config.model[3]', 'line 4: '),
+    ('  1 / 0', 'line 4: ZeroDivisionError: division by zero'),
+    ('  return return', 'line 4: SyntaxError'),
+    ('  import absent_module', "line 4: ModuleNotFoundError: No module named 'absent_module'"),
+  ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, line, words):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from fluid_jax import config as c\ndef get_config(variant=None):\n'
+    f'  config = c.base_config()\n{line}\n  return config\n'
+  )
+  with pytest.raises(errors.UserError) as caught:
+    read_config(f'--config={path}')
+  assert f'{path}, {words}' in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_all_problems_of_a_config_are_named_at_once():
   with pytest.raises(errors.UserError) as caught:
     config_lib.resolve({'model': {'width': 'wide', 'dpth': 3}, 'train': {'num_steps': True}})
   message = str(caught.value)
@@ -178,12 +212,12 @@ def expect(code, words, *args):
 
 
 def test_wrong_configs_and_missing_flags_exit_with_2():
-  expect(2, "no key 'wdth'", '-m', 'fluid_jax.main', TINY, '--config.model.wdth=3')
+  expect(2, 'did you mean model.width?', '-m', 'fluid_jax.main', TINY, '--config.model.wdth=3')
   expect(2, '--workdir is missing', '-m', 'fluid_jax.main', TINY)
   expect(2, 'there is no prompt', '-m', 'fluid_jax.sample', '--workdir=nowhere')
 
 
-def test_what_is_wrong_is_found_before_the_workdir_is_touched(tmp_path):
+def test_problems_are_found_before_the_workdir_changes(tmp_path):
   args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "run"}')
   expect(3, 'asks for 3 devices but there are 1', *args, '--config.mesh.fsdp=3')
   expect(2, "there is no task 'emoij'", *args, '--config.data.task=emoij')
@@ -271,7 +305,7 @@ def test_a_full_disk_exits_with_6(tmp_path):
   expect(6, 'the disk is full', '-c', script)
 
 
-def test_an_error_of_ours_exits_with_134_and_shows_where():
+def test_an_unexpected_error_exits_with_134_and_a_traceback():
   done = commands.run('-c', 'from fluid_jax import errors; errors.run(lambda: 1 / 0)')
   assert done.returncode == errors.CRASH
   assert 'ZeroDivisionError' in done.stderr
@@ -281,13 +315,13 @@ def test_an_error_of_ours_exits_with_134_and_shows_where():
 
 
 def cell(path, row, column):
-  """One picture of a grid, without the line of text above it."""
+  """One image of a grid, without the caption above it."""
   size, line = 128, 20
   left, top = column * size, row * (size + line) + line
   return np.asarray(Image.open(path).crop((left, top, left + size, top + size)))
 
 
-def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained, tmp_path):
+def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(trained, tmp_path):
   args = ('-m', 'fluid_jax.sample', f'--workdir={trained[0]}', '--num_steps=3')
   args += ('--guidance_scale=3', '--temperature=0.9')
   both, alone = tmp_path / 'both.png', tmp_path / 'alone.png'
@@ -323,7 +357,7 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
     'temperature': 0.9,
   }
   strip = Image.open(tmp_path / 'strip.gif')
-  assert strip.n_frames == 3 + 1  # nothing, then a frame a step
+  assert strip.n_frames == 3 + 1  # an empty frame, then one per step
   assert strip.size == (2 * 2 * 32, 2 * 32)
 
 
@@ -345,46 +379,44 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
     (['--prompt=a', '--num_images=0'], '--num_images=0 is out of range'),
     (['--prompt=a', '--seed=-1'], '--seed=-1 is out of range'),
     (['--prompt=a', '--out=absent/grid.png'], 'the folder of --out=absent/grid.png does not exist'),
-    (['--prompt=a', '--out=grid'], '--out=grid does not end in .png: name it so'),
+    (['--prompt=a', '--out=grid'], '--out=grid is not a file name that ends in .png'),
     (
       ['--prompt=a', '--animation=absent/a.gif'],
       'the folder of --animation=absent/a.gif does not exist',
     ),
-    (['--prompt=a', '--animation=strip'], '--animation=strip does not end in .gif: name it so'),
+    (['--prompt=a', '--animation=strip'], '--animation=strip is not a file name that ends in .gif'),
     (['--prompt=caf\udce9'], 'prompt 1 is not UTF-8'),
     (['--prompts_file=absent.txt'], '--prompts_file=absent.txt cannot be read'),
     ([], 'there is no prompt'),
   ],
 )
-def test_a_wrong_prompt_or_setting_is_named_before_anything_is_drawn(
-  trained, monkeypatch, args, words
-):
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
-  monkeypatch.setattr(sample, 'Sampler', None)
+def test_a_wrong_prompt_or_setting_is_named_before_sampling(trained, monkeypatch, args, words):
+  monkeypatch.setattr(pipeline, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
+  monkeypatch.setattr(pipeline, 'Sampler', None)
   with pytest.raises(errors.UserError) as caught:
-    sample.main(['--workdir=unused', *args])
+    command.main(['--workdir=unused', *args])
   assert words in str(caught.value)
   assert caught.value.exit_code == errors.CONFIG
 
 
-def test_raster_order_takes_no_number_of_steps(trained, monkeypatch):
+def test_raster_order_refuses_num_steps(trained, monkeypatch):
   model = dataclasses.replace(trained[1].model, order='raster')
   config = dataclasses.replace(trained[1], model=model)
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, {}, trained[2], STEP))
-  with pytest.raises(errors.UserError, match='draws one token a step'):
-    sample.main(['--workdir=unused', '--prompt=a', '--num_steps=4'])
+  monkeypatch.setattr(pipeline, 'load_workdir', lambda *_: (config, {}, trained[2], STEP))
+  with pytest.raises(errors.UserError, match='samples one token per step'):
+    command.main(['--workdir=unused', '--prompt=a', '--num_steps=4'])
 
 
-def test_zero_guidance_and_temperature_stand_for_the_papers(trained, monkeypatch):
+def test_zero_guidance_and_temperature_mean_the_values_of_the_paper(trained, monkeypatch):
   used = []
 
   def stop(config, *_, **__):
     used.append(config.sampling)
     raise InterruptedError
 
-  monkeypatch.setattr(sample, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
-  monkeypatch.setattr(sample, 'Sampler', stop)
+  monkeypatch.setattr(pipeline, 'load_workdir', lambda *_: (trained[1], {}, trained[2], STEP))
+  monkeypatch.setattr(pipeline, 'Sampler', stop)
   with pytest.raises(InterruptedError):
-    sample.main(['--workdir=unused', '--prompt=a', '--guidance_scale=0', '--temperature=0'])
+    command.main(['--workdir=unused', '--prompt=a', '--guidance_scale=0', '--temperature=0'])
   assert math.isclose(used[0].guidance_scale, 5.0)
   assert math.isclose(used[0].temperature, 0.975)
