@@ -9,20 +9,33 @@ from etils import epath
 from fluid_jax import errors
 
 
-def write(path: epath.PathLike, data: bytes | str) -> None:
+def write(path: epath.PathLike, data: bytes | str, is_shared: bool = False) -> None:
   """Writes a file so that readers see the old content or all of the new.
 
   Args:
     path: local, or in a bucket.
     data: bytes, or text to be stored as UTF-8.
+    is_shared: whether other processes may write the same file at the same time.
 
   Raises:
     OSError: it cannot be written.
   """
   path = epath.Path(path)
-  temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-  temporary.replace(path)
+  target = temporary(path, is_shared)
+  target.write_bytes(data.encode() if isinstance(data, str) else data)
+  if target != path:
+    target.replace(path)
+
+
+def temporary(path: epath.Path, is_shared: bool) -> epath.Path:
+  """The path to write before renaming to `path`; with `is_shared`, one for this process only.
+
+  In a bucket it is `path` itself, because objects appear there once they are complete.
+  """
+  if '://' in os.fspath(path):
+    return path
+  owner = f'.{os.getpid()}' if is_shared else ''
+  return path.with_name(f'{path.name}{owner}.tmp')
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def trained(tmp_path_factory, random_params):
     'sample',
     'train_tokenizer',
     'export',
-    'data.emoji',
+    'prepare.emoji',
     'prepare.inspect',
     'fluid_jax.prepare',
     'encoders.patches',
