@@ -48,7 +48,7 @@ class Decoder:
     # The lowest bit decides about the flip and the others about the caption.
     draws = (bits >> np.uint64(1)).astype(np.int64)
     flips = (bits & np.uint64(1)).astype(bool)
-    flips &= self._options.random_flip and self._options.shuffle
+    flips &= bool(self._options.random_flip and self._options.shuffle)
     keys = [example.key.encode() for example in examples]
     names = [f'example {example.key} of task {self.task.name!r}' for example in examples]
     if self._specs is not None:
@@ -112,6 +112,9 @@ class Decoder:
       problem = "'image', encoded (string) or as pixels (uint8 [H, W, 3])"
     if needs_text and (text is None or not text.dtype.is_integer or text.shape.rank != 1):
       problem = "'text' as token ids (integers [N])"
+    needed = {'key': self._options.captions, 'flip': self._options.random_flip}
+    if dropped := [name for name, is_needed in needed.items() if is_needed and name not in specs]:
+      problem = f'the feature {dropped[0]!r}, which preprocessors must pass on'
     if problem:
       found = ', '.join(f'{name} {spec.dtype.name}' for name, spec in specs.items())
       raise errors.UserError(
@@ -136,9 +139,9 @@ class Decoder:
       if image.dtype == tf.string:
         image = decode_image(image)
       image = crop_and_resize(image, self._options.image_size)
-      row['images'] = tf.cond(
-        example['flip'], lambda: tf.image.flip_left_right(image), lambda: image
-      )
+      if 'flip' in example:
+        image = tf.cond(example['flip'], lambda: tf.image.flip_left_right(image), lambda: image)
+      row['images'] = image
     if 'text_features' in example:
       features = tf.io.decode_raw(example['text_features'], tf.bfloat16)
       features = tf.reshape(features, example['text_features_shape'])[:length]

@@ -6,9 +6,10 @@
 - a `seqio.TFExampleDataSource` over the shards of a record set that
   `fluid_jax.prepare.record_writer.Writer` wrote, which `fluid_jax.prepare` uses.
 
-Each preprocessor must map one example to one example. Random choices must depend only on the
-feature `draw`, int64 random bits that `pipeline.Stream` adds to each example: they are a function
-of the seed, the epoch and the example, so that a resumed run repeats them. See `sample_caption`.
+Each preprocessor must map one example to one example and pass on the features that it does not
+use. Random choices must depend only on the feature `draw`, int64 random bits that `pipeline.Stream`
+adds to each example: they are a function of the seed, the epoch and the example, so that a resumed
+run repeats them. See `sample_caption`.
 """
 
 from __future__ import annotations
