@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
   refused("source='features' is what", encode.encode, changed(text={'source': 'features'}), out)
   refused('codes have no mean', encode.measure, encoding('discrete')[0], 10)
   pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
-  refused('does not say what its examples hold', pipeline.Stream, pictures['task'], 'train',
+  refused('does not describe its examples', pipeline.Stream, pictures['task'], 'train',
           pipeline.Options(batch_size=8, seed=0, image_size=16, text_length=8))  # fmt: skip
 
 
