@@ -195,6 +195,39 @@ def test_serialised_examples(register):
     assert caption == b'image ' + key
 
 
+def test_encoded_arrays():
+  import seqio
+  import tensorflow as tf
+
+  from fluid_jax.data import seqio_source
+
+  rng = np.random.default_rng(0)
+  items = [
+    {
+      'image_moments': rng.normal(size=(4, 6)).astype(np.float32),
+      'text_features': rng.normal(size=(i, 3)).astype(tf.bfloat16.as_numpy_dtype),
+    }
+    for i in range(1, 4)
+  ]
+  seqio.TaskRegistry.add(
+    'encoded_arrays',
+    source=seqio_source.RandomAccessDataSource(
+      {'train': items},
+      {
+        'image_moments': tf.TensorSpec([4, 6], tf.float32),
+        'text_features': tf.TensorSpec([None, 3], tf.bfloat16),
+      },
+    ),
+    preprocessors=[],
+    output_features={},
+  )
+  batch = next(stream('encoded_arrays', shuffle=False, batch_size=3, text_length=2))
+  for i, item in enumerate(items):
+    np.testing.assert_array_equal(batch['image_moments'][i], item['image_moments'])
+    found = batch['text_features'][i][batch['text_mask'][i]]
+    np.testing.assert_array_equal(found, item['text_features'][:2])
+
+
 def test_sources_without_key_languages_and_digest():
   items = [PNG] * 3
   assert sources.key(items, 2) == '2'

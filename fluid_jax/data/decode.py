@@ -39,8 +39,11 @@ class Decoder:
     """Prepares examples for `rows`.
 
     Args:
-      examples: N of them.
+      examples: N examples.
       bits: uint64 [N], the random bits of each.
+
+    Returns:
+      Elements of a generator: one for all serialised examples, or one per example of features.
 
     Raises:
       UserError: an item is not what the task's source declares.
@@ -74,7 +77,18 @@ class Decoder:
     ]
 
   def rows(self, read: Callable[[], Iterable[dict[str, Any]]]) -> tf.data.Dataset:
-    """Decoded rows, one an element, of what `read` yields: elements of `pack`."""
+    """Makes a data set of decoded rows.
+
+    Args:
+      read: returns an iterator over elements of `pack`.
+
+    Returns:
+      One element per row: the arrays of a batch, see `pipeline.Stream`, without the batch dimension
+      and without `valid`; and `is_truncated`, bool [].
+
+    Raises:
+      UserError: the task does not give the features that a batch needs.
+    """
     import tensorflow as tf
 
     scalars = {'key': tf.string, 'draw': tf.int64, 'flip': tf.bool}
@@ -128,10 +142,7 @@ class Decoder:
 
     row, length = {}, self._options.text_length
     if 'image_moments' in example:
-      moments = tf.io.decode_raw(example['image_moments'], tf.float16)
-      row['image_moments'] = tf.cast(
-        tf.reshape(moments, example['image_moments_shape']), tf.float32
-      )
+      row['image_moments'] = tf.cast(_decode_array(example, 'image_moments', 'float16'), tf.float32)
     elif 'image_codes' in example:
       row['image_codes'] = tf.cast(example['image_codes'], tf.int32)
     else:
@@ -143,8 +154,8 @@ class Decoder:
         image = tf.cond(example['flip'], lambda: tf.image.flip_left_right(image), lambda: image)
       row['images'] = image
     if 'text_features' in example:
-      features = tf.io.decode_raw(example['text_features'], tf.bfloat16)
-      features = tf.reshape(features, example['text_features_shape'])[:length]
+      features = _decode_array(example, 'text_features', 'bfloat16')
+      features = tf.cast(features, tf.bfloat16)[:length]
       row['text_mask'] = tf.range(length) < tf.shape(features)[0]
       padding = [[0, length - tf.shape(features)[0]], [0, 0]]
       row['text_features'] = tf.pad(features, padding)
@@ -216,6 +227,15 @@ def _array(value: Any, spec: tf.TensorSpec) -> np.ndarray:
   if not spec.shape.is_compatible_with(array.shape):
     raise ValueError(f'has shape {array.shape}')
   return array
+
+
+def _decode_array(example: dict[str, tf.Tensor], name: str, stored: str) -> tf.Tensor:
+  """A feature that is an array, or its bytes in dtype `stored` with the feature NAME_shape."""
+  import tensorflow as tf
+
+  if example[name].dtype != tf.string:
+    return example[name]
+  return tf.reshape(tf.io.decode_raw(example[name], stored), example[f'{name}_shape'])
 
 
 def decode_image(data: tf.Tensor) -> tf.Tensor:

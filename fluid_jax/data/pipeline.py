@@ -50,6 +50,8 @@ class Stream:
     text_features (bfloat16 bytes, shape in text_features_shape): bfloat16 [b, text_length, E], zero
       after the last token, and text_mask: bool [b, text_length]
 
+  A random-access source may also give image_moments and text_features as arrays.
+
   With `options.captions` a batch also has `key` and `text` (the caption): object [b] of bytes.
 
   Attributes:

@@ -13,30 +13,39 @@
       output_features={'text': seqio.Feature(seqio.ByteVocabulary())},
     )
 
-Both `seqio.get_dataset` and training read such a task. Importing this module imports TensorFlow.
+Both `seqio.get_dataset` and training read such a task.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from fluid_jax.data import order, sources
 from fluid_jax.data.decode import to_arrays
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
 
 RESERVED = ('draw', 'flip', 'languages')  # features that `pipeline.Stream` adds
 _BLOCK = 1024  # shuffled positions computed at a time
 
 
-class RandomAccessDataSource(seqio.DataSource):
-  """Reads one `sources.RandomAccessSource` per split.
+class RandomAccessDataSource:
+  """Reads one `sources.RandomAccessSource` per split; a `seqio.DataSourceInterface`.
 
   Attributes:
     sources: source by split.
     specs: TensorSpecs of items that are mappings of features; None for serialised examples.
+    splits: names of the splits.
   """
+
+  caching_permitted = True
+  supports_arbitrary_sharding = True
+  performs_internal_shuffling = True
 
   def __init__(
     self,
@@ -55,28 +64,30 @@ class RandomAccessDataSource(seqio.DataSource):
     Raises:
       ValueError: a feature has a reserved name, or some are TensorSpecs and others are not.
     """
+    import tensorflow as tf
+
     for name in RESERVED:
       if name in features:
         raise ValueError(f'feature name {name!r} is reserved; rename the feature')
-    self.sources = dict(splits)
+    self.sources, self.splits = dict(splits), tuple(splits)
     are_specs = {isinstance(feature, tf.TensorSpec) for feature in features.values()}
     if len(are_specs) != 1:
       raise ValueError('declare either all features as tf.TensorSpec, or none')
     self._features = dict(features)
     self.specs = dict(features) if are_specs.pop() else None
-    super().__init__(
-      splits=self.sources,
-      num_input_examples={split: len(source) for split, source in self.sources.items()},
-      performs_internal_shuffling=True,
-    )
 
   def parse_fn(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
     """The features of a serialised example."""
+    import tensorflow as tf
+
     return tf.io.parse_single_example(record, self._features)
 
   @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
+  def output_features(self) -> Mapping[str, seqio.Feature]:
+    raise NotImplementedError  # seqio reads those of tasks only
+
+  def num_input_examples(self, split: str) -> int:
+    return len(self.sources[split])
 
   def list_shards(self, split: str) -> list[str]:
     return [split]
@@ -89,21 +100,23 @@ class RandomAccessDataSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **unused: Any,
   ) -> tf.data.Dataset:
-    """The examples of a split, for `seqio.get_dataset`; see `seqio.DataSource`.
+    """The examples of a split, for `seqio.get_dataset`; see `seqio.DataSource.get_dataset`.
 
     With `shuffle`, they are in the order of an epoch of training. `pipeline.Stream` and this method
     both add the feature `key`.
     """
+    import tensorflow as tf
+
     del unused
     source = self.sources[split]
-    shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
+    first_index, num_shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
     if seed is None:
       seed = int(np.random.default_rng().integers(1 << 32))
 
     def positions() -> Iterator[int]:
-      step = shard.num_shards * _BLOCK
-      for first in range(shard.index, len(source), step):
-        block = np.arange(first, min(first + step, len(source)), shard.num_shards)
+      step = num_shards * _BLOCK
+      for first in range(first_index, len(source), step):
+        block = np.arange(first, min(first + step, len(source)), num_shards)
         yield from (order.shuffle(block, len(source), seed) if shuffle else block).tolist()
 
     def items() -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import emoji, records, sources
+from fluid_jax.data import emoji, records, seqio_source, sources
 
 if TYPE_CHECKING:
   import seqio
@@ -136,8 +136,6 @@ def open_source(task: seqio.Task, split: str) -> sources.RandomAccessSource:
     UserError: the task's source has no random access, or has no such split.
   """
   import seqio
-
-  from fluid_jax.data import seqio_source
 
   is_random_access = isinstance(task.source, seqio_source.RandomAccessDataSource)
   if not is_random_access and not isinstance(task.source, seqio.TFExampleDataSource):
@@ -257,8 +255,6 @@ def _add_emoji(name: str) -> None:
   """Registers a task over the embedded set."""
   import seqio
   import tensorflow as tf
-
-  from fluid_jax.data import seqio_source
 
   splits = {}
   for split in emoji.SPLITS:
