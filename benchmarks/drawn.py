@@ -27,8 +27,10 @@ def main() -> None:
   for workdir in args.workdirs:
     config, _, params, _ = sample.load_workdir(workdir)
     stream = pipeline.Stream(
-      config.data.task, 'train', batch_size=63, seed=0, image_size=config.image.size,
-      text_length=config.text.length, languages=('en',), shuffle=False, captions=True,
+      config.data.task, 'train', pipeline.Options(
+        batch_size=63, seed=0, image_size=config.image.size, text_length=config.text.length,
+        languages=('en',), shuffle=False, captions=True,
+      ),
     )  # fmt: skip
     batch = next(stream)
     images = batch['images'][batch['valid']]

@@ -145,8 +145,8 @@ _STREAM = """
 import sys
 from fluid_jax.data import pipeline
 stream = pipeline.Stream(
-  sys.argv[1], 'train', batch_size=10, seed=0, image_size=16, text_length=0, captions=True,
-  max_corrupt_fraction=0.2)
+  sys.argv[1], 'train', pipeline.Options(batch_size=10, seed=0, image_size=16, text_length=0,
+  captions=True, max_corrupt_fraction=0.2))
 print(len({key for _ in range(3) for key in next(stream)['key']}))
 """
 

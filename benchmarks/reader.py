@@ -1,13 +1,14 @@
-"""`data.pipeline.Stream` beside plain tf.data and Grain pipelines: the same data, in one run.
+"""Compares `data.pipeline.Stream` with plain tf.data and Grain pipelines on the same data.
 
-  python benchmarks/reader.py --data=DIR    # 1 GB there, made when absent; 4 minutes
+  python benchmarks/reader.py --data=DIR    # writes 1 GB if absent; 4 minutes
 
-Two sets are read from the page cache: JPEGs of 512 pixels, which become 256 pixels and byte ids,
-and prepared latents with T5-XXL's features. Every reader has a process of its own on --cores cores,
-first goes through an epoch, in which its arrays are compared with the others', and is stopped while
-others are timed; repetitions alternate. Images/s per core are images by CPU seconds, user and
-system, so that neighbours on the machine disturb less. Then: how long the first batch takes at an
-early step and at a late one. Grain is optional: `pip install grain array-record`.
+Two sets are read from the page cache: JPEGs of 512 pixels, which are resized to 256 pixels and
+tokenised as bytes, and encoded latents with T5-XXL features. Each reader runs in its own process on
+--cores cores. It first reads an epoch, whose arrays are compared with those of the others. It is
+stopped while the others are timed; the repetitions alternate. Images/s per core are images per
+second of CPU time, user and system, which other processes on the machine disturb less. The time to
+the first batch is then measured at an early and at a late step. Grain is optional:
+`pip install grain array-record`.
 """
 
 import argparse
@@ -31,26 +32,27 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fluid_jax.data import examples, pipeline, records
+from fluid_jax.prepare import record_writer
 
 READERS = ('Stream', 'tf.data', 'Grain')
-WORKLOADS = {'pictures': 'JPEG to 256 pixels', 'latents': 'prepared latents'}
+WORKLOADS = {'images': 'JPEG to 256 pixels', 'latents': 'encoded latents'}
 NUM_EXAMPLES, NUM_SHARDS = 2000, 8
 BATCH_SIZE, IMAGE_SIZE, TEXT_LENGTH = 64, 256, 128
 MOMENTS, FEATURES = [256, 32], [TEXT_LENGTH, 4096]
 NUM_COMPARED = 32
-MAX_DISTANCE = 1.5  # levels: decoders may round otherwise, and Pillow rounds between its passes
-NUM_DRAINED = 10  # batches before each timing: more than any reader holds ready
+MAX_DISTANCE = 1.5  # levels: decoders round differently, and Pillow rounds between its passes
+NUM_DRAINED = 10  # batches before each timing: more than any reader prefetches
 
 # ---- Data ----
 
 
 def jpeg(number: int) -> bytes:
-  """A picture with the smooth shades, edges and grain of a photograph; 40 to 90 KB."""
+  """An image with the smooth shades, edges and grain of a photograph; 40 to 90 KB."""
   rng = np.random.default_rng([0, number])
   short = round(512 / rng.uniform(1, 2))
   width, height = (512, short) if rng.random() < 0.5 else (short, 512)
   total = np.full((height, width, 3), 128, np.float32)
-  for octave in range(1, 7):  # the spectrum of natural pictures falls as 1 / frequency
+  for octave in range(1, 7):  # the spectrum of natural images falls as 1 / frequency
     cells = rng.normal(0, 80 / 1.8**octave, (3, 2**octave, 2**octave)).astype(np.float32)
     for channel, cell in enumerate(cells):
       shades = Image.fromarray(cell).resize((width, height), Image.Resampling.BICUBIC)
@@ -72,7 +74,7 @@ def jpeg(number: int) -> bytes:
 def example(workload: str, number: int) -> tuple[str, bytes, list[str]]:
   """Key, `tf.train.Example` and languages, as `prepare.ingest` and `prepare.encode` write them."""
   key, text = f'{number:06d}', f'picture {number:06d} of a hill, a roof and some of the sky above'
-  if workload == 'pictures':
+  if workload == 'images':
     features = {'image': jpeg(number), 'key': key, 'text': [text], 'lang': ['en']}
     return key, examples.encode(features), ['en']
   rng = np.random.default_rng([1, number])
@@ -89,13 +91,13 @@ def example(workload: str, number: int) -> tuple[str, bytes, list[str]]:
 
 
 def make_set(directory: pathlib.Path, workload: str) -> None:
-  """Writes a set, and where ArrayRecord is installed the same examples in its files."""
+  """Writes a set and, if ArrayRecord is installed, the same examples as ArrayRecord files."""
   index = directory / workload / records.INDEX
   if not index.exists():
     print(f'writing {directory / workload}', file=sys.stderr)
     arrays = {'image_moments': MOMENTS, 'text_features': FEATURES}
-    facts = {'ingest': {}} if workload == 'pictures' else {'arrays': arrays}
-    writer = records.Writer(directory / workload, **facts)
+    facts = {'ingest': {}} if workload == 'images' else {'arrays': arrays}
+    writer = record_writer.Writer(directory / workload, **facts)
     for number in range(NUM_SHARDS):
       part = range(number, NUM_EXAMPLES, NUM_SHARDS)
       writer.write('train', number, (example(workload, i) for i in part))
@@ -108,7 +110,7 @@ def make_set(directory: pathlib.Path, workload: str) -> None:
   finished.parent.mkdir(exist_ok=True)
   for shard in json.loads(index.read_text())['splits']['train']:
     path = finished.parent / f'{pathlib.Path(shard["file"]).stem}.array_record'
-    # As for random access, and no time lost on what cannot be compressed.
+    # For random access, and without the time to decompress.
     writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
     for _, payload in records.scan(directory / workload / shard['file'], 1 << 30):
       writer.write(payload)
@@ -126,18 +128,21 @@ def is_installed(reader: str) -> bool:
 
 def stream(directory: pathlib.Path, workload: str, start_step: int = 0) -> Iterator[dict]:
   return pipeline.Stream(
-    str(directory / workload), 'train', batch_size=BATCH_SIZE, seed=0, image_size=IMAGE_SIZE,
-    text_length=TEXT_LENGTH, start_step=start_step,
+    str(directory / workload), 'train',
+    pipeline.Options(
+      batch_size=BATCH_SIZE, seed=0, image_size=IMAGE_SIZE, text_length=TEXT_LENGTH
+    ),
+    start_step=start_step,
   )  # fmt: skip
 
 
 def tf_data(directory: pathlib.Path, workload: str) -> Iterator[dict]:
-  """As its guide has it: https://www.tensorflow.org/guide/data_performance."""
+  """A pipeline as in https://www.tensorflow.org/guide/data_performance."""
   import tensorflow as tf
 
   scalar, pair = tf.io.FixedLenFeature([], tf.string), tf.io.FixedLenFeature([2], tf.int64)
 
-  def picture(record):
+  def decode_image(record):
     found = tf.io.parse_single_example(
       record, {'image': scalar, 'text': tf.io.FixedLenSequenceFeature([], tf.string, True)}
     )
@@ -172,17 +177,17 @@ def tf_data(directory: pathlib.Path, workload: str) -> Iterator[dict]:
   )
   dataset = dataset.shuffle(1000).repeat()
   dataset = dataset.map(
-    picture if workload == 'pictures' else latents, num_parallel_calls=tf.data.AUTOTUNE
+    decode_image if workload == 'images' else latents, num_parallel_calls=tf.data.AUTOTUNE
   )
   dataset = dataset.batch(BATCH_SIZE, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
   return iter(dataset.as_numpy_iterator())
 
 
 def grain_dataset(directory: pathlib.Path, workload: str) -> Iterator[dict]:
-  """As its tutorial has it: https://google-grain.readthedocs.io/en/latest/data_loader."""
+  """A pipeline as in https://google-grain.readthedocs.io/en/latest/data_loader."""
   from grain import python as grain
 
-  def picture(record: bytes) -> dict[str, np.ndarray]:
+  def decode_image(record: bytes) -> dict[str, np.ndarray]:
     found = examples.decode(record)
     image = Image.open(io.BytesIO(found['image'][0])).convert('RGB')
     side = min(image.size)
@@ -209,7 +214,7 @@ def grain_dataset(directory: pathlib.Path, workload: str) -> Iterator[dict]:
 
   paths = sorted(map(str, (directory / f'{workload}.array_record').glob('*.array_record')))
   dataset = grain.MapDataset.source(grain.ArrayRecordDataSource(paths)).seed(0).shuffle().repeat()
-  dataset = dataset.map(picture if workload == 'pictures' else latents)
+  dataset = dataset.map(decode_image if workload == 'images' else latents)
   threads = len(os.sched_getaffinity(0))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * BATCH_SIZE)
   return iter(dataset.to_iter_dataset(options).batch(BATCH_SIZE, drop_remainder=True))
@@ -221,11 +226,11 @@ MAKE = {'Stream': stream, 'tf.data': tf_data, 'Grain': grain_dataset}
 
 
 def identities(workload: str) -> dict[bytes, int]:
-  """What the rows of the compared examples are known by -> their numbers."""
+  """Identifying bytes of a row of each compared example -> number of the example."""
   known = {}
   for number in range(NUM_COMPARED):
     found = examples.decode(example(workload, number)[1])
-    if workload == 'pictures':
+    if workload == 'images':
       known[np.frombuffer(found['text'][0], np.uint8).astype(np.int32).tobytes()] = number
     else:
       known[found['image_moments'][0]] = number
@@ -233,13 +238,13 @@ def identities(workload: str) -> dict[bytes, int]:
 
 
 def rows_compared(batches: Iterator[dict], workload: str) -> dict[str, np.ndarray]:
-  """Arrays of the compared examples, wherever they come in three epochs."""
+  """Arrays of the compared examples, found within three epochs."""
   known, found = identities(workload), {}
   for _ in range(3 * NUM_EXAMPLES // BATCH_SIZE):
     batch = next(batches)
     batch.pop('valid', None)
     for row in range(BATCH_SIZE):
-      if workload == 'pictures':
+      if workload == 'images':
         ids = batch['text_ids'][row]
         name = (ids[ids > 1] - 3).tobytes()
       else:
@@ -265,7 +270,7 @@ def serve(reader: str, workload: str, directory: pathlib.Path, num_cores: int) -
   for line in sys.stdin:
     command, argument = line.split()
     if command == 'first':
-      import seqio  # noqa: F401  (what is timed is the stream, not the imports)
+      import seqio  # noqa: F401  (imports are not timed)
       import tensorflow as tf
 
       tf.zeros([1]).numpy()
@@ -287,7 +292,7 @@ def serve(reader: str, workload: str, directory: pathlib.Path, num_cores: int) -
 
 
 class Worker:
-  """A reader in a process of its own, stopped but while it answers."""
+  """A reader in its own process, which is stopped except while it answers."""
 
   def __init__(self, reader: str, workload: str, args: argparse.Namespace):
     command = [sys.executable, __file__, f'--data={args.data}', f'--cores={args.cores}']
@@ -321,10 +326,10 @@ class Worker:
 
 
 def compare(paths: dict[str, pathlib.Path]) -> str:
-  """How far the others' arrays are from the first's; SystemExit if they are not the same."""
+  """Describes how much the arrays differ from the first reader's; SystemExit if too much."""
   found = {reader: np.load(path) for reader, path in paths.items()}
   (first, reference), *others = found.items()
-  said = []
+  distances = []
   for reader, arrays in others:
     if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in reference.items()}:
       raise SystemExit(f'{reader} and {first} do not give the same arrays.')
@@ -333,15 +338,15 @@ def compare(paths: dict[str, pathlib.Path]) -> str:
       if gap.mean() > (MAX_DISTANCE if name == 'images' else 0):
         raise SystemExit(f'{name} of {reader} and {first} differ by {gap.mean():.2f}.')
       if name == 'images':
-        said.append(f'{reader} {gap.mean():.3f} (at most {gap.max():.0f})')
+        distances.append(f'{reader} {gap.mean():.3f} (at most {gap.max():.0f})')
   num_compared = len(next(iter(reference.values())))
-  if not said:
+  if not distances:
     return f'{num_compared} examples compared: all readers give the same arrays.'
-  return f'{num_compared} pictures compared, mean distance in levels: {", ".join(said)}.'
+  return f'{num_compared} images compared, mean distance in levels: {", ".join(distances)}.'
 
 
 def measure(workload: str, args: argparse.Namespace) -> tuple[dict[str, list[dict]], str]:
-  """Timings of each reader that is installed, and how the arrays compare."""
+  """Timings of each installed reader, and a comparison of their arrays."""
   with contextlib.ExitStack() as stack:
     workers, paths = {}, {}
     for reader in filter(is_installed, args.reader or READERS):
@@ -349,21 +354,21 @@ def measure(workload: str, args: argparse.Namespace) -> tuple[dict[str, list[dic
       stack.callback(worker.end)
       paths[reader] = args.data / f'{workload}.{reader}.npz'
       worker.ask('compare', paths[reader])
-    said, timings = compare(paths), {reader: [] for reader in workers}
+    comparison, timings = compare(paths), {reader: [] for reader in workers}
     for path in paths.values():
       path.unlink()
     for repeat in range(args.repeats):
       for reader, worker in workers.items():
         timings[reader].append(worker.ask('time', args.batches[workload]))
         print(workload, repeat, reader, timings[reader][-1], file=sys.stderr)
-  return timings, said
+  return timings, comparison
 
 
 def table(timings: dict[str, list[dict]], num_batches: int) -> str:
-  """Medians, and in brackets the range of the repetitions' ratios."""
+  """A table of medians, with the range of the ratios over repetitions in parentheses."""
   images = num_batches * BATCH_SIZE
   lines = [
-    '| reader | images/s per core | CPU ms an image | images/s | Stream to it, per core | wall |',
+    '| reader | images/s per core | CPU ms per image | images/s | Stream / it, per core | wall |',
     '|---|---|---|---|---|---|',
   ]
   for reader in READERS:
@@ -390,24 +395,24 @@ def spread(values: list[float], form: str) -> str:
 
 
 def first_batches(workload: str, args: argparse.Namespace) -> str:
-  """How long `Stream` takes to its first batch, in fresh processes."""
+  """Time from the construction of `Stream` to its first batch, in new processes."""
   seconds = {step: [] for step in (10, 1_000_000)}
   for _ in range(args.first_repeats):
     for step, found in seconds.items():
       worker = Worker('Stream', workload, args)
       found.append(worker.ask('first', step)['seconds'])
       worker.end()
-  said = [f'step {step:,} {spread(found, ".2f")} s' for step, found in seconds.items()]
-  return f'Stream, from construction to the first batch: {"; ".join(said)}.'
+  times = [f'step {step:,} {spread(found, ".2f")} s' for step, found in seconds.items()]
+  return f'Stream, from construction to the first batch: {"; ".join(times)}.'
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--data', type=pathlib.Path, required=True, help='where the sets go')
-  parser.add_argument('--workload', action='append', choices=WORKLOADS, help='only these')
-  parser.add_argument('--reader', action='append', choices=READERS, help='only these')
+  parser.add_argument('--data', type=pathlib.Path, required=True, help='folder for the sets')
+  parser.add_argument('--workload', action='append', choices=WORKLOADS, help='run only these')
+  parser.add_argument('--reader', action='append', choices=READERS, help='run only these')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--first_repeats', type=int, default=3)
   parser.add_argument('--cores', type=int, default=2)
@@ -418,12 +423,12 @@ def main() -> None:
     serve(*args.serve, args.data, args.cores)
     return
   args.data.mkdir(parents=True, exist_ok=True)
-  args.batches = {'pictures': 20, 'latents': 80}
+  args.batches = {'images': 20, 'latents': 80}
   print(f'{args.cores} cores ({platform.machine()}), batches of {BATCH_SIZE}')
   for workload in args.workload or WORKLOADS:
     make_set(args.data, workload)
-    timings, said = measure(workload, args)
-    print(f'\n{WORKLOADS[workload]}. {said}\n')
+    timings, comparison = measure(workload, args)
+    print(f'\n{WORKLOADS[workload]}. {comparison}\n')
     print(table(timings, args.batches[workload]), flush=True)
     if args.first_repeats:
       print(f'\n{first_batches(workload, args)}', flush=True)

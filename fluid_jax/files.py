@@ -9,7 +9,7 @@ from etils import epath
 from fluid_jax import errors
 
 
-def write(path: epath.PathLike, data: bytes | str) -> None:
+def write(path: epath.PathLike, data: bytes | str, is_shared: bool = False) -> None:
   """Writes a file atomically: readers see the old content or all of the new content.
 
   A local file is on the disk when this function returns, so it survives a crash of the machine.
@@ -17,19 +17,29 @@ def write(path: epath.PathLike, data: bytes | str) -> None:
   Args:
     path: a local path or a URL of object storage (gs://...).
     data: bytes, or text to store as UTF-8.
+    is_shared: whether other processes may write the same file at the same time.
 
   Raises:
     OSError: the file cannot be written.
   """
   path = epath.Path(path)
-  temporary = path.with_name(f'{path.name}.tmp')
-  temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-  is_local = '://' not in os.fspath(path)
-  if is_local:
-    fsync(temporary)
-  temporary.replace(path)
-  if is_local:
+  target = temporary(path, is_shared)
+  target.write_bytes(data.encode() if isinstance(data, str) else data)
+  if target != path:
+    fsync(target)
+    target.replace(path)
     fsync(path.parent)  # the rename itself is in the directory
+
+
+def temporary(path: epath.Path, is_shared: bool) -> epath.Path:
+  """The path to write before renaming to `path`; with `is_shared`, one for this process only.
+
+  In a bucket it is `path` itself, because objects appear there once they are complete.
+  """
+  if '://' in os.fspath(path):
+    return path
+  owner = f'.{os.getpid()}' if is_shared else ''
+  return path.with_name(f'{path.name}{owner}.tmp')
 
 
 def fsync(path: os.PathLike[str] | str) -> None:

@@ -293,7 +293,7 @@ def data_facts(data: Any) -> dict[str, str]:
   for split in ('train', 'validation'):
     try:
       facts[split] = ' and '.join(
-        f'{len(part.records)} examples with digest {part.records.digest[:12]} at rate {part.rate:g}'
+        f'{len(part.source)} examples with digest {part.digest[:12]} at rate {part.rate:g}'
         for part in tasks.components(data.task, data.module, split)
       )
     except errors.UserError as error:  # raised again by the stream if all processes have it

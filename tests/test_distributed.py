@@ -318,8 +318,9 @@ def test_any_processes_and_mesh_restore_equal_arrays_and_read_equal_examples(
   from fluid_jax.data import pipeline
 
   stream = pipeline.Stream(
-    'emoji_demo', 'train', batch_size=16, seed=0, image_size=32, text_length=24,
-    languages=('en', 'fr'), start_step=NUM_STEPS,
+    'emoji_demo', 'train', pipeline.Options(
+      batch_size=16, seed=0, image_size=32, text_length=24, languages=('en', 'fr'),
+    ), start_step=NUM_STEPS,
   )  # fmt: skip
   assert outputs[0]['keys'] == stream.keys_at(NUM_STEPS)
   batch = next(stream)

@@ -16,7 +16,7 @@ from fluid_jax import errors, sharding
 from fluid_jax import training as train
 from fluid_jax.data import pipeline, records
 from fluid_jax.encoders import frozen
-from fluid_jax.prepare import encode
+from fluid_jax.prepare import encode, record_writer
 
 DEMO = {'data.task': 'emoji_demo', 'data.languages': ('en',), 'text.length': 12}
 
@@ -57,9 +57,10 @@ def digest_of(path):
 def raw_batch(config, split):
   """The whole split as pictures and ids, and its keys."""
   stream = pipeline.Stream(
-    'emoji_demo', split, batch_size=256, seed=0, image_size=config.image.size,
-    text_length=config.text.length, languages=('en',), vocabulary=config.text.vocabulary,
-    shuffle=False,
+    'emoji_demo', split, pipeline.Options(
+      batch_size=256, seed=0, image_size=config.image.size, text_length=config.text.length,
+      languages=('en',), vocabulary=config.text.vocabulary, shuffle=False,
+    ),
   )  # fmt: skip
   batch = next(stream)
   return {name: batch[name][batch['valid']] for name in batch}, stream.keys_at(0)
@@ -121,7 +122,7 @@ def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
   config, _ = encoding('continuous')
   encode.encode(config, str(tmp_path / 'straight'))
   assert len(digest_of(tmp_path / 'straight')) == 1 + 2 * (-(-63 // 24) - (-150 // 24))
-  write, made = records.Writer.write, []
+  write, made = record_writer.Writer.write, []
 
   def cut_off(self, split, number, *args, **kwargs):
     if len(made) == 2:
@@ -131,23 +132,23 @@ def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
     write(self, split, number, *args, **kwargs)
 
   with monkeypatch.context() as patch:
-    patch.setattr(records.Writer, 'write', cut_off)
+    patch.setattr(record_writer.Writer, 'write', cut_off)
     with pytest.raises(KeyboardInterrupt):
       encode.encode(config, str(tmp_path / 'cut'))
   with pytest.raises(errors.UserError, match='cannot be read'):
     records.read_index(tmp_path / 'cut')  # half a set is none
   other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
-  with pytest.raises(errors.UserError, match='holds the beginnings of another set'):
+  with pytest.raises(errors.UserError, match='holds an unfinished set with other settings'):
     encode.encode(other, str(tmp_path / 'cut'))
 
   def not_again(self, split, number, *args, **kwargs):
     assert (split, number) not in made
     write(self, split, number, *args, **kwargs)
 
-  monkeypatch.setattr(records.Writer, 'write', not_again)
+  monkeypatch.setattr(record_writer.Writer, 'write', not_again)
   encode.encode(config, str(tmp_path / 'cut'))
   assert digest_of(tmp_path / 'cut') == digest_of(tmp_path / 'straight')
-  with pytest.raises(errors.UserError, match='holds a record set already'):
+  with pytest.raises(errors.UserError, match='already holds a record set'):
     encode.encode(config, str(tmp_path / 'cut'))
 
 
@@ -192,8 +193,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
   refused("source='features' is what", encode.encode, changed(text={'source': 'features'}), out)
   refused('codes have no mean', encode.measure, encoding('discrete')[0], 10)
   pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
-  refused('does not say what its examples hold', pipeline.Stream, pictures['task'], 'train',
-          batch_size=8, seed=0, image_size=16, text_length=8)  # fmt: skip
+  refused('does not describe its examples', pipeline.Stream, pictures['task'], 'train',
+          pipeline.Options(batch_size=8, seed=0, image_size=16, text_length=8))  # fmt: skip
 
 
 def test_a_digest_is_of_every_bit_and_its_place(encoding):

@@ -47,8 +47,10 @@ def test_a_stream_reads_pieces_and_counts_what_it_cuts(vocabulary):
 
   def read(length):
     stream = pipeline.Stream(
-      'emoji_demo', 'validation', batch_size=8, seed=0, image_size=8, text_length=length,
-      languages=('en',), vocabulary=vocabulary, shuffle=False,
+      'emoji_demo', 'validation', pipeline.Options(
+        batch_size=8, seed=0, image_size=8, text_length=length, languages=('en',),
+        vocabulary=vocabulary, shuffle=False,
+      ),
     )  # fmt: skip
     rows, num_truncated = [], 0
     for batch in stream:

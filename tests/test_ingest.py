@@ -22,7 +22,7 @@ from PIL import Image
 
 from fluid_jax import errors
 from fluid_jax.data import examples, pipeline, records
-from fluid_jax.prepare import images, ingest, pairs, report, sources, tables, workers
+from fluid_jax.prepare import images, ingest, pairs, record_writer, report, sources, tables, workers
 
 LANGS = ('en', 'fr', 'und')
 
@@ -202,8 +202,9 @@ def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
 def test_a_set_is_trained_on_by_its_path(tmp_path):
   run(tmp_path / 'out', write_webdataset(tmp_path))
   stream = pipeline.Stream(
-    str(tmp_path / 'out'), 'train', batch_size=8, seed=0, image_size=30, text_length=32,
-    languages=('fr',), captions=True,
+    str(tmp_path / 'out'), 'train', pipeline.Options(
+      batch_size=8, seed=0, image_size=30, text_length=32, languages=('fr',), captions=True,
+    ),
   )  # fmt: skip
   batch = next(stream)
   stream.close()
@@ -437,7 +438,7 @@ def test_workers_and_shards_do_not_change_the_order(tmp_path):
   assert told['gather'][-1] == (len(shards), len(shards))
   assert told['examine'][-1] == (3, 3)
   assert list(read_set(tmp_path / 'small')) == list(read_set(tmp_path / 'out1'))
-  with pytest.raises(errors.UserError, match='holds a record set already'):
+  with pytest.raises(errors.UserError, match='already holds a record set'):
     run(tmp_path / 'small', small)
 
 
@@ -464,7 +465,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path):
   # Another source is not mixed in, nor a changed one taken for the same.
   done = commands.run(*command, f'--out={out}', '--min_side=2')
   assert (done.returncode, done.stderr.count('\n')) == (errors.MISMATCH, 1)
-  assert 'holds the beginnings of another set' in done.stderr
+  assert 'holds an unfinished set with other settings' in done.stderr
   commands.run_ok(*command, f'--out={out}')
   assert digests(out) == digests(tmp_path / 'straight')
 
@@ -474,7 +475,7 @@ def test_a_source_that_changed_is_refused(tmp_path):
   out = tmp_path / 'out'
   table = tmp_path / 'captions.jsonl'
   unit = next(iter(chosen.open_source().units()))
-  records.Writer(out, **ingest.facts_of(chosen))
+  record_writer.Writer(out, **ingest.facts_of(chosen))
   (out / 'work').mkdir()
   ingest.write_run(str(out / 'work'), 0, unit, ingest.digest_of(unit), chosen)
   table.write_text(table.read_text().replace('une p03', 'une autre'))
@@ -511,10 +512,10 @@ def test_shards_of_another_plan_are_not_mixed_in(tmp_path, monkeypatch, change):
 def test_cut_off_at_the_very_end_it_is_whole_and_nothing_is_left(tmp_path, monkeypatch):
   chosen = write_webdataset(tmp_path)
   with monkeypatch.context() as patch:
-    patch.setattr(records.Writer, '_clear', lambda self: None)
+    patch.setattr(record_writer.Writer, '_clear', lambda self: None)
     run(tmp_path / 'out', chosen)
   assert (tmp_path / 'out/work').exists()
-  with pytest.raises(errors.UserError, match='holds a record set already'):
+  with pytest.raises(errors.UserError, match='already holds a record set'):
     run(tmp_path / 'out', chosen)
   assert {p.name for p in (tmp_path / 'out').iterdir()} == {
     'index.json', 'quarantine.jsonl', 'report.png', 'train-00000.json', 'train-00000.tfrecord',

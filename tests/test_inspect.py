@@ -16,8 +16,9 @@ def test_it_lists_what_the_step_reads_and_draws_it(tmp_path):
   out = tmp_path / 'batch.png'
   printed = commands.run_ok(*COMMAND, '--step=9', f'--picture={out}', '--num_pictures=5')
   stream = pipeline.Stream(
-    'emoji_demo', 'train', batch_size=16, seed=0, image_size=32, text_length=24,
-    languages=('en', 'fr'), captions=True,
+    'emoji_demo', 'train', pipeline.Options(
+      batch_size=16, seed=0, image_size=32, text_length=24, languages=('en', 'fr'), captions=True,
+    ),
   )  # fmt: skip
   for _ in range(9):  # as training does from its start: the ninth batch is that of step 9
     batch = next(stream)

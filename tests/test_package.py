@@ -103,7 +103,8 @@ for path in patches.WEIGHTS.glob('*.safetensors'):
   (patches.load if path.name.startswith('patch_') else trained.read)(path)
 from fluid_jax.data import pipeline
 stream = pipeline.Stream(
-  'emoji_demo', 'train', batch_size=4, seed=0, image_size=32, text_length=24
+  'emoji_demo', 'train',
+  pipeline.Options(batch_size=4, seed=0, image_size=32, text_length=24),
 )
 assert next(stream)['images'].shape == (4, 32, 32, 3)
 stream.close()

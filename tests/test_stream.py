@@ -1,6 +1,7 @@
-"""The order of examples at any size, mixtures, mirrored pictures, buckets, and kills."""
+"""Order of examples, mixtures, flipped images, buckets, and kills."""
 
 import collections
+import hashlib
 import json
 import os
 import signal
@@ -16,12 +17,15 @@ import pytest
 from etils import epath
 
 from fluid_jax import errors
-from fluid_jax.data import order, pipeline, records, tasks
+from fluid_jax.data import examples, order, pipeline, records, tasks
+from fluid_jax.prepare import record_writer
 
 
 def stream(task, **kwargs):
   settings = {'batch_size': 8, 'seed': 0, 'image_size': 16, 'text_length': 16} | kwargs
-  return pipeline.Stream(task, settings.pop('split', 'train'), **settings)
+  own = {name: settings.pop(name) for name in ('start_step', 'rows') if name in settings}
+  split = settings.pop('split', 'train')
+  return pipeline.Stream(task, split, pipeline.Options(**settings), **own)
 
 
 # ---- Windows ----
@@ -35,7 +39,7 @@ def test_an_epoch_visits_each_example_once_window_by_window(monkeypatch, size):
     found = order.shuffle(np.arange(size), size, 5, epoch)
     assert sorted(found) == list(range(size))
     one = [int(order.shuffle(np.array([n]), size, 5, epoch)[0]) for n in range(0, size, 5)]
-    assert one == found[::5].tolist()  # each is a function of its number alone
+    assert one == found[::5].tolist()  # each depends only on its number
     count = max(1, size // 8)
     width = size // count
     windows = [set(found[i * width : (i + 1) * width] // width) for i in range(count)]
@@ -44,7 +48,7 @@ def test_an_epoch_visits_each_example_once_window_by_window(monkeypatch, size):
   assert size < 8 or len(set(orders)) == 3
 
 
-def test_epochs_permute_windows_and_what_is_in_them(monkeypatch):
+def test_epochs_permute_windows_and_the_examples_in_them(monkeypatch):
   monkeypatch.setattr(order, 'WINDOW', 16)
   epochs = [order.shuffle(np.arange(64), 64, 0, epoch).reshape(4, 16) for epoch in range(400)]
   first = collections.Counter(int(found[0, 0]) // 16 for found in epochs)
@@ -55,12 +59,10 @@ def test_epochs_permute_windows_and_what_is_in_them(monkeypatch):
   assert min(within.values()) >= 8  # of 25
 
 
-def test_a_set_of_any_size_opens_at_once_and_a_batch_reads_few_entries(tmp_path, monkeypatch):
-  """What a set of 2**33 records would take: its index alone, and the entries of a window."""
+def test_a_huge_set_opens_fast_and_a_batch_reads_few_entries(tmp_path, monkeypatch):
+  """A set of 2**33 records: opening reads only its index, and a batch only a window's entries."""
   shards, width = 1 << 17, 1 << 16
   entry = json.dumps({'lengths': ' '.join(['4'] * 8), 'keys': ' '.join(f'k{i}' for i in range(8))})
-  import hashlib
-
   described = {
     'records': width, 'bytes': 0, 'sha256': '0' * 64,
     'entry_sha256': hashlib.sha256(entry.encode()).hexdigest(),
@@ -81,27 +83,27 @@ def test_a_set_of_any_size_opens_at_once_and_a_batch_reads_few_entries(tmp_path,
   assert peak < 400e6
   numbers = 10**9 * 2048 + np.arange(2048)
   found = order.shuffle(numbers % len(opened), len(opened), 0, numbers // len(opened))
-  assert len(set(found // width)) <= 2  # shards; as many as a window has
+  assert len(set(found // width)) <= 2  # shards of one window
 
 
 # ---- Mixtures ----
 
 
 @pytest.mark.parametrize('rates', [[1], [1, 1], [3, 1], [0.7, 0.2, 0.1], [1e-9, 1]])
-def test_rates_are_kept_everywhere(rates):
+def test_every_part_of_a_mixture_keeps_the_rates(rates):
   pattern = order.interleave(rates)
-  shares = np.array(rates) / sum(rates)
+  fractions = np.array(rates) / sum(rates)
   counts = np.bincount(pattern, minlength=len(rates))
-  np.testing.assert_allclose(counts / len(pattern), shares, atol=1 / 4096)
+  np.testing.assert_allclose(counts / len(pattern), fractions, atol=1 / 4096)
   assert counts.min() >= 1
-  for length in (8, 64, 1000):  # and in every part of it, to within an example or two
+  for length in (8, 64, 1000):  # to within two examples
     part = np.bincount(np.tile(pattern, 1000)[:length], minlength=len(rates))
-    assert np.abs(part - shares * length).max() <= 2
+    assert np.abs(part - fractions * length).max() <= 2
 
 
 @pytest.fixture(scope='module')
 def mixture(tmp_path_factory):
-  """A mixture, 3 to 1, of sets of 30 and of 7 pictures, in a bucket's way of naming: by path."""
+  """A mixture with rates 3 and 1 of sets of 30 and 7 images."""
   import seqio
 
   folder = tmp_path_factory.mktemp('mixed')
@@ -116,13 +118,13 @@ def keys(batch):
   return [key.decode() for key in batch['key']]
 
 
-def test_a_mixture_goes_through_each_task_in_turn_at_its_rate(mixture):
+def test_a_mixture_reads_all_of_each_task_at_its_rate(mixture):
   both = stream(mixture, captions=True)
   batches = [next(both) for _ in range(15)]  # 120 examples: 90 and 30
   assert [keys(batch) for batch in batches] == [both.keys_at(step) for step in range(15)]
-  drawn = [key for batch in batches for key in keys(batch)]
-  large = [key for key in drawn if key.startswith('large')]
-  small = [key for key in drawn if key.startswith('small')]
+  read = [key for batch in batches for key in keys(batch)]
+  large = [key for key in read if key.startswith('large')]
+  small = [key for key in read if key.startswith('small')]
   assert (len(large), len(small)) == (90, 30)
   for epoch in range(3):
     assert len(set(large[30 * epoch : 30 * epoch + 30])) == 30
@@ -130,13 +132,13 @@ def test_a_mixture_goes_through_each_task_in_turn_at_its_rate(mixture):
     assert len(set(small[7 * epoch : 7 * epoch + 7])) == 7
   alone = stream('mixed_small', captions=True, batch_size=15)
   assert small == keys(next(alone)) + keys(next(alone))
-  for batch in batches:  # pictures, texts and keys are of the same examples
+  for batch in batches:  # images, captions and keys match
     for key, text, image in zip(keys(batch), batch['text'], batch['images'], strict=True):
       assert text.decode() == f'text of {key}'
       assert image[0, 0].tolist() == own_set.colour(key)
 
 
-def test_a_mixture_resumes_and_is_parted_like_a_task(mixture):
+def test_a_mixture_resumes_and_is_split_among_processes_like_a_task(mixture):
   straight = stream(mixture, captions=True)
   batches = [next(straight) for _ in range(6)]
   resumed = stream(mixture, captions=True, start_step=4)
@@ -149,64 +151,62 @@ def test_a_mixture_resumes_and_is_parted_like_a_task(mixture):
       assert all((part[name] == batch[name][i::4]).all() for name in batch)
 
 
-def test_validation_of_a_mixture_is_all_of_each_in_order(mixture):
+def test_validation_of_a_mixture_reads_all_of_each_task_in_order(mixture):
   found = list(stream(mixture, captions=True, shuffle=False))
   valid = np.concatenate([batch['valid'] for batch in found])
-  drawn = [key for batch in found for key in keys(batch)]
-  assert [key for key, v in zip(drawn, valid, strict=True) if v] == [
-    *stream('mixed_large').records[0].keys, *stream('mixed_small').records[0].keys,
+  read = [key for batch in found for key in keys(batch)]
+  assert [key for key, v in zip(read, valid, strict=True) if v] == [
+    *stream('mixed_large').sources[0].keys, *stream('mixed_small').sources[0].keys,
   ]  # fmt: skip
 
 
-def test_mixtures_that_cannot_be(mixture, tmp_path):
+def test_invalid_mixtures_are_refused(mixture, tmp_path):
   import seqio
 
   seqio.MixtureRegistry.add('zero_rate', [('mixed_large', 0), ('mixed_small', 1)])
   with pytest.raises(errors.UserError, match=r"'mixed_large' has rate 0\.0 in mixture 'zero_rate'"):
     stream('zero_rate')
-  writer = records.Writer(tmp_path / 'codes', arrays={'image_codes': [4]})
-  from fluid_jax.data import examples
-
+  writer = record_writer.Writer(tmp_path / 'codes', arrays={'image_codes': [4]})
   payload = examples.encode({'image_codes': [1, 2, 3, 4], 'text': 'a'})
   writer.write('train', 0, [('k', payload, ())])
   writer.close({'train': [0]})
   tasks.add_set('mixed_codes', tmp_path / 'codes')
-  with pytest.raises(ValueError, match='different output features'):  # seqio's own
+  with pytest.raises(ValueError, match='different output features'):  # raised by seqio
     seqio.MixtureRegistry.add('unlike', [('mixed_large', 1), ('mixed_codes', 1)])
-  with pytest.raises(errors.UserError, match='no pictures to mirror'):
+  with pytest.raises(errors.UserError, match='no images to flip'):
     stream('mixed_codes', random_flip=True)
   with pytest.raises(errors.UserError, match=r"no split 'validation'"):
     stream(mixture, split='validation')
 
 
-def test_a_task_all_of_whose_records_are_broken_ends_the_mixture(tmp_path):
+def test_a_task_with_only_corrupt_records_ends_the_mixture(tmp_path):
   import seqio
 
-  for name, count in (('sound', 90), ('sick', 3)):
+  for name, count in (('valid', 90), ('corrupt', 3)):
     own_set.write(tmp_path / name, count, name)
     tasks.add_set(f'mixed_{name}', tmp_path / name)
-  for shard in (tmp_path / 'sick').glob('*.tfrecord'):
+  for shard in (tmp_path / 'corrupt').glob('*.tfrecord'):
     shard.write_bytes(bytes(shard.stat().st_size))
-  seqio.MixtureRegistry.add('half_sick', [('mixed_sound', 1), ('mixed_sick', 1)])
-  with pytest.raises(errors.UserError, match=r"^every record of task 'mixed_sick' is broken"):
-    next(stream('half_sick', max_corrupt_fraction=0.1))
+  seqio.MixtureRegistry.add('half_corrupt', [('mixed_valid', 1), ('mixed_corrupt', 1)])
+  with pytest.raises(errors.UserError, match=r"^every record of task 'mixed_corrupt' is corrupt"):
+    next(stream('half_corrupt', max_corrupt_fraction=0.1))
 
 
-# ---- Mirrored pictures ----
+# ---- Flipped images ----
 
 
-def test_half_of_the_pictures_are_mirrored_and_which_is_a_function_of_the_step(mixture):
+def test_half_of_the_images_are_flipped_as_a_function_of_the_step(mixture):
   plain, flipped = (stream('mixed_large', random_flip=flag, batch_size=60) for flag in (0, 1))
   one, other = next(plain)['images'], next(flipped)['images']
-  mirrored = np.array([(a[:, ::-1] == b).all() for a, b in zip(one, other, strict=True)])
-  same = np.array([(a == b).all() for a, b in zip(one, other, strict=True)])
-  assert (mirrored ^ same).all()
-  assert 15 < mirrored.sum() < 45
+  is_flipped = np.array([(a[:, ::-1] == b).all() for a, b in zip(one, other, strict=True)])
+  is_same = np.array([(a == b).all() for a, b in zip(one, other, strict=True)])
+  assert (is_flipped ^ is_same).all()
+  assert 15 < is_flipped.sum() < 45
   next(plain)
   again = stream('mixed_large', random_flip=True, batch_size=60, start_step=1)
   np.testing.assert_array_equal(next(again)['images'], next(flipped)['images'])
   ordered = [stream('mixed_large', random_flip=flag, shuffle=False) for flag in (False, True)]
-  for a, b in zip(*ordered, strict=True):  # what is measured on is not mirrored
+  for a, b in zip(*ordered, strict=True):  # validation images are not flipped
     np.testing.assert_array_equal(a['images'], b['images'])
 
 
@@ -215,7 +215,7 @@ def test_half_of_the_pictures_are_mirrored_and_which_is_a_function_of_the_step(m
 
 @pytest.fixture
 def bucket(monkeypatch):
-  """The name of a bucket of an S3 server on this machine."""
+  """A bucket of a local S3 server."""
   from moto.server import ThreadedMotoServer
 
   server = ThreadedMotoServer(port=0)
@@ -229,10 +229,10 @@ def bucket(monkeypatch):
   server.stop()
 
 
-def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
-  """Ingests from a bucket into it, and reads there, by way of S3's protocol."""
-  names = own_set.write_pictures(epath.Path(f'{bucket}/in'), 20)
-  own_set.write_pictures(epath.Path(tmp_path / 'in'), 20)
+def test_a_bucket_gives_the_same_batches_as_a_folder(bucket, tmp_path):
+  """Ingests from a bucket into a bucket, and trains on it, with the S3 protocol."""
+  names = own_set.write_images(epath.Path(f'{bucket}/in'), 20)
+  own_set.write_images(epath.Path(tmp_path / 'in'), 20)
   sets = []
   for root in (bucket, str(tmp_path)):
     printed = commands.run_ok(
@@ -254,12 +254,13 @@ def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path):
     stream(f'{bucket}/none')
 
 
-def test_a_program_that_forgets_to_close_a_stream_ends(tmp_path):
+def test_a_program_with_an_open_stream_exits(tmp_path):
   own_set.write(tmp_path / 'set', 30, 'k')
   script = f"""
 from fluid_jax.data import pipeline
 stream = pipeline.Stream(
-  {str(tmp_path / 'set')!r}, 'train', batch_size=4, seed=0, image_size=16, text_length=16)
+  {str(tmp_path / 'set')!r}, 'train',
+  pipeline.Options(batch_size=4, seed=0, image_size=16, text_length=16))
 print(len(next(stream)['images']))
 """
   done = commands.start('-c', script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -293,7 +294,7 @@ errors.run(main.main)
 
 
 @pytest.mark.slow
-def test_ten_kills_in_200_steps_leave_the_same_batches(tmp_path):
+def test_ten_kills_in_200_steps_do_not_change_the_batches(tmp_path):
   def start(name):
     flags = [
       f'--config={commands.ROOT}/configs/tiny.py', f'--workdir={tmp_path / name}',
@@ -320,7 +321,7 @@ def test_ten_kills_in_200_steps_leave_the_same_batches(tmp_path):
     until = 10 + 17 * kill + int(rng.integers(0, 8))
     while run.poll() is None and max(_steps(tmp_path / 'killed'), default=0) < until:
       time.sleep(0.02)
-    assert run.poll() is None, 'it ended before it was killed'
+    assert run.poll() is None, 'the run ended before it was killed'
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
   assert start('killed').wait() == 0
@@ -332,7 +333,7 @@ def test_ten_kills_in_200_steps_leave_the_same_batches(tmp_path):
 
 
 def _steps(workdir):
-  """Steps of the progress that a run has noted."""
+  """Steps in the metrics of a run."""
   try:
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""`tf.train.Example` as bytes and back, without TensorFlow.
+"""Serialises and parses `tf.train.Example` without TensorFlow.
 
-Workers of `prepare.ingest` would each take 4 s and 700 MB to import it. The message is described to
-protobuf as in https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example, in a
-pool of its own, so that TensorFlow may be imported too.
+Importing TensorFlow would cost each worker of `prepare.ingest` 4 s and 700 MB. The message is
+defined as in https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example, in a
+separate protobuf pool, so that it does not conflict with TensorFlow's definition.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-MAX_VALUES = 1000  # of a feature, that are decoded
+MAX_VALUES = 1000  # decoded values per feature
 _LARGE = 1 << 22  # bytes
 _LISTS = {  # field of Feature -> its number, and the type of its values
   'bytes_list': (1, 'TYPE_BYTES'),
@@ -43,7 +43,7 @@ def _message(wanted: str) -> type[message.Message]:
     list_name = name.title().replace('_', '')
     add(proto.message_type.add(name=list_name), 'value', 1, type_name, is_repeated=True)
     add(feature, name, number, list_name).oneof_index = 0
-  # Raw: the same on the wire, with features as bytes, which need not all be taken apart.
+  # RawExample has the same wire format with features as bytes, so that not all need be parsed.
   for kind_of, value in (('', 'Feature'), ('Raw', 'TYPE_BYTES')):
     features = proto.message_type.add(name=f'{kind_of}Features')
     entry = features.nested_type.add(name='FeatureEntry')
@@ -59,10 +59,10 @@ def _message(wanted: str) -> type[message.Message]:
 
 
 def encode(features: dict[str, Any]) -> bytes:
-  """Serialises an example, the same bytes for the same features.
+  """Serialises an example. The same features give the same bytes.
 
   Args:
-    features: bytes, text, integers and floats, or lists of them of one type.
+    features: feature name -> bytes, text, integer or float, or a list of one of these types.
   """
   example = _message('Example')()
   for name, value in features.items():
@@ -79,15 +79,18 @@ def encode(features: dict[str, Any]) -> bytes:
 
 
 def decode(payload: bytes, names: Collection[str] | None = None) -> dict[str, list]:
-  """Features of a serialised example as lists of bytes, integers or floats.
+  """Parses the features of a serialised example.
 
   Args:
     payload: the example.
-    names: of the features that are wanted; all if None.
+    names: names of the features to parse; all if None.
+
+  Returns:
+    Feature name -> list of bytes, integers or floats, at most MAX_VALUES of them.
 
   Raises:
-    ValueError: it is none, or holds a large feature that is not one value, which would take many
-      times its bytes.
+    ValueError: the payload is not an example, or has a feature above 4 MB with more than one value,
+      which would take many times its bytes in memory.
   """
   try:
     features = _message('RawExample').FromString(payload).features.feature
@@ -99,14 +102,14 @@ def decode(payload: bytes, names: Collection[str] | None = None) -> dict[str, li
       kind = feature.WhichOneof('kind')
       found[name] = list(getattr(feature, kind).value[:MAX_VALUES]) if kind else []
   except message.DecodeError as error:
-    raise ValueError(f'no tf.train.Example ({error})') from error
+    raise ValueError(f'not a tf.train.Example ({error})') from error
   return found
 
 
 def _is_one_value(feature: bytes) -> bool:
-  """Whether a feature is a list of bytes whose first value is nearly all of it."""
+  """Whether a feature is a list of bytes with one value, or with little after the first."""
   start = 0
-  for _ in range(2):  # the list in the feature, and the value in the list: a tag and a length
+  for _ in range(2):  # the list in the feature, the value in the list: each has a tag and a length
     if feature[start] != 0x0A:
       return False
     size, shift, start = 0, 0, start + 1

@@ -1,11 +1,11 @@
-"""The order of examples as functions of their numbers: permutations, their windows, mixtures."""
+"""Pure functions for the order of examples: permutations, permuted windows and mixtures."""
 
 import numpy as np
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64
 WINDOW = 1 << 16  # examples
-_PATTERN = 4096  # examples after which the pattern of a mixture comes again
+_PATTERN = 4096  # period of a mixture, in examples
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -16,7 +16,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def hash_words(*words: int | np.ndarray) -> np.ndarray:
-  """Hash of integers, elementwise over arrays that broadcast; uint64 of at least one dimension."""
+  """Hashes integers elementwise over broadcast arrays; uint64 of at least one dimension."""
   h = np.zeros(1, np.uint64)
   for word in words:
     h = _mix((h ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
@@ -24,18 +24,18 @@ def hash_words(*words: int | np.ndarray) -> np.ndarray:
 
 
 def permute(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
-  """Image of each position under a permutation of range(size) given by the key.
+  """Maps positions by a pseudorandom permutation of range(size), chosen by a key.
 
-  A Feistel network permutes the next power of four; where it leads out of range it is applied again
-  (cycle walking), fewer than four times on average.
+  A Feistel network permutes range(4**k), the smallest such range that holds all elements. Results
+  outside range(size) are permuted again (cycle walking), fewer than four times on average.
 
   Args:
-    position: integers in [0, size), of one dimension.
+    position: integers [N] in [0, size).
     size: number of elements.
-    *key: integers, or arrays like `position`.
+    *key: integers, or integer arrays [N].
 
   Returns:
-    int64, like `position`.
+    int64 [N].
   """
   half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
   mask = (np.uint64(1) << half) - np.uint64(1)
@@ -53,10 +53,11 @@ def permute(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarr
 
 
 def shuffle(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarray:
-  """The order of an epoch: a permutation of range(size), like `permute`, in windows.
+  """Maps positions by the permutation of an epoch; same arguments and result as `permute`.
 
-  Up to WINDOW examples are one. Of more, windows of equal size are permuted, and what is within
-  each; the remainder, fewer than there are windows, comes last.
+  Fewer than 2 * WINDOW examples are permuted together. More are cut into windows of equal size: the
+  windows are permuted, and so are the examples within each. The remainder, fewer examples than
+  there are windows, comes last.
   """
   count = max(1, size // WINDOW)
   width = size // count
@@ -74,18 +75,22 @@ def shuffle(position: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndarr
 
 
 def interleave(rates: list[float]) -> np.ndarray:
-  """Which of several tasks gives each example of a period, int64; evenly spread.
+  """Assigns each example of a period to a task, evenly spread.
 
-  The shares of the period are those of the rates, rounded, and at least one example each.
+  Args:
+    rates: rate of each task, above 0, relative to the others.
+
+  Returns:
+    int64 [period]. The fraction of each task is its rate, rounded, and at least one example.
   """
   if len(rates) == 1:
     return np.zeros(1, np.int64)
-  shares = np.array(rates) / sum(rates) * _PATTERN
-  counts = np.maximum(1, np.floor(shares)).astype(int)
+  wanted = np.array(rates) / sum(rates) * _PATTERN
+  counts = np.maximum(1, np.floor(wanted)).astype(int)
   while counts.sum() < _PATTERN:
-    counts[np.argmax(shares - counts)] += 1
+    counts[np.argmax(wanted - counts)] += 1
   while counts.sum() > _PATTERN:
-    counts[np.argmax(counts - shares)] -= 1
+    counts[np.argmax(counts - wanted)] -= 1
   task = np.repeat(np.arange(len(rates)), counts)
   due = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
   return task[np.argsort(due, kind='stable')]

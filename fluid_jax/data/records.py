@@ -1,29 +1,28 @@
-"""Record sets: TFRecord shards with an index, written once and read at random, without TensorFlow.
+"""Record sets: TFRecord shards with an index for random access. Needs no TensorFlow.
 
-A set is a directory with `index.json` and one or more shards per split. A shard is a plain TFRecord
-file, so TensorFlow and seqio read it too; per record it holds
+A set is a directory with `index.json` and one or more shards per split, written by
+`fluid_jax.prepare.record_writer`. A shard is a plain TFRecord file, which TensorFlow and seqio can
+also read. Each of its records consists of
 
   uint64 length, uint32 masked CRC of the length, payload, uint32 masked CRC of the payload
 
-(little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). Beside a shard lies its
-entry, `SHARD.json`: the payload lengths and keys of its records; a record's offset is the sum over
-its predecessors of length + 16. `index.json` lists per split the shards in reading order with their
-numbers of records and the SHA-256 of shard and entry. Entries are read when their shards are, so
-that a set of any size opens at once.
+(little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). Each shard has an entry,
+`SHARD.json`, with the payload lengths and keys of its records. The offset of a record is the sum
+of length + 16 over the records before it. `index.json` lists the shards of each split in reading
+order, with the number of records and the SHA-256 of shard and entry. An entry is read when its
+shard is first used, so a set of any size opens at once.
 
-Directories are local, or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
+Directories are local or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
 """
 
-import collections
 import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
-import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import fsspec
@@ -32,13 +31,14 @@ import numpy as np
 from etils import epath
 
 from fluid_jax import errors
+from fluid_jax.data import sources
 
 INDEX = 'index.json'
 FORMAT = 2
 HEADER, FOOTER = 12, 4  # bytes around a payload
-_CACHED_ENTRIES = 128  # more than training reads from at a time, see `order.WINDOW`
+_CACHED_ENTRIES = 128  # more than training reads from at once, see `order.WINDOW`
 
-for _protocol in ('gcs', 's3'):  # other processes write where this one lists
+for _protocol in ('gcs', 's3'):  # other processes write too
   fsspec.config.conf.setdefault(_protocol, {}).setdefault('use_listings_cache', False)
 
 
@@ -70,7 +70,7 @@ def read_index(directory: epath.PathLike) -> dict:
   found = index.get('format') if isinstance(index, dict) else None
   if found != FORMAT:
     raise errors.UserError(
-      f'{path} has format {found} and this version reads {FORMAT}: rebuild the set.',
+      f'{path} has format {found}, and this version reads {FORMAT}: rebuild the set.',
       errors.CORRUPT,
     )
   return index
@@ -82,9 +82,17 @@ def _remote(root: str) -> fsspec.AbstractFileSystem:
 
 
 def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str | None]:
-  """The payload of a record that is said to lie there, and what is wrong with it; None if nothing.
+  """Reads one record of a TFRecord file.
 
-  Of a file in a bucket no more than the record travels, which `path.open` would not promise.
+  From a bucket it downloads only the bytes of the record, which `path.open` does not guarantee.
+
+  Args:
+    path: the file.
+    offset: where the record starts, in bytes.
+    length: length of the payload, in bytes.
+
+  Returns:
+    The payload, and what is wrong with it: 'is truncated' and the like, or None.
 
   Raises:
     OSError: the file cannot be read.
@@ -95,34 +103,30 @@ def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str 
     try:
       data = _remote(os.fspath(path.parent)).cat_file(os.fspath(path), start=offset, end=end)
     except OSError as error:
-      if error.errno != errno.EINVAL:  # which says that the object ends before
+      if error.errno != errno.EINVAL:  # the object ends before the record
         raise
       data = b''
-    header, payload, footer = data[:HEADER], data[HEADER:-FOOTER], data[-FOOTER:]
+    head, payload, foot = data[:HEADER], data[HEADER:-FOOTER], data[-FOOTER:]
   else:
     descriptor = os.open(path, os.O_RDONLY)
-    try:  # in three, as to cut a large one up would copy it
+    try:  # three reads, because splitting one large read would copy the payload
       places = itertools.accumulate(parts, initial=offset)
-      header, payload, footer = (os.pread(descriptor, *p) for p in zip(parts, places, strict=False))
+      head, payload, foot = (os.pread(descriptor, *p) for p in zip(parts, places, strict=False))
     finally:
       os.close(descriptor)
-  if (len(header), len(payload), len(footer)) != parts:
+  if (len(head), len(payload), len(foot)) != parts:
     return payload, 'is truncated'
-  if header != _header(length):
+  if head != header(length):
     return payload, 'has a corrupt header'
-  return payload, None if footer == _footer(payload) else 'is corrupt'
-
-
-class CorruptRecordError(errors.UserError):
-  """One record fails its checksums or ends too early; its neighbours may be whole."""
+  return payload, None if foot == footer(payload) else 'is corrupt'
 
 
 class _Entry:
-  """Keys and places of a shard's records."""
+  """Keys, lengths and offsets of the records of a shard."""
 
   def __init__(self, text: bytes):
     described = json.loads(text)
-    self._keys = described['keys'].encode()  # one by one they would take several times the memory
+    self._keys = described['keys'].encode()  # a list would take several times the memory
     spaces = np.flatnonzero(np.frombuffer(self._keys, np.uint8) == ord(' '))
     self._ends = np.append(spaces, len(self._keys))
     self.lengths = np.array(described['lengths'].split(), np.int64)
@@ -134,11 +138,12 @@ class _Entry:
 
 
 class Records(Sequence):
-  """The payloads of one split by position; several threads may read.
+  """The payloads of one split by position, a `sources.RandomAccessSource`. Threads may share it.
 
   Attributes:
-    digest: SHA-256 of what the index says of these records: files, their SHA-256, keys, languages.
-    languages: share of the split's records that have a text in each language.
+    digest: SHA-256 of the index of these records: shards, their SHA-256 and languages, and with
+      `select` the keys.
+    languages: fraction of the split's records that have a caption in each language.
   """
 
   def __init__(
@@ -150,13 +155,13 @@ class Records(Sequence):
     """Reads the index.
 
     Args:
-      directory: where the set is, local or in a bucket.
-      split: the split's name.
-      select: keeps the records whose key it is true of, for which it reads all entries; None keeps
-        all.
+      directory: folder of the set, local or in a bucket.
+      split: name of the split.
+      select: maps a key to whether its record is kept; all entries are read to apply it. None
+        keeps all records.
 
     Raises:
-      UserError: the index is missing or broken, or knows no such split.
+      UserError: the index is missing or invalid, or has no such split.
     """
     self._directory = epath.Path(directory)
     index = read_index(directory)
@@ -172,8 +177,8 @@ class Records(Sequence):
     self.languages = {name: n / total for name, n in index['languages'][split].items()}
     described = [self._shards, self.languages]
     if select:
-      whole = [self.key(i) for i in range(len(self))]
-      self._selected = [i for i, key in enumerate(whole) if select(key)]
+      keys = [self.key(i) for i in range(len(self))]
+      self._selected = [i for i, key in enumerate(keys) if select(key)]
       described.append(self.keys)
     self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -189,13 +194,13 @@ class Records(Sequence):
       ) from error
     if hashlib.sha256(text).hexdigest() != shard['entry_sha256']:
       raise errors.UserError(
-        f'{path} is not the one that {INDEX} was written with: restore it or rebuild the set.',
+        f'{path} does not match its SHA-256 in {INDEX}: restore it or rebuild the set.',
         errors.CORRUPT,
       )
     return _Entry(text)
 
   def _find(self, i: int) -> tuple[int, int]:
-    """Shard, and number in it, of record `i`."""
+    """The shard of record `i` and the number of the record in it."""
     if not 0 <= i < len(self):
       raise IndexError(i)
     position = i if self._selected is None else self._selected[i]
@@ -212,7 +217,7 @@ class Records(Sequence):
 
   @functools.cached_property
   def keys(self) -> list[str]:
-    """All keys in order, for which it reads all entries."""
+    """All keys in order; reads all entries."""
     return [self.key(i) for i in range(len(self))]
 
   def __getitem__(self, i: int) -> bytes:
@@ -220,7 +225,7 @@ class Records(Sequence):
 
     Raises:
       UserError: the shard or its entry cannot be read.
-      CorruptRecordError: it ends too early, or the record fails one of its checksums.
+      CorruptRecordError: the shard is truncated, or the record fails a checksum.
     """
     shard, number = self._find(i)
     entry, path = self._entry(shard), self._directory / self._shards[shard]['file']
@@ -233,39 +238,51 @@ class Records(Sequence):
         errors.CORRUPT,
       ) from error
     if fault:
-      raise CorruptRecordError(
+      raise sources.CorruptRecordError(
         f'shard {path} {fault} at byte {offset} (record {entry.key(number)}): restore it or '
-        'rebuild the set.',
-        errors.CORRUPT,
+        'rebuild the set.'
       )
     return payload
 
 
-def _header(length: int) -> bytes:
-  header = struct.pack('<Q', length)
-  return header + struct.pack('<I', masked_crc(header))
+def header(length: int) -> bytes:
+  """Bytes before a payload of this length."""
+  packed = struct.pack('<Q', length)
+  return packed + struct.pack('<I', masked_crc(packed))
+
+
+def footer(payload: bytes) -> bytes:
+  """Bytes after a payload."""
+  return struct.pack('<I', masked_crc(payload))
 
 
 def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
-  """Offsets and payloads of a TFRecord file's records; of a broken one, what is wrong in place.
+  """Yields the records of a TFRecord file without an index, also of a corrupt one.
 
-  Whatever is broken, the next whole record is searched for where it may begin.
+  After a corrupt record, it searches for the next header that passes its checksum.
+
+  Args:
+    path: the file.
+    max_bytes: longer payloads are skipped.
+
+  Yields:
+    The offset of each record, and its payload or, as text, what is wrong with it.
   """
   size = path.stat().length
   with path.open('rb') as f:
     offset = read_again = 0
     while offset < size:
-      if read_again > 4 * max(size, 1 << 24):  # by headers that claim what is not theirs
-        yield offset, 'file is broken'
+      if read_again > 4 * max(size, 1 << 24):  # headers with wrong lengths cost too much
+        yield offset, 'file is corrupt'
         return
       f.seek(offset)
-      header = f.read(HEADER)
-      if len(header) < HEADER:
+      head = f.read(HEADER)
+      if len(head) < HEADER:
         yield offset, 'record is truncated'
         return
-      length = int.from_bytes(header[:8], 'little')
+      length = int.from_bytes(head[:8], 'little')
       end = offset + HEADER + length + FOOTER
-      if header != _header(length):
+      if head != header(length):
         yield offset, 'record has a corrupt header'
         offset = _find_header(f, offset + 1)
       elif end > size:
@@ -275,32 +292,32 @@ def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
         yield offset, 'file is too large'
         offset = end
       else:
-        payload, footer = f.read(length), f.read(FOOTER)
-        fault = footer != _footer(payload)
+        payload, foot = f.read(length), f.read(FOOTER)
+        fault = foot != footer(payload)
         yield offset, 'record is corrupt' if fault else payload
         following = f.read(HEADER) if fault else b''
-        if following and following != _header(int.from_bytes(following[:8], 'little')):
+        if following and following != header(int.from_bytes(following[:8], 'little')):
           read_again += length
           end = _find_header(f, offset + HEADER)  # bytes were lost or added
         offset = end
 
 
 def _find_header(f: BinaryIO, start: int) -> int:
-  """Where the next record's header begins, or the end of the file."""
-  empty = _header(0)
+  """Offset of the next valid header at or after `start`, or the end of the file."""
+  empty = header(0)
   while True:
     f.seek(start)
     block = f.read(1 << 20)
-    # Lengths are below 4 GiB: half of each is zeros, which skips most places.
+    # Lengths are below 4 GiB, so half of their bytes are zeros: look only there.
     at = block.find(bytes(4))
     while at >= 0:
       rest = block[at : at + (1 << 12)]
       run = len(rest) - len(rest.lstrip(b'\0'))
-      # A length that is not 0 has its last other byte right before its zeros, or up to three of
-      # the zeros are its own.
+      # The last nonzero byte of a length is right before the zeros, and up to three bytes before
+      # it belong to the length.
       for begin in range(max(0, at - 4), at):
-        header = block[begin : begin + HEADER]
-        if header == _header(int.from_bytes(header[:8], 'little')):
+        head = block[begin : begin + HEADER]
+        if head == header(int.from_bytes(head[:8], 'little')):
           return start + begin
       at = block.find(bytes(4), at + run)
     if (found := block.find(empty)) >= 0:
@@ -310,169 +327,6 @@ def _find_header(f: BinaryIO, start: int) -> int:
     start += len(block) - HEADER
 
 
-def _footer(payload: bytes) -> bytes:
-  return struct.pack('<I', masked_crc(payload))
-
-
 def entry_name(shard: str) -> str:
+  """File name of a shard's entry."""
   return shard.removesuffix('.tfrecord') + '.json'
-
-
-class Shard:
-  """A TFRecord file while it is written, and where its records lie."""
-
-  def __init__(self, path: epath.Path):
-    self._path, self._temporary = path, _temporary(path)
-    self._file = self._temporary.open('wb')
-    self.size = 0
-    self._digest = hashlib.sha256()
-    self.lengths = []
-
-  def write(self, payload: bytes) -> None:
-    data = _header(len(payload)) + payload + _footer(payload)
-    self._file.write(data)
-    self._digest.update(data)
-    self.size += len(data)
-    self.lengths.append(len(payload))
-
-  def close(self) -> str:
-    """Closes the file, which is there from now on, and returns its SHA-256."""
-    self._file.close()
-    if self._temporary != self._path:
-      self._temporary.replace(self._path)
-    return self._digest.hexdigest()
-
-
-class Writer:
-  """Writes a record set in numbered parts, each whole or not there.
-
-  What was cut off goes on where it was, and processes that share a directory write parts of their
-  own. A part is a shard and, once that is whole, its entry beside it.
-  """
-
-  def __init__(self, directory: epath.PathLike, **metadata):
-    """Starts a set in `directory`, or takes one up that was begun with the same metadata.
-
-    Args:
-      directory: where the set goes, local or in a bucket; created.
-      **metadata: JSON values for the index.
-
-    Raises:
-      UserError: the directory holds a set already, or the beginnings of another.
-    """
-    self._directory, self._metadata = epath.Path(directory), metadata
-    if '://' not in os.fspath(self._directory):  # in a bucket there are none
-      self._directory.mkdir(parents=True, exist_ok=True)
-    begun = self._directory / 'begun.json'
-    if (self._directory / INDEX).exists():
-      if begun.exists():  # it was cut off when all was done
-        self._clear()
-      raise errors.UserError(f'{directory} holds a record set already: name an empty directory.')
-    text = json.dumps(metadata, sort_keys=True)
-    if not begun.exists():
-      write_whole(begun, text)
-    elif begun.read_text() != text:
-      raise errors.UserError(
-        f'{directory} holds the beginnings of another set: give the same settings, data and number '
-        'of processes, or name an empty directory.',
-        errors.MISMATCH,
-      )
-
-  def has(self, split: str, number: int) -> bool:
-    """Whether a part is whole."""
-    return (self._directory / f'{_part(split, number)}.json').exists()
-
-  def write(
-    self,
-    split: str,
-    number: int,
-    examples: Iterable[tuple[str, bytes, Iterable[str]]],
-    **metadata,
-  ) -> None:
-    """Writes a part.
-
-    Args:
-      split: the split's name, a word.
-      number: the part's number; parts are read in this order.
-      examples: key (without white space, what the record is called in messages and logs), payload
-        (for seqio a serialised `tf.train.Example`) and the languages of its texts.
-      **metadata: JSON values for the part's entry.
-
-    Raises:
-      ValueError: a key is empty or contains white space.
-    """
-    shard = Shard(self._directory / f'{_part(split, number)}.tfrecord')
-    keys, languages = [], collections.Counter()
-    for key, payload, langs in examples:
-      if key.split() != [key]:
-        raise ValueError(f'key {key!r} is empty or contains white space')
-      shard.write(payload)
-      keys.append(key)
-      languages.update(set(langs))
-    entry = {
-      'records': len(keys),
-      'bytes': shard.size,
-      'sha256': shard.close(),
-      'languages': dict(sorted(languages.items())),
-      **metadata,
-      'lengths': ' '.join(map(str, shard.lengths)),
-      'keys': ' '.join(keys),
-    }
-    write_whole(self._directory / f'{_part(split, number)}.json', json.dumps(entry))
-
-  def entries(self, split: str) -> Iterator[tuple[str, dict]]:
-    """Shards (file names) of the parts that are whole, in order, and what `write` noted of each."""
-    pattern = re.compile(rf'{split}-(\d+)\.json')
-    names = [path.name for path in self._directory.glob(f'{split}-*.json')]
-    numbers = sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
-    for part in (_part(split, number) for number in numbers):
-      yield f'{part}.tfrecord', json.loads((self._directory / f'{part}.json').read_bytes())
-
-  def close(self, parts: Mapping[str, Iterable[int]], **metadata) -> None:
-    """Writes the index of the parts of each split, with more metadata, and removes `work`."""
-    index = {'format': FORMAT, **self._metadata, **metadata, 'languages': {}, 'splits': {}}
-    for split, numbers in parts.items():
-      shards, languages = [], collections.Counter()
-      for number in sorted(numbers):
-        file = f'{_part(split, number)}.tfrecord'
-        text = (self._directory / entry_name(file)).read_bytes()
-        entry = json.loads(text)
-        languages.update(entry['languages'])
-        if entry['records']:
-          shards.append(
-            {
-              'file': file,
-              'records': entry['records'],
-              'bytes': entry['bytes'],
-              'sha256': entry['sha256'],
-              'entry_sha256': hashlib.sha256(text).hexdigest(),
-            }
-          )
-      index['splits'][split] = shards
-      index['languages'][split] = dict(sorted(languages.items()))
-    write_whole(self._directory / INDEX, json.dumps(index, indent=1) + '\n')
-    self._clear()
-
-  def _clear(self) -> None:
-    for path in self._directory.glob('*.tmp'):  # of what was killed
-      path.unlink()
-    if (self._directory / 'work').exists():
-      (self._directory / 'work').rmtree()
-    (self._directory / 'begun.json').unlink()
-
-
-def _part(split: str, number: int) -> str:
-  return f'{split}-{number:05d}'
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file that is whole or not there."""
-  temporary = _temporary(path)
-  temporary.write_text(text)
-  if temporary != path:
-    temporary.replace(path)
-
-
-def _temporary(path: epath.Path) -> epath.Path:
-  """Where to write a file first, this process alone; in a bucket a file is whole or not there."""
-  return path if '://' in os.fspath(path) else path.parent / f'{path.name}.{os.getpid()}.tmp'

@@ -1,14 +1,22 @@
-"""seqio tasks and mixtures by name, for `seqio.get_dataset` and for `pipeline.Stream` alike.
+"""seqio tasks and mixtures by name, read by `seqio.get_dataset` and by `pipeline.Stream`.
 
-`pipeline.Stream` asks of a task of your own that its source is a `seqio.TFExampleDataSource` over
-shards that `records.Writer` wrote (`fluid_jax.prepare` turns other data into such), and that its
-preprocessors map each example to one example and draw at random only through `sample_caption`.
+`pipeline.Stream` reads any seqio task whose source is either
+
+- a `seqio_source.RandomAccessDataSource`, over any object with a length and items, or
+- a `seqio.TFExampleDataSource` over the shards of a record set that
+  `fluid_jax.prepare.record_writer.Writer` wrote, which `fluid_jax.prepare` uses.
+
+Each preprocessor must map one example to one example and pass on the features that it does not
+use. Random choices must depend only on the feature `draw`, int64 random bits that `pipeline.Stream`
+adds to each example: they are a function of the seed, the epoch and the example, so that a resumed
+run repeats them. See `sample_caption`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import zlib
@@ -17,40 +25,40 @@ from typing import TYPE_CHECKING, NamedTuple
 from etils import epath
 
 from fluid_jax import errors, startup
-from fluid_jax.data import emoji, records
+from fluid_jax.data import emoji, records, seqio_source, sources
 
 if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-_EMOJI = {'emoji': None, 'emoji_demo': emoji.is_demo}  # task -> which keys; None for all
+_EMOJI_TASKS = ('emoji', 'emoji_demo')
 
 
 def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   """Returns a registered task or mixture.
 
   Args:
-    name: its name; or the path, with a / in it, of a set that `fluid_jax.prepare` wrote.
-    module: a module that registers tasks of your own when imported, such as `my_package.my_tasks`.
+    name: its name; or the path, which contains a /, of a set that `fluid_jax.prepare` wrote.
+    module: a module that registers your own tasks when imported, such as `my_package.my_tasks`.
 
   Raises:
-    UserError: the module cannot be imported, or nothing has this name.
+    UserError: the module cannot be imported, or there is no such task.
   """
   seqio = startup.load_seqio()
 
-  for subset in _EMOJI.keys() - seqio.TaskRegistry.names():
-    _add_emoji(subset)
+  for task in set(_EMOJI_TASKS) - seqio.TaskRegistry.names():
+    _add_emoji(task)
   if module:
     try:
       importlib.import_module(module)
     except ImportError as error:
       raise errors.UserError(
-        f'module {module!r} cannot be imported ({error}): install it or mend its name.'
+        f'module {module!r} cannot be imported ({error}): install it or correct its name.'
       ) from error
   if '/' in name:
-    return _of_set(f'set_{zlib.crc32(name.encode()):08x}', name)
-  tasks, mixtures = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
-  known = sorted({*tasks, *mixtures})
+    return _set_task(f'set_{zlib.crc32(name.encode()):08x}', name)
+  task_names, mixtures = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
+  known = sorted({*task_names, *mixtures})
   if name not in known:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
@@ -59,45 +67,56 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
 
 
 def add_set(name: str, path: epath.PathLike) -> None:
-  """Registers a set that `fluid_jax.prepare` wrote under a name, for mixtures."""
+  """Registers a set that `fluid_jax.prepare` wrote as a task, for use in mixtures."""
   seqio = startup.load_seqio()
 
-  seqio.TaskRegistry.add_provider(name, _of_set(name, path))
+  seqio.TaskRegistry.add_provider(name, _set_task(name, path))
 
 
 class Component(NamedTuple):
-  """A part of what is trained on."""
+  """One task of a mixture.
+
+  Attributes:
+    task: the task.
+    source: its examples of a split.
+    rate: its rate, relative to the others.
+  """
 
   task: seqio.Task
-  records: records.Records
-  rate: float  # relative to the others'
+  source: sources.RandomAccessSource
+  rate: float
+
+  @property
+  def digest(self) -> str:
+    """Digest of the source, see `sources.RandomAccessSource`."""
+    return sources.digest(self.source)
 
 
 def components(name: str, module: str, split: str) -> list[Component]:
-  """Tasks and rates of a mixture, see `get`, or one task, with their records of a split.
+  """Tasks of a mixture (see `get`), or one task, with their examples of a split.
 
   Raises:
-    UserError: see `get` and `open_records`; or a rate is not above 0.
+    UserError: see `get` and `open_source`; or a rate is not above 0.
   """
   seqio = startup.load_seqio()
 
   found = get(name, module)
   if not isinstance(found, seqio.Mixture):
-    return [Component(found, open_records(found, split), 1.0)]
+    return [Component(found, open_source(found, split), 1.0)]
   parts = [
-    Component(task, open_records(task, split), float(found.get_rate(task))) for task in found.tasks
+    Component(task, open_source(task, split), float(found.get_rate(task))) for task in found.tasks
   ]
   for part in parts:
     if not 0 < part.rate < math.inf:
       raise errors.UserError(
-        f'task {part.task.name!r} has rate {part.rate} in mixture {name!r}: give one above 0, or '
-        'leave it out.'
+        f'task {part.task.name!r} has rate {part.rate} in mixture {name!r}: set it above 0, or '
+        'remove the task.'
       )
   return parts
 
 
 def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
-  """The task with its texts in the pieces of a SentencePiece file, see `encoders.text`."""
+  """The task with its captions tokenised by a SentencePiece file, see `encoders.text`."""
   seqio = startup.load_seqio()
 
   name = f'{task.name}_{zlib.crc32(path.encode()):08x}'
@@ -110,18 +129,20 @@ def with_vocabulary(task: seqio.Task, path: str) -> seqio.Task:
   return task.replace(name=name, output_features=features)
 
 
-def open_records(task: seqio.Task, split: str) -> records.Records:
-  """Random access to the examples of a task.
+def open_source(task: seqio.Task, split: str) -> sources.RandomAccessSource:
+  """The examples of a split of a task.
 
   Raises:
-    UserError: the task's source is not a record set, or has no such split.
+    UserError: the task's source has no random access, or has no such split.
   """
   seqio = startup.load_seqio()
 
-  if not isinstance(task.source, seqio.TFExampleDataSource):
+  is_random_access = isinstance(task.source, seqio_source.RandomAccessDataSource)
+  if not is_random_access and not isinstance(task.source, seqio.TFExampleDataSource):
     raise errors.UserError(
-      f'task {task.name!r} does not read a record set: give it a seqio.TFExampleDataSource over'
-      ' shards written by fluid_jax.data.records.Writer.'
+      f'the source of task {task.name!r} is a {type(task.source).__name__}, which has no random '
+      'access: wrap your data in a fluid_jax.data.seqio_source.RandomAccessDataSource, or convert '
+      'it with fluid_jax.prepare.'
     )
   directory = getattr(task.source, 'directory', None)
   if split not in task.splits:
@@ -130,24 +151,27 @@ def open_records(task: seqio.Task, split: str) -> records.Records:
       f'{name} has no split {split!r}: use one of {", ".join(task.splits)}, or prepare it with a '
       '--validation_fraction.'
     )
+  if is_random_access:
+    return task.source.sources[split]
   if directory is None:
     shards = task.source.list_shards(split)
     if not shards:
       raise errors.UserError(
-        f'task {task.name!r} finds no shard of split {split!r}: restore them or mend its paths.',
+        f'task {task.name!r} finds no shard of split {split!r}: restore the shards or correct the '
+        'file pattern.',
         errors.CORRUPT,
       )
     directory = epath.Path(shards[0]).parent
-  return records.Records(directory, split, _EMOJI.get(task.name))
+  return records.Records(directory, split)
 
 
 def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, list[int]]]:
-  """Encoded sets: digests of the encoders, and shapes of what they made.
+  """Digests of the encoders that made an encoded set, and shapes of its arrays.
 
   Both are empty for other tasks.
 
   Raises:
-    UserError: see `get`; or the sets of a mixture were made by different encoders.
+    UserError: see `get`; or different encoders made the sets of a mixture.
   """
   seqio = startup.load_seqio()
 
@@ -156,19 +180,19 @@ def encoders_of(name: str, module: str = '') -> tuple[dict[str, str], dict[str, 
   for task in found.tasks if isinstance(found, seqio.Mixture) else [found]:
     if directory := getattr(task.source, 'directory', None):
       index = records.read_index(directory)
-      for known, said in ((digests, 'encoders'), (arrays, 'arrays')):
-        for key, value in index.get(said, {}).items():
+      for known, field in ((digests, 'encoders'), (arrays, 'arrays')):
+        for key, value in index.get(field, {}).items():
           if known.setdefault(key, value) != value:
             raise errors.UserError(
-              f'sets of mixture {name!r} differ in their {said} ({key}): encode them by the same '
-              'networks.',
+              f'the sets of mixture {name!r} differ in their {field} ({key}): encode them with the '
+              'same encoders.',
               errors.MISMATCH,
             )
   return digests, arrays
 
 
-def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
-  """The task of a set that says itself what its examples hold, see `fluid_jax.prepare`."""
+def _set_task(name: str, path: epath.PathLike) -> seqio.Task:
+  """The task of a set whose index describes its examples, see `fluid_jax.prepare`."""
   seqio = startup.load_seqio()
   import tensorflow as tf
 
@@ -189,15 +213,15 @@ def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
   elif 'ingest' in index:
     described = {'image': scalar, 'key': scalar, 'text': several, 'lang': several}
     preprocessors = [seqio.map_over_dataset(sample_caption, num_seeds=1), *tokenized]
-    features = {'image': _picture(), 'text': text}
+    features = {'image': _encoded_image(), 'text': text}
   else:
     raise errors.UserError(
-      f'{path} does not say what its examples hold: register a '
-      'task for it in a module of yours, and give --config.data.module.'
+      f'the index of {path} does not describe its examples: register a task for it in your own '
+      'module, and set data.module and data.task.'
     )
 
   class Source(seqio.TFExampleDataSource):
-    """Knows its directory, which TensorFlow need not be able to list."""
+    """Has the directory as an attribute: TensorFlow cannot list every kind of bucket."""
 
     directory = epath.Path(path)
 
@@ -220,7 +244,7 @@ def _of_set(name: str, path: epath.PathLike) -> seqio.Task:
   )
 
 
-def _picture() -> seqio.Feature:
+def _encoded_image() -> seqio.Feature:
   seqio = startup.load_seqio()
   import tensorflow as tf
 
@@ -228,49 +252,38 @@ def _picture() -> seqio.Feature:
 
 
 def _add_emoji(name: str) -> None:
+  """Registers a task over the embedded set."""
   seqio = startup.load_seqio()
   import tensorflow as tf
 
-  select = _EMOJI[name]
-  splits = {s: records.Records(emoji.DIRECTORY, s, select) for s in ('train', 'validation')}
-  keys = [key for split in splits.values() for key in split.keys] if select else []
-
-  def keep_subset(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    return dataset.filter(lambda example: tf.reduce_any(example['key'] == keys))
-
+  splits = {}
+  for split in emoji.SPLITS:
+    select = functools.partial(emoji.is_demo, split=split) if name == 'emoji_demo' else None
+    splits[split] = records.Records(emoji.DIRECTORY, split, select)
   scalar = tf.io.FixedLenFeature([], tf.string)
   seqio.TaskRegistry.add(
     name,
-    source=seqio.TFExampleDataSource(
-      {split: str(emoji.DIRECTORY / f'{split}-*.tfrecord') for split in splits},
-      {'image': scalar, 'key': scalar, 'names': scalar},
-      num_input_examples={split: len(r) for split, r in splits.items()},
+    source=seqio_source.RandomAccessDataSource(
+      splits, {'image': scalar, 'key': scalar, 'names': scalar}
     ),
     preprocessors=[
-      *([keep_subset] if select else []),
-      seqio.map_over_dataset(_unpack_names),
+      seqio.map_over_dataset(emoji.unpack_names),
       seqio.map_over_dataset(sample_caption, num_seeds=1),
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={'image': _picture(), 'text': seqio.Feature(seqio.ByteVocabulary())},
+    output_features={'image': _encoded_image(), 'text': seqio.Feature(seqio.ByteVocabulary())},
   )
 
 
-def _unpack_names(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-  """Adds `text` and `lang`, string [N], from `names`, see `emoji.pack_names`."""
-  import tensorflow as tf
-
-  lines = tf.strings.split(tf.io.decode_compressed(example.pop('names'), 'ZLIB'), '\n')
-  return {**example, 'lang': tf.strings.split(lines[0]), 'text': lines[1:]}
-
-
 def sample_caption(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-  """Keeps one of an example's texts; use it as `seqio.map_over_dataset(sample_caption, num_seeds=1)`.
+  """Keeps one caption of an example.
+
+  Use it as `seqio.map_over_dataset(sample_caption, num_seeds=1)`.
 
   Args:
-    example: `text` and `lang`, string [N]. `pipeline.Stream` adds `languages`, string [K], to
-      choose among (all if K is 0), and `draw`, int64, which takes the place of `seed`.
+    example: `text` and `lang`, string [N]. `pipeline.Stream` adds `languages`, string [K], the
+      languages to choose from (all if K is 0), and `draw`, int64, which is used instead of `seed`.
     seed: int32 [2] from seqio.
 
   Returns:

@@ -19,8 +19,8 @@ import numpy as np
 from apache_beam.options import pipeline_options
 from etils import epath
 
-from fluid_jax.data import records
-from fluid_jax.prepare import images, ingest
+from fluid_jax import files
+from fluid_jax.prepare import images, ingest, record_writer
 
 # A pair that is kept: its unit and place there, and all of `ingest.Kept`.
 _Row = tuple[int, int, tuple]
@@ -100,14 +100,14 @@ def _write(shard: tuple[tuple[str, int], Iterable[tuple[int, bytes]]], out: str)
   (split, number), payloads = shard
   facts = json.loads((epath.Path(out) / 'begun.json').read_text())
   ordered = (ingest.as_written(payload) for _, payload in sorted(payloads))
-  records.Writer(out, **facts).write(split, number, ordered)
+  record_writer.Writer(out, **facts).write(split, number, ordered)
   return split, number
 
 
 def _save(name: str, out: str) -> Any:
   """A step that writes the one JSON value it is given."""
   return beam.Map(
-    lambda value: records.write_whole(epath.Path(out) / 'work' / name, json.dumps(value))
+    lambda value: files.write(epath.Path(out) / 'work' / name, json.dumps(value), is_shared=True)
   )
 
 
@@ -123,7 +123,7 @@ def run(options: ingest.Options, out: str, flags: list[str]) -> None:
     UserError: the source is not there, or the directory holds another set.
   """
   source, work = options.open_source(), epath.Path(out) / 'work'
-  writer = records.Writer(out, **ingest.facts_of(options))
+  writer = record_writer.Writer(out, **ingest.facts_of(options))
   work.mkdir(exist_ok=True)
   # Not the default runner, which first downloads a program that is not Python's.
   runner = {} if any(f.startswith('--runner') for f in flags) else {'runner': 'FnApiRunner'}

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
 from fluid_jax import distributed, errors, metrics, sharding, startup
-from fluid_jax.data import examples, pipeline, records, tasks
+from fluid_jax.data import examples, pipeline, sources, tasks
 from fluid_jax.encoders import frozen, tokenizers
+from fluid_jax.prepare import record_writer
 
 PART_EXAMPLES = 1024  # about 160 MB with T5-XXL's features of 20 tokens a text
 
@@ -175,7 +176,7 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   """Writes the encoded set, or what is missing of it; returns the flags to train on it.
 
   Raises:
-    UserError: see `Encode` and `records.Writer`.
+    UserError: see `Encode` and `record_writer.Writer`.
   """
   seqio = startup.load_seqio()
 
@@ -201,15 +202,15 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
     'source': {
       'task': config.data.task,
       'languages': list(config.data.languages),
-      'digests': {split: tasks.open_records(task, split).digest for split in task.splits},
+      'digests': {split: sources.digest(tasks.open_source(task, split)) for split in task.splits},
     },
     'batch_size': program.batch_size,
     'processes': jax.process_count(),
   }
   if jax.process_index() == 0:
-    records.Writer(out, **facts)
+    record_writer.Writer(out, **facts)
   distributed.barrier('begun')
-  parts = records.Writer(out, **facts)
+  parts = record_writer.Writer(out, **facts)
   numbers = {split: _encode_split(program, parts, split) for split in task.splits}
   distributed.barrier('encoded')
   sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
@@ -224,7 +225,7 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   return [f'--config.data.task={path}', tokenizer, *others, *as_flags(found)]
 
 
-def _encode_split(program: Encode, parts: records.Writer, split: str) -> range:
+def _encode_split(program: Encode, parts: record_writer.Writer, split: str) -> range:
   """Writes this process's parts of a split, each of `steps` global batches; all parts' numbers."""
   stream = program.stream(split)
   num_examples = stream.num_examples

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, files
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import images, pairs, report, sources, tables
+from fluid_jax.prepare import images, pairs, record_writer, report, sources, tables
 from fluid_jax.prepare import workers as workers_lib
 
 SCHEMA = {  # features of an example
@@ -254,7 +254,7 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: Options) 
   """Examines a unit and writes its run: payloads, where they lie, and what became of the rest."""
   directory = epath.Path(work)
   counts, quarantine, entries = Counts(), [], []
-  shard = records.Shard(_run_path(directory, number, 'tfrecord'))
+  shard = record_writer.Shard(_run_path(directory, number, 'tfrecord'))
   splits = (options.split, *_SPLITS)
   for kept in read_unit(unit, options, counts, quarantine):
     split = splits.index(kept.split)
@@ -269,7 +269,7 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: Options) 
     'quarantine': quarantine,
     'peak': workers_lib.peak(),
   }
-  records.write_whole(_run_path(directory, number, 'json'), json.dumps(found))
+  files.write(_run_path(directory, number, 'json'), json.dumps(found), is_shared=True)
 
 
 def digest_of(unit: Any) -> str:
@@ -349,11 +349,11 @@ def write_shard(
         )
       yield as_written(payload)
 
-  records.Writer(out, **facts).write(split, number, kept())
+  record_writer.Writer(out, **facts).write(split, number, kept())
 
 
 def as_written(payload: bytes) -> tuple[str, bytes, list[str]]:
-  """Key, payload and languages, for `records.Writer.write`."""
+  """Key, payload and languages, for `record_writer.Writer.write`."""
   features = examples.decode(payload)
   return features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
 
@@ -381,7 +381,7 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
   source, facts = options.open_source(), facts_of(options)
   expected, units = source.num_units(), enumerate(source.units())
   first = list(itertools.islice(units, 1))  # what is wrong with a table shows before it is begun
-  writer = records.Writer(out, **facts)
+  writer = record_writer.Writer(out, **facts)
   work = epath.Path(out) / 'work'
   work.mkdir(exist_ok=True)
   digests = []
@@ -403,7 +403,7 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
     progress('examine', max(done, len(digests) - 2 * workers), max(expected, len(digests)))
   begun, described = work / 'plan', hashlib.sha256(' '.join(digests).encode()).hexdigest()
   if not begun.exists():
-    records.write_whole(begun, described)
+    files.write(begun, described, is_shared=True)
   elif begun.read_text() != described:
     raise changed
   counts, entries, peak = Counts(), [], 0
@@ -430,7 +430,7 @@ def run(options: Options, out: str, workers: int, progress: Callable[[str, int, 
 
 
 def close(
-  writer: records.Writer,
+  writer: record_writer.Writer,
   out: str,
   shards: list[tuple[str, int]],
   options: Options,

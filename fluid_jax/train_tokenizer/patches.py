@@ -22,9 +22,8 @@ def read_images(task: str, split: str, size: int) -> np.ndarray:
   """All images of a split, (N, size, size, 3) uint8."""
   from fluid_jax.data import pipeline
 
-  stream = pipeline.Stream(
-    task, split, batch_size=64, seed=0, image_size=size, text_length=8, shuffle=False
-  )
+  options = pipeline.Options(batch_size=64, seed=0, image_size=size, text_length=0, shuffle=False)
+  stream = pipeline.Stream(task, split, options)
   return np.concatenate([batch['images'][batch['valid']] for batch in stream])
 
 

@@ -94,18 +94,23 @@ def _open_stream(
   Raises:
     UserError: see `pipeline.Stream`; or the examples have no images.
   """
-  stream = pipeline.Stream(
-    config.data.task,
-    split,
+  start_step = kwargs.pop('start_step', 0)
+  options = pipeline.Options(
     batch_size=config.train.batch_size,
     seed=config.train.seed,
     image_size=config.data.image_size,
     text_length=0,
-    module=config.data.module,
     max_corrupt_fraction=config.data.max_corrupt_fraction,
     random_flip=config.data.random_flip,
-    rows=sharding.local_rows(mesh, config.train.batch_size),
     **kwargs,
+  )
+  stream = pipeline.Stream(
+    config.data.task,
+    split,
+    options,
+    module=config.data.module,
+    start_step=start_step,
+    rows=sharding.local_rows(mesh, config.train.batch_size),
   )
   if stream.arrays != ['images']:
     stream.close()
