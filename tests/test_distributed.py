@@ -284,7 +284,8 @@ def uninterrupted(tmp_path_factory):
     assert run.wait() == [0, 0], run.log(0)[-3000:] + run.log(1)[-3000:]
     assert '2 process(es), 4 cpu device(s), mesh replica 1 x fsdp 2 x tensor 2; st' in run.log(0)
     assert 'step ' not in run.log(1)
-    assert [event.step for event in events(folder / 'run').Tensors('samples')] == [NUM_STEPS]
+    samples = events(folder / 'run', 'validation_ema').Tensors('samples')
+    assert [event.step for event in samples] == [NUM_STEPS]
   return folder / 'run'
 
 

@@ -1,4 +1,4 @@
-"""Frozen encoders inside the step: as if their outputs had been prepared; and T5's vocabulary."""
+"""Frozen encoders in the train step equal prepared outputs; and the vocabulary of T5."""
 
 import pathlib
 
@@ -21,10 +21,10 @@ GERMAN = 'translate English to German: The house is wonderful.'
 # ---- vocabulary ----
 
 
-def test_ids_are_t5s(vocabulary):
+def test_ids_are_those_of_t5(vocabulary):
   config = config_lib.Text(source='t5', length=16, vocabulary=vocabulary)
   ids = text.encode_prompts([GERMAN, 'A red heart'], config)
-  # As published with T5, and by Hugging Face's tokenizer.
+  # As published with T5, and as made by Hugging Face's tokenizer.
   expected = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1, 0, 0, 0, 0, 0]
   assert ids[0].tolist() == expected
   assert ids[1].tolist() == [71, 1131, 842, 1] + 12 * [0]
@@ -42,7 +42,7 @@ def test_seqio_gives_the_same_ids(vocabulary):
     assert ours.encode(words) == theirs.encode(words)
 
 
-def test_a_stream_reads_pieces_and_counts_what_it_cuts(vocabulary):
+def test_a_stream_reads_pieces_and_counts_truncated_captions(vocabulary):
   from fluid_jax.data import pipeline
 
   def read(length):
@@ -58,39 +58,39 @@ def test_a_stream_reads_pieces_and_counts_what_it_cuts(vocabulary):
       num_truncated += stream.num_truncated
     return np.concatenate(rows), num_truncated
 
-  whole, num_truncated = read(32)
+  full, num_truncated = read(32)
   assert num_truncated == 0
   pieces = text.load_pieces(vocabulary)
-  names = [pieces.decode(row[: row.tolist().index(1)].tolist()) for row in whole]
+  names = [pieces.decode(row[: row.tolist().index(1)].tolist()) for row in full]
   assert 'slightly smiling face' in names
-  for name, row in zip(names, whole, strict=True):
-    if 2 in row:  # a character that T5 does not know, and decoding does not give back
+  for name, row in zip(names, full, strict=True):
+    if 2 in row:  # a character that is not in the vocabulary, so that decoding loses it
       continue
     assert row[: (row > 0).sum()].tolist() == [*pieces.encode(name), 1]
   short, num_truncated = read(4)
-  lengths = (whole > 0).sum(1)
+  lengths = (full > 0).sum(1)
   assert num_truncated == (lengths > 4).sum() > 0
-  for row, complete, length in zip(short, whole, lengths, strict=True):
+  for row, complete, length in zip(short, full, lengths, strict=True):
     assert row.tolist() == ([*complete[:3], 1] if length > 4 else complete[:4].tolist())
 
 
-def test_a_wrong_vocabulary_is_refused(tmp_path, vocabulary):
-  def refused(path, part):
+def test_a_wrong_vocabulary_is_rejected(tmp_path, vocabulary):
+  def check_rejected(path, part):
     with pytest.raises(errors.UserError, match=part) as caught:
       text.load_pieces(str(path))
     assert '\n' not in str(caught.value)
 
-  refused('', 'needs its vocabulary')
-  refused(tmp_path / 'none.model', 'there is no vocabulary')
+  check_rejected('', 'needs its vocabulary')
+  check_rejected(tmp_path / 'none.model', 'there is no vocabulary')
   broken = tmp_path / 'broken.model'
   broken.write_bytes(pathlib.Path(vocabulary).read_bytes()[:1000])
-  refused(broken, 'is no SentencePiece model')
+  check_rejected(broken, 'is no SentencePiece model')
   words = tmp_path / 'words.txt'
   words.write_text('red heart\nblue heart\n' * 20)
   sentencepiece.SentencePieceTrainer.train(
     input=str(words), model_prefix=str(tmp_path / 'own'), vocab_size=14, minloglevel=2
   )
-  refused(tmp_path / 'own.model', r'numbers padding, end and unknown \(-1, 2, 0\)')
+  check_rejected(tmp_path / 'own.model', r'numbers padding, end and unknown \(-1, 2, 0\)')
 
 
 # ---- in the step ----
@@ -100,65 +100,68 @@ def inputs(config):
   rng = np.random.default_rng(0)
   batch, size = config.train.batch_size, config.image.size
   ids = rng.integers(3, 32_000, (batch, config.text.length), np.int32)
-  ids[:, 4:] *= rng.integers(0, 2, (batch, 1), np.int32)  # some texts are shorter
+  ids[:, 4:] *= rng.integers(0, 2, (batch, 1), np.int32)  # some captions are shorter
   images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
   return {'images': images, 'text_ids': ids}
 
 
-def prepared(config, encoders, batch):
-  """What a stream of prepared examples would hold."""
-  features, mask = frozen.make(config).encode_text(encoders, batch)
-  made = {'text_features': features, 'text_mask': mask}
-  tokenizer = frozen.make(config).image
+def prepared(config, encoder_params, batch):
+  """The arrays of a stream of prepared examples."""
+  encoders = frozen.make(config)
+  features, mask = encoders.encode_text(encoder_params, batch)
+  arrays = {'text_features': features, 'text_mask': mask}
+  network, params = encoders.image.network, encoder_params['image']
   if config.is_continuous:
-    return made | {'image_moments': tokenizer.network.moments(encoders['image'], batch['images'])}
-  return made | {'image_codes': tokenizer.network.encode(encoders['image'], batch['images'])}
+    return arrays | {'image_moments': network.moments(params, batch['images'])}
+  return arrays | {'image_codes': network.encode(params, batch['images'])}
 
 
 @pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
 @pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_encoding_in_the_step_is_as_if_prepared(make_config, small_networks, tokens, parts):
+def test_encoding_in_the_step_equals_prepared_outputs(make_config, small_networks, tokens, parts):
   settings = small_encoders.IN_THE_STEP[tokens] | {'optimizer.accumulation_steps': parts}
   config = make_config(settings)
   outside = make_config(
     settings | {'text.source': 'features', 'image.tokenizer': 'prepared', 'image.size': 16}
   )
-  encoders, batch = small_encoders.random_params(config), inputs(config)
+  params, batch = small_encoders.random_params(config), inputs(config)
   results = []
-  for c, given, arrays in (
-    (config, encoders, batch),
-    (outside, {'image': {}, 'text': {}}, jax.jit(lambda b: prepared(config, encoders, b))(batch)),
+  for c, encoder_params, arrays in (
+    (config, params, batch),
+    (outside, {'image': {}, 'text': {}}, jax.jit(lambda b: prepared(config, params, b))(batch)),
   ):
-    program = step.build(c, sharding.make_mesh(c, jax.devices()[:1]))
-    state, metrics = program.train_step(program.init(), arrays, given)
+    program = step.build(step.make_components(c), sharding.make_mesh(c, jax.devices()[:1]))
+    state, metrics = program.train_step(program.init(), arrays, encoder_params)
     results.append((state, metrics))
   (state, metrics), (expected, expected_metrics) = results
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
-  # What is frozen is neither trained nor averaged nor saved: the state has the same leaves.
+  # Frozen parameters are not trained, averaged or saved: the state has the same leaves.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, expected.params
   )
   assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
-def test_sampling_reads_what_t5_makes(make_config, small_networks):
+def test_sampling_with_t5_equals_sampling_with_its_features(make_config, small_networks):
   config = make_config(
     small_encoders.IN_THE_STEP['continuous'] | {'sampling.num_diffusion_steps': 4}
   )
-  encoders, batch = small_encoders.random_params(config), inputs(config)
+  model, encoders = step.make_model(config), frozen.make(config)
+  encoder_params, batch = small_encoders.random_params(config), inputs(config)
   keys = jax.random.split(jax.random.key(0), config.train.batch_size)
-  params = nn.unbox(step.init_params(config, step.make_model(config), jax.random.key(0)))
-  tokens, _ = step.make_sampler(config)(params, encoders, {'text_ids': batch['text_ids']}, keys)
-  features, mask = frozen.make(config).encode_text(encoders, batch)
-  given = {'text_features': features, 'text_mask': mask}
-  expected, _ = step.make_sampler(config)(params, encoders, given, keys)
+  params = nn.unbox(step.init_params(config, model, jax.random.key(0)))
+  sample_tokens = step.make_sampler(config, model, encoders)
+  tokens, _ = sample_tokens(params, encoder_params, {'text_ids': batch['text_ids']}, keys)
+  features, mask = encoders.encode_text(encoder_params, batch)
+  text_arrays = {'text_features': features, 'text_mask': mask}
+  expected, _ = sample_tokens(params, encoder_params, text_arrays, keys)
   np.testing.assert_allclose(tokens, expected, atol=1e-4)
-  pictures = frozen.make(config).image.decode(encoders['image'], tokens)
-  assert (pictures.shape, pictures.dtype) == ((config.train.batch_size, 16, 16, 3), jnp.uint8)
+  images = encoders.image.decode(encoder_params['image'], tokens)
+  assert (images.shape, images.dtype) == ((config.train.batch_size, 16, 16, 3), jnp.uint8)
 
 
-def test_encoders_of_other_shapes_are_refused(make_config, small_networks):
+def test_encoders_of_other_shapes_are_rejected(make_config, small_networks):
   with pytest.raises(errors.UserError, match=r'--config\.text\.feature_dim=24'):
     frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | {'text.feature_dim': 512}))
   for changed in ({'image.size': 32}, {'image.channels': 8}, {'model.tokens': 'discrete'}):
@@ -166,49 +169,49 @@ def test_encoders_of_other_shapes_are_refused(make_config, small_networks):
       frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | changed))
 
 
-def test_a_vocabulary_of_another_size_is_refused(
+def test_a_vocabulary_of_another_size_is_rejected(
   make_config, small_networks, vocabulary, monkeypatch, tmp_path
 ):
   settings = small_encoders.IN_THE_STEP['continuous'] | {'image.tokenizer': 'prepared'}
   config = make_config(settings)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  with pytest.raises(errors.UserError, match="needs T5's weights"):
-    frozen.load(config, mesh)
+  with pytest.raises(errors.UserError, match='needs the weights of T5'):
+    frozen.load(config, frozen.make(config), mesh)
   config = make_config(settings | {'text.t5_path': str(tmp_path), 'text.vocabulary': vocabulary})
   monkeypatch.setitem(t5.SIZES, 'small', t5.Size(24, 40, 2, 3, 8, vocab_size=250_112))
   with pytest.raises(errors.UserError, match="32000 pieces, but T5 'small' embeds 250112"):
-    frozen.load(config, mesh)
+    frozen.load(config, frozen.make(config), mesh)
 
 
-def test_other_encoders_than_the_model_was_trained_with_are_refused(
+def test_sampling_with_other_encoders_than_in_training_is_rejected(
   make_config, small_networks, vocabulary, monkeypatch, tmp_path
 ):
   config = make_config(small_encoders.IN_THE_STEP['continuous'] | {'text.vocabulary': vocabulary})
   params = small_encoders.random_params(config)
   digests = frozen.digests(params, sharding.make_mesh(config, jax.devices()[:1]))
   monkeypatch.setattr(frozen, 'load', lambda *_: params)
-  drawn = []
-  monkeypatch.setattr(sample.Sampler, 'draw', lambda *args: drawn.append(args))
+  calls = []
+  monkeypatch.setattr(sample.Sampler, 'sample', lambda *args: calls.append(args))
   args = ['--workdir=DIR', '--prompt=red heart', f'--out={tmp_path}/grid.png']
 
-  def draw(known):
+  def run(known):
     monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, known, {}, 1))
     sample.main(args)
 
   for part in digests:
     with pytest.raises(errors.UserError, match=f'the {part} encoder has digest') as caught:
-      draw(digests | {part: 'ab' * 32})
+      run(digests | {part: 'ab' * 32})
     assert caught.value.exit_code == errors.MISMATCH
-  assert not drawn
-  with pytest.raises(TypeError):  # the stand-in's pictures are none
-    draw(digests)
-  assert drawn
+  assert not calls
+  with pytest.raises(TypeError):  # the replaced method returns no images
+    run(digests)
+  assert calls
 
 
-# ---- what they cost ----
+# ---- FLOPs ----
 
 
-def test_flops_are_those_of_the_layers(make_config):
+def test_flops_equal_the_sum_over_layers(make_config):
   config = make_config(
     {'text.source': 't5', 'text.t5_size': 'base', 'text.feature_dim': 768, 'text.length': 20}
     | {'image.tokenizer': 'sd_vae', 'image.size': 64, 'image.channels': 16}
@@ -219,9 +222,9 @@ def test_flops_are_those_of_the_layers(make_config):
   assert found['text'] == 2 * depth * products
 
   def conv(side, inputs, outputs, stride=1):
-    """Multiply-adds of a 3 x 3 convolution whose window is cut at the border."""
+    """Multiply-adds of a 3 x 3 convolution; the window is truncated at the border."""
     taps = 3 * side - (2 if stride == 1 else 1)
-    if stride == 2:  # padded on the far side alone
+    if stride == 2:  # padded only at the end
       taps = 3 * (side // 2) - 1
     return taps**2 * inputs * outputs
 
@@ -233,6 +236,6 @@ def test_flops_are_those_of_the_layers(make_config):
   middle = 4 * conv(8, 512, 512) + 4 * 64 * 512**2 + 2 * 64**2 * 512
   ends = conv(64, 3, 128) + conv(8, 512, 8) + 64 * 8 * 8
   assert found['image'] == 2 * (blocks + middle + ends)
-  # What is prepared costs nothing, and neither do bytes.
+  # Prepared outputs and bytes cost nothing.
   prepared = make_config({'image.tokenizer': 'prepared', 'text.source': 'bytes'})
   assert frozen.forward_flops(prepared) == {'image': 0, 'text': 0}

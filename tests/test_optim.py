@@ -1,6 +1,7 @@
 """Schedules, optimizer and moving average against the reference; and the train step."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -234,6 +235,21 @@ def test_norms_in_the_metrics_are_global_norms(five_steps):
   np.testing.assert_allclose(norm, min(0.5, metrics[0]['grad_norm']), rtol=1e-5)
 
 
+def test_the_loss_function_gives_the_loss_of_the_train_step(config, five_steps):
+  _, (state, *_), (metrics, *_) = five_steps
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+  total, sums = jax.jit(functools.partial(step.loss, step.make_components(config)))(
+    state.params,
+    make_batch(config),
+    {'image': {}, 'text': {}},
+    key,
+    jnp.arange(config.train.batch_size),
+    config.text.drop_rate,
+  )
+  np.testing.assert_allclose(total / sums['count'], metrics['loss'], rtol=1e-5)
+  assert 1 <= sums['count'] <= config.train.batch_size * config.image.num_tokens
+
+
 def test_accumulated_gradients_equal_the_large_batch(
   config, random_params, five_steps, monkeypatch
 ):
@@ -276,8 +292,8 @@ def test_int8_training_changes_the_gradients_only_slightly(config, random_params
   program = step.build(components, sharding.make_mesh(quantized, jax.devices()[:1]))
   traced = program.train_step.trace(program.state, make_batch(config), program.encoder_params)
   text = str(traced.jaxpr)
-  # Each kernel of the aligner and the decoder has one integer product in the forward pass and two in
-  # the backward pass. An attention has 4 projections and an MLP 2 layers, so that an aligner block
+  # Each kernel of the aligner and the decoder has one integer product in the forward pass and two
+  # in the backward pass. An attention has 4 projections and an MLP 2 layers, so an aligner block
   # has 6 kernels and a decoder block 10.
   integers = re.findall(r'i32\[[^\]]*\] = dot_general', text)
   assert len(integers) == 3 * (6 + 10 + 10)

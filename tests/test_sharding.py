@@ -39,8 +39,8 @@ def table(config, shape):
     spec = ', '.join('+'.join(axes or '-') for axes in sides)
     local = 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
     lines.append(f'{name:<48}{leaf.shape!s:<20}{spec:<20}{local:>12,}')
-  lines.append(f'parameters {sharding.bytes_per_device(state.params):,} bytes a device')
-  lines.append(f'state {sharding.bytes_per_device(state):,} bytes a device')
+  lines.append(f'parameters {sharding.bytes_per_device(state.params):,} bytes per device')
+  lines.append(f'state {sharding.bytes_per_device(state):,} bytes per device')
   return '\n'.join(lines) + '\n'
 
 

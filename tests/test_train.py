@@ -1,4 +1,4 @@
-"""Training as processes: what a run leaves behind, and that stopping it changes nothing."""
+"""Training in processes: the files of a run, and equality of stopped and uninterrupted runs."""
 
 import json
 import random
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from fluid_jax import errors
+from fluid_jax import errors, metrics
 
 TRAIN = ('-m', 'fluid_jax.main', '--config=configs/tiny.py')
 NUM_STEPS = 20  # configs/tiny.py
@@ -21,12 +21,12 @@ PROMPTS = "--config.train.sample_prompts=('red heart',)"
 
 
 def train(workdir, *args):
-  """Trains to the end; returns what was printed."""
+  """Trains to the end and returns the output."""
   return commands.run_ok(*TRAIN, f'--workdir={workdir}', PROMPTS, *args)
 
 
 def stop(workdir, after, *signals):
-  """Starts to train, sends signals when the line of step `after` appears; exit code and errors."""
+  """Starts training and sends signals at the line of step `after`; exit code and errors."""
   process = commands.start(*TRAIN, f'--workdir={workdir}', PROMPTS)
   for line in process.stdout:
     if line.startswith(f'step {after}/'):
@@ -43,7 +43,7 @@ def rows(workdir):
 
 
 def results(workdir):
-  """All figures that do not tell the time, as (step, name, value)."""
+  """All metrics except speeds, as (step, name, value)."""
   return sorted(
     (row['step'], name, value)
     for row in rows(workdir)
@@ -52,16 +52,17 @@ def results(workdir):
   )
 
 
-def events(workdir):
-  """What TensorBoard shows."""
+def events(workdir, run):
+  """The events of a TensorBoard run ('train', 'validation_ema' or 'validation_raw')."""
   from tensorboard.backend.event_processing import plugin_event_accumulator
 
+  folder = str(workdir / 'tensorboard' / run)
   # A size of 0 keeps all of them.
-  return plugin_event_accumulator.EventAccumulator(str(workdir), {'tensors': 0}).Reload()
+  return plugin_event_accumulator.EventAccumulator(folder, {'tensors': 0}).Reload()
 
 
 def assert_same(workdir, other, num_steps=NUM_STEPS):
-  """Last checkpoint, figures and TensorBoard's steps of two runs are equal, bit for bit."""
+  """Asserts that last checkpoint, metrics and TensorBoard steps of two runs are bit-equal."""
   states = [load(path / f'checkpoints/{num_steps:08d}') for path in (workdir, other)]
   assert states[0].keys() == states[1].keys() >= {'params', 'ema_params', 'opt_state', 'step'}
   leaves = [dict(_leaves(state)) for state in states]
@@ -69,13 +70,14 @@ def assert_same(workdir, other, num_steps=NUM_STEPS):
   for path, array in leaves[0].items():
     assert array.tobytes() == leaves[1][path].tobytes(), path
   assert results(workdir) == results(other)
-  for tag in ('train/loss', 'validation/loss_ema'):
-    shown = [[event.step for event in events(path).Tensors(tag)] for path in (workdir, other)]
-    assert shown[0] == shown[1] == sorted(set(shown[1]))
+  for run in ('train', 'validation_ema', 'validation_raw'):
+    losses = [events(path, run).Tensors('loss') for path in (workdir, other)]
+    shown = [[event.step for event in found] for found in losses]
+    assert shown[0] == shown[1] == sorted(set(shown[1])) != []
 
 
 def load(path):
-  """A checkpoint as Orbax reads it, whatever devices it was saved from."""
+  """A checkpoint as Orbax reads it, independent of the devices that saved it."""
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
@@ -102,18 +104,21 @@ def whole(tmp_path_factory):
   out = train(workdir)
   assert re.search(r'step 20/20  loss [\d.]+  [\d.]+ images/s  ETA 0:00\n', out)
   assert f'done at step 20: {workdir}' in out
+  number = r'[\d.]+ \+- [\d.]+'
+  assert re.search(rf'\nstep 10  validation loss {number} \(EMA\), {number} \(raw\)\n', out)
+  assert re.search(r'\ncompiling the train step \.\.\.\ncompiled the train step in [\d.]+ s\n', out)
   return workdir
 
 
-def test_a_run_writes_its_figures(whole):
+def test_a_run_writes_metrics(whole):
   by_name = {}
   for row in rows(whole):
     for name, value in row.items():
       by_name.setdefault(name, {})[row['step']] = value
   for name in (
     'train/loss', 'train/learning_rate', 'train/grad_norm', 'train/param_norm',
-    'train/num_skipped', 'train/truncated_text_fraction', 'speed/images_per_s', 'speed/tokens_per_s',
-    'speed/tflop_per_s', 'speed/mfu', 'speed/data_wait_fraction',
+    'train/num_skipped', 'train/truncated_text_fraction', 'speed/images_per_s',
+    'speed/tokens_per_s', 'speed/tflop_per_s', 'speed/mfu', 'speed/data_wait_fraction',
   ):  # fmt: skip
     assert list(by_name[name]) == list(range(2, 21, 2)), name  # log_every
     assert np.isfinite(list(by_name[name].values())).all(), name
@@ -125,50 +130,73 @@ def test_a_run_writes_its_figures(whole):
   assert by_name['speed/tokens_per_s'][20] == pytest.approx(16 * rate)
 
 
-def test_tensorboard_shows_figures_pictures_and_config(whole):
+def test_tensorboard_shows_metrics_images_and_config(whole):
   from tensorboard.util import tensor_util
 
-  shown = events(whole)
-  scalars = {name for row in rows(whole) for name in row} - {'step'}
-  tags = set(shown.Tags()['tensors'])
-  assert scalars <= tags
-  losses = {
-    event.step: tensor_util.make_ndarray(event.tensor_proto).item()
-    for event in shown.Tensors('train/loss')
-  }
-  expected = {row['step']: row['train/loss'] for row in rows(whole) if 'train/loss' in row}
-  assert losses == pytest.approx(expected)
-  (text,) = shown.Tensors('config')
+  runs = {run: events(whole, run) for run in ('train', 'validation_ema', 'validation_raw')}
+  tags = {run: set(shown.Tags()['tensors']) for run, shown in runs.items()}
+  names = {name for row in rows(whole) for name in row} - {'step'}
+  for name in names:
+    run, tag = metrics.tensorboard_tag(name)
+    assert tag in tags[run], name
+  # Equal tags, so that training and validation loss share a chart.
+  for run, name in (
+    ('train', 'train/loss'),
+    ('validation_ema', 'validation/loss_ema'),
+    ('validation_raw', 'validation/loss_raw'),
+  ):
+    losses = {
+      event.step: tensor_util.make_ndarray(event.tensor_proto).item()
+      for event in runs[run].Tensors('loss')
+    }
+    expected = {row['step']: row[name] for row in rows(whole) if name in row}
+    assert losses == pytest.approx(expected)
+  (text,) = runs['train'].Tensors('config')
   assert b'"learning_rate": 0.002' in text.tensor_proto.string_val[0]
-  (grid,) = shown.Tensors('samples')
+  (grid,) = runs['validation_ema'].Tensors('samples')
   width, height, png = grid.tensor_proto.string_val
   assert (int(width), int(height)) == (4 * 128, 128 + 20)
   assert png.startswith(b'\x89PNG')
 
 
-def test_checkpoints_are_kept_as_the_config_says(whole):
+@pytest.mark.parametrize(
+  ('name', 'run', 'tag'),
+  [
+    ('train/loss', 'train', 'loss'),
+    ('validation/loss_ema', 'validation_ema', 'loss'),
+    ('validation/loss_raw_se', 'validation_raw', 'loss_se'),
+    ('validation/mean_error_ema', 'validation_ema', 'mean_error'),
+    ('validation/other', 'train', 'validation/other'),
+    ('speed/mfu', 'train', 'speed/mfu'),
+  ],
+)
+def test_metrics_are_assigned_to_tensorboard_runs(name, run, tag):
+  assert metrics.tensorboard_tag(name) == (run, tag)
+
+
+def test_the_configured_number_of_checkpoints_is_kept(whole):
   names = sorted(path.name for path in (whole / 'checkpoints').iterdir())
   assert names == ['00000010', '00000015', '00000020']
 
 
-def test_a_finished_run_ends_at_once_and_may_report_differently(whole, tmp_path):
+def test_a_finished_run_ends_at_once_and_may_log_at_other_steps(whole, tmp_path):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   assert 'done at step 20' in train(tmp_path, '--config.train.log_every=5')
   assert_same(whole, tmp_path)
 
 
-def test_stopped_by_one_and_two_sigterms_and_killed_it_ends_as_if_uninterrupted(whole, tmp_path):
+def test_a_run_stopped_by_sigterms_and_sigkill_equals_an_uninterrupted_one(whole, tmp_path):
   code, err = stop(tmp_path, 2, signal.SIGTERM)
   assert code == errors.PREEMPTED, err
   code, err = stop(tmp_path, 8, signal.SIGTERM, signal.SIGTERM)
-  assert code in (errors.PREEMPTED, -signal.SIGTERM), err  # saved before the second came, or not
+  assert code in (errors.PREEMPTED, -signal.SIGTERM), err  # saved before the second one, or not
   code, err = stop(tmp_path, 14, signal.SIGKILL)
   assert code == -signal.SIGKILL, err
   assert 'resuming at step' in train(tmp_path)
   assert_same(whole, tmp_path)
 
 
-def test_another_config_is_refused_with_the_differences(whole):
+def test_another_config_is_rejected_with_the_differences(whole):
   before = results(whole)
   done = commands.run(*TRAIN, f'--workdir={whole}', PROMPTS, '--config.model.depth=4')
   assert done.returncode == errors.MISMATCH
@@ -176,34 +204,34 @@ def test_another_config_is_refused_with_the_differences(whole):
   assert results(whole) == before
 
 
-_TRANSFERS_UNSAID = """
+_IMPLICIT_TRANSFERS = """
 import sys
 from configs import tiny
-from fluid_jax import config, errors, sharding, training as train
+from fluid_jax import config, errors, sharding, training
 
 sharding.put_batch = lambda batch, mesh: batch
-errors.run(lambda: train.train(config.resolve(tiny.get_config().to_dict()), sys.argv[1]))
+errors.run(lambda: training.train(config.resolve(tiny.get_config().to_dict()), sys.argv[1]))
 """
 
 
-def test_a_transfer_that_is_not_meant_ends_training(tmp_path):
-  done = commands.run('-c', _TRANSFERS_UNSAID, tmp_path)
+def test_an_implicit_transfer_ends_training(tmp_path):
+  done = commands.run('-c', _IMPLICIT_TRANSFERS, tmp_path)
   assert done.returncode == errors.CRASH
   assert 'Disallowed host-to-device transfer' in done.stderr
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(tmp_path):
+def test_a_run_killed_ten_times_at_random_equals_an_uninterrupted_one(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   longer = ('--config.train.num_steps=200', '--config.train.eval_every=50')
   train(whole, *longer)
   rng = random.Random(0)
   for attempt in range(10):
     process = commands.start(*TRAIN, f'--workdir={killed}', PROMPTS, *longer)
-    if attempt % 3 == 0:  # at any time, of starting and compiling too
+    if attempt % 3 == 0:  # at any time, also during start-up and compilation
       time.sleep(rng.uniform(0, 30))
-    else:  # a moment after one of its first lines: about the start, and for every second step
-      for _ in range(rng.randint(1, 7)):
+    else:  # shortly after one of the first lines: during start-up or in one of the first steps
+      for _ in range(rng.randint(1, 14)):
         process.stdout.readline()
       time.sleep(rng.uniform(0, 0.3))
     process.kill()
@@ -217,7 +245,7 @@ def test_killed_ten_times_at_random_it_ends_as_if_uninterrupted(tmp_path):
 @pytest.mark.parametrize('order', ['random', 'raster'])
 @pytest.mark.parametrize('tokens', ['continuous', 'discrete'])
 def test_validation_loss_falls_by_the_same_recipe(order, tokens, tmp_path):
-  # On all the pictures: the 63 of the demo are learned by heart, and the others suffer for it.
+  # On all images: a model that over-fits the 63 of the demo gets worse on the others.
   commands.run_ok(
     '-m', 'fluid_jax.main', f'--config=configs/tiny.py:order={order},tokens={tokens}',
     f'--workdir={tmp_path}', '--config.data.task=emoji', '--config.train.num_steps=600',

@@ -1,4 +1,4 @@
-"""Training image tokenizers: the step against NumPy, runs as users start them, and their files."""
+"""Training image tokenizers: the train step against NumPy, complete runs, and their files."""
 
 import dataclasses
 import json
@@ -16,8 +16,10 @@ from skimage import metrics
 
 from fluid_jax import errors, sharding
 from fluid_jax.encoders import kl_vae, patches, tokenizers, trained, vq
+from fluid_jax.train_tokenizer import __main__, quality
 from fluid_jax.train_tokenizer import config as tokenizer_config
 from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import patches as fit_patches
 from fluid_jax.train_tokenizer import step as tokenizer_step
 from fluid_jax.train_tokenizer import train as train_tokenizer
 
@@ -34,7 +36,7 @@ SMALL['losses'] = {'discriminator_width': 8}
 
 
 def settings(changes=()):
-  """Of a small tokenizer, by group, with changes by dotted name."""
+  """Settings of a small tokenizer by group, with changes by dotted name."""
   values = {group: dict(part) for group, part in SMALL.items()}
   for path, value in dict(changes).items():
     group, name = path.split('.')
@@ -43,14 +45,14 @@ def settings(changes=()):
 
 
 def make(changes=()):
-  """Config, mesh of one device and programs."""
+  """Config, mesh of one device, and program."""
   config = tokenizer_config.resolve(settings(changes))
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   return config, mesh, tokenizer_step.build(config, mesh)
 
 
 def arguments(changes=()):
-  """The same as flags."""
+  """The settings as flags."""
   kind = dict(changes).pop('network.kind', 'kl')
   flags = [f'--config=configs/tokenizer_{kind}.py', '--config.optimizer.schedule=constant']
   for group, part in settings(changes).items():
@@ -58,8 +60,8 @@ def arguments(changes=()):
   return [flag for flag in flags if 'vocab_size' not in flag or kind == 'vq']
 
 
-def pictures(num=8, size=32, seed=0):
-  """Smooth random pictures, uint8."""
+def random_images(num=8, size=32, seed=0):
+  """Random images of 8 x 8 squares, uint8."""
   coarse = np.random.default_rng(seed).integers(0, 256, (num, size // 8, size // 8, 3), np.uint8)
   return coarse.repeat(8, 1).repeat(8, 2)
 
@@ -71,13 +73,13 @@ def rows(workdir):
 # ---- Codebook ----
 
 
-def test_codes_are_moving_means_and_unused_ones_start_anew():
+def test_codes_are_moving_means_and_unused_codes_are_reset():
   config, _, _ = make({'network.kind': 'vq', 'network.vocab_size': 4, 'codebook.decay': 0.9})
   rng = np.random.default_rng(0)
   z = rng.normal(size=(20, 4))
   code = rng.integers(0, 2, 20)  # 2 and 3 are not used
   counts, sums = np.array([4.0, 3.0, 5.0, 0.2]), rng.normal(size=(4, 4))
-  moved, codes, share = tokenizer_step._move_codes(
+  means, codes, used = tokenizer_step._update_codebook(
     config,
     {'counts_V': jnp.float32(counts), 'sums_VxC': jnp.float32(sums)},
     jax.random.key(0),
@@ -87,20 +89,20 @@ def test_codes_are_moving_means_and_unused_ones_start_anew():
   for number in range(3):
     count = 0.9 * counts[number] + 0.1 * (code == number).sum()
     total = 0.9 * sums[number] + 0.1 * z[code == number].sum(0)
-    assert moved['counts_V'][number] == pytest.approx(count, rel=1e-5)
+    assert means['counts_V'][number] == pytest.approx(count, rel=1e-5)
     np.testing.assert_allclose(codes[number], total / count, rtol=1e-4)
-  # 0.18 is below a tenth of 20 encodings for 4 codes: it begins as one that is used as usual.
-  assert moved['counts_V'][3] == 5
+  # 0.18 is below a tenth of the mean count, 20 encodings / 4 codes: reset to the mean count.
+  assert means['counts_V'][3] == 5
   assert np.abs(z - codes[3]).sum(1).min() < 1e-6
-  np.testing.assert_allclose(moved['sums_VxC'][3], 5 * codes[3], rtol=1e-6)
-  assert share == 0.5
+  np.testing.assert_allclose(means['sums_VxC'][3], 5 * codes[3], rtol=1e-6)
+  assert used == 0.5
 
 
-def test_at_the_first_step_all_codes_become_encodings():
+def test_the_first_step_sets_all_codes_to_encodings():
   _, mesh, program = make({'network.kind': 'vq'})
   state = program.init()
   encoder = jax.device_get(state.params)
-  batch = {'images': pictures()}
+  batch = {'images': random_images()}
   state, _ = program.train_step(state, sharding.put_batch(batch, mesh), {})
   network = tokenizer_config.make_network(make({'network.kind': 'vq'})[0])
   x = batch['images'].astype(np.float32) / 127.5 - 1
@@ -109,10 +111,10 @@ def test_at_the_first_step_all_codes_become_encodings():
   assert distances.min(1).max() < 1e-5
 
 
-def test_the_encoder_s_gradient_is_that_of_the_code_it_chose():
+def test_the_encoder_receives_the_gradient_of_the_chosen_code():
   config, _, program = make({'network.kind': 'vq'})
   params = program.init().params
-  x = jnp.asarray(pictures(2), jnp.float32) / 127.5 - 1
+  x = jnp.asarray(random_images(2), jnp.float32) / 127.5 - 1
   key = jax.random.key(0)
   network = tokenizer_config.make_network(config).network
   weights = jax.random.normal(key, x.shape)
@@ -141,11 +143,11 @@ def test_the_loss_is_the_sum_of_its_terms_and_falls(kind):
   weights = {'losses.l1': 0.5, 'losses.l2': 2.0, 'losses.kl': 1e-3, 'losses.adversarial': 1e-3}
   _, mesh, program = make({'network.kind': kind, 'losses.commitment': 0.3, **weights})
   state = program.init()
-  batch = sharding.put_batch({'images': pictures()}, mesh)
+  batch = sharding.put_batch({'images': random_images()}, mesh)
   found = []
   for _ in range(40):
-    state, figures = program.train_step(state, batch, {})
-    found.append(jax.device_get(figures))
+    state, values = program.train_step(state, batch, {})
+    found.append(jax.device_get(values))
   last = found[-1]
   latents = 1e-3 * last['kl'] if kind == 'kl' else 0.3 * last['commitment']
   total = 0.5 * last['l1'] + 2 * last['l2'] + latents + 1e-3 * last['adversarial']
@@ -155,33 +157,33 @@ def test_the_loss_is_the_sum_of_its_terms_and_falls(kind):
   assert (state.step, state.num_skipped) == (40, 0)
 
 
-def test_features_enter_the_loss_and_stay_as_they_are():
+def test_perceptual_features_enter_the_loss_and_are_not_trained():
   changes = {'losses.perceptual': 2.0, 'losses.vgg_path': 'vgg', 'network.kind': 'vq'}
   _, mesh, program = make(changes)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shapes = tokenizer_losses.perceptual_shapes(whole, has_linear=False)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = tokenizer_losses.perceptual_shapes(replicated, has_linear=False)
   rng = np.random.default_rng(0)
   features = jax.tree.map(lambda a: jnp.float32(rng.normal(0, 0.05, a.shape)), shapes)
   before = jax.device_get(features)
-  batch = sharding.put_batch({'images': pictures()}, mesh)
-  state, figures = program.train_step(program.init(), batch, features)
-  figures = jax.device_get(figures)
-  assert figures['perceptual'] > 0.01
-  terms = figures['l1'] + 0.25 * figures['commitment'] + 2 * figures['perceptual']
-  assert figures['loss'] == pytest.approx(terms, rel=1e-4)
+  batch = sharding.put_batch({'images': random_images()}, mesh)
+  state, values = program.train_step(program.init(), batch, features)
+  values = jax.device_get(values)
+  assert values['perceptual'] > 0.01
+  terms = values['l1'] + 0.25 * values['commitment'] + 2 * values['perceptual']
+  assert values['loss'] == pytest.approx(terms, rel=1e-4)
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(features))
   _, _, without = make({'network.kind': 'vq'})
   other, _ = without.train_step(without.init(), batch, {})
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, other.params)
-  assert max(jax.tree.leaves(moved)) > 1e-4  # its gradient reaches the network
+  differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, other.params)
+  assert max(jax.tree.leaves(differences)) > 1e-4  # its gradient reaches the network
 
 
-def test_there_is_no_adversary_before_its_step():
+def test_the_discriminator_has_no_effect_before_its_first_step():
   changes = {'losses.adversarial': 0.5, 'losses.discriminator_start': 2}
   _, mesh, program = make(changes)
   _, _, without = make()
   state, other = program.init(), without.init()
-  batch = sharding.put_batch({'images': pictures()}, mesh)
+  batch = sharding.put_batch({'images': random_images()}, mesh)
   first = jax.device_get(state.discriminator.params)
   for number in range(3):
     state, _ = program.train_step(state, batch, {})
@@ -194,16 +196,16 @@ def test_there_is_no_adversary_before_its_step():
     assert (max(jax.tree.leaves(differences)) < 1e-5) == (number < 2)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_counts():
+def test_a_step_that_is_not_finite_changes_only_the_counters():
   _, mesh, program = make({'network.kind': 'vq', 'losses.adversarial': 0.5})
   state = program.init()
   broken = jax.tree.map(lambda a: a * np.nan, state.discriminator.params)
   state = state.replace(discriminator=state.discriminator.replace(params=broken))
   before = jax.device_get(state)
-  batch = sharding.put_batch({'images': pictures()}, mesh)
-  state, figures = program.train_step(state, batch, {})
+  batch = sharding.put_batch({'images': random_images()}, mesh)
+  state, values = program.train_step(state, batch, {})
   after = jax.device_get(state)
-  assert (after.step, after.num_skipped, figures['num_skipped']) == (1, 1, 1)
+  assert (after.step, after.num_skipped, values['num_skipped']) == (1, 1, 1)
   for name in ('network', 'ema_params', 'codebook'):
     jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
 
@@ -222,28 +224,30 @@ rng = np.random.default_rng(0)
 found = []
 for _ in range(10):
   images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
-  state, figures = program.train_step(state, sharding.put_batch({'images': images}, mesh), {})
-  found.append({name: float(value) for name, value in figures.items()})
+  state, values = program.train_step(state, sharding.put_batch({'images': images}, mesh), {})
+  found.append({name: float(value) for name, value in values.items()})
 kernels = [leaf for leaf in jax.tree.leaves(state.network) if leaf.ndim == 4]
-share = sum(k.addressable_shards[0].data.size for k in kernels) / sum(k.size for k in kernels)
-print(json.dumps([found, share]))
+fraction = sum(k.addressable_shards[0].data.size for k in kernels) / sum(k.size for k in kernels)
+print(json.dumps([found, fraction]))
 """
 
 
 @pytest.mark.parametrize(
   ('kind', 'fsdp'), [pytest.param('kl', 4, marks=pytest.mark.slow), ('vq', 1)]
 )
-def test_eight_devices_compute_what_one_does(kind, fsdp):
+def test_eight_devices_compute_the_same_as_one(kind, fsdp):
   values = settings(
     {'network.kind': kind, 'losses.adversarial': 0.5, 'optimizer.learning_rate': 1e-4}
     | {'mesh.fsdp': fsdp}
   )
-  found, share = json.loads(commands.run_ok('-c', _SCRIPT, json.dumps(values), num_devices=8))
-  assert share == (pytest.approx(0.25, abs=0.1) if fsdp == 4 else 1)
+  found, fraction = json.loads(commands.run_ok('-c', _SCRIPT, json.dumps(values), num_devices=8))
+  assert fraction == (pytest.approx(0.25, abs=0.1) if fsdp == 4 else 1)
   values['mesh']['fsdp'] = 1
   expected, _ = json.loads(commands.run_ok('-c', _SCRIPT, json.dumps(values)))
   assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
-  for one, eight in zip(expected, found, strict=True):  # Adam divides rounding by small moments
+  for one, eight in zip(
+    expected, found, strict=True
+  ):  # Adam divides rounding errors by small moments
     assert eight == pytest.approx(one, rel=1e-2, abs=1e-3)
 
 
@@ -252,22 +256,25 @@ def test_eight_devices_compute_what_one_does(kind, fsdp):
 
 @pytest.fixture(scope='module', params=['kl', 'vq'])
 def whole(request, tmp_path_factory):
-  """Kind, and the workdir of an uninterrupted run."""
+  """Kind, workdir and settings of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp(request.param)
   changes = {'network.kind': request.param, 'train.metric': 'small_encoders:MeanError'}
   out = commands.run(
     *TRAIN, *arguments(changes), f'--workdir={workdir}', env={'PYTHONPATH': PYTHONPATH}
   )
   assert out.returncode == 0, out.stderr[-3000:]
-  assert f'wrote {workdir}/tokenizer.safetensors; train Fluid on it with' in out.stdout
+  assert f'wrote {workdir}/tokenizer.safetensors; to train Fluid on its tokens, use' in out.stdout
+  number = r'[\d.]+'
+  line = rf'step 12  validation psnr {number} \(EMA\), {number} \(raw\); ssim {number} \(EMA\), '
+  assert re.search(line, out.stdout)
   return request.param, workdir, changes
 
 
 PYTHONPATH = f'{commands.ROOT}:{commands.ROOT}/tests'
 
 
-@pytest.mark.parametrize('whole', ['vq'], indirect=True)  # whose state has the most parts
-def test_stopped_and_killed_it_ends_as_if_uninterrupted(whole, tmp_path):
+@pytest.mark.parametrize('whole', ['vq'], indirect=True)  # its state has the most parts
+def test_a_stopped_and_killed_run_equals_an_uninterrupted_one(whole, tmp_path):
   _, workdir, changes = whole
   args = (*TRAIN, *arguments(changes), f'--workdir={tmp_path}')
   for number, after in ((signal.SIGTERM, 2), (signal.SIGKILL, 8)):
@@ -291,10 +298,10 @@ def test_stopped_and_killed_it_ends_as_if_uninterrupted(whole, tmp_path):
   assert untimed[0] == untimed[1]
 
 
-def test_figures_are_those_of_the_pictures_that_come_back(whole):
+def test_validation_metrics_are_those_of_the_reconstructions(whole):
   kind, workdir, _ = whole
   found = next(row for row in reversed(rows(workdir)) if 'validation/psnr_ema' in row)
-  images = patches.read_images('emoji_demo', 'validation', 32)
+  images = fit_patches.read_images('emoji_demo', 'validation', 32)
   tokenizer, params = load(workdir / 'tokenizer.safetensors')
   if kind == 'kl':
     moments = tokenizer.moments(params, images)
@@ -306,12 +313,13 @@ def test_figures_are_those_of_the_pictures_that_come_back(whole):
   else:
     codes = np.asarray(tokenizer.encode(params, images))
     decoded = np.asarray(tokenizer.decode(params, codes))
-    share = np.bincount(codes.ravel(), minlength=24) / codes.size
-    assert found['validation/codes_used_share_ema'] == pytest.approx((share > 0).mean(), abs=0.05)
-    perplexity = np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())
+    use = np.bincount(codes.ravel(), minlength=24) / codes.size
+    used = (use > 0).mean()
+    assert found['validation/codes_used_fraction_ema'] == pytest.approx(used, abs=0.05)
+    perplexity = np.exp(-(use[use > 0] * np.log(use[use > 0])).sum())
     assert found['validation/code_perplexity_ema'] == pytest.approx(perplexity, rel=0.05)
   psnr = [metrics.peak_signal_noise_ratio(a, b) for a, b in zip(images, decoded, strict=True)]
-  # The file holds half precision, and XLA may fuse otherwise.
+  # The file has half precision, and XLA may fuse operations differently.
   assert found['validation/psnr_ema'] == pytest.approx(np.mean(psnr), abs=0.05)
   error = np.abs(images.astype(float) - decoded).mean()
   assert found['validation/mean_error_ema'] == pytest.approx(error, rel=0.02)
@@ -321,14 +329,15 @@ def test_tensorboard_shows_reconstructions(whole):
   from tensorboard.backend.event_processing import plugin_event_accumulator
 
   _, workdir, _ = whole
-  shown = plugin_event_accumulator.EventAccumulator(str(workdir), {'tensors': 0}).Reload()
+  folder = str(workdir / 'tensorboard/validation_ema')
+  shown = plugin_event_accumulator.EventAccumulator(folder, {'tensors': 0}).Reload()
   grids = shown.Tensors('reconstructions')
   assert [event.step for event in grids] == [6, 12]
   width, height, _ = grids[0].tensor_proto.string_val
   assert (int(width) % 32, int(height)) == (0, 64)
 
 
-def test_another_config_is_refused(whole):
+def test_another_config_is_rejected(whole):
   _, workdir, changes = whole
   args = arguments({**changes, 'losses.l2': 7.0})
   done = commands.run(*TRAIN, *args, f'--workdir={workdir}', env={'PYTHONPATH': PYTHONPATH})
@@ -340,11 +349,11 @@ def test_another_config_is_refused(whole):
 
 
 def load(path):
-  """Network and parameters of a file."""
+  """Network and parameters from a file."""
   network = trained.read(str(path))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  pictures = jnp.zeros((1, 32, 32, 3))
-  shapes = jax.eval_shape(lambda: network.network.init(jax.random.key(0), pictures)['params'])
+  images = jnp.zeros((1, 32, 32, 3))
+  shapes = jax.eval_shape(lambda: network.network.init(jax.random.key(0), images)['params'])
   shapes = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), nn.unbox(shapes)
   )
@@ -352,7 +361,7 @@ def load(path):
 
 
 @pytest.mark.parametrize('whole', ['kl', pytest.param('vq', marks=pytest.mark.slow)], indirect=True)
-def test_fluid_trains_on_it_and_draws(whole, tmp_path):
+def test_fluid_trains_and_samples_with_it(whole, tmp_path):
   kind, workdir, _ = whole
   variant = {'kl': 'continuous', 'vq': 'discrete'}[kind]
   args = (
@@ -368,14 +377,14 @@ def test_fluid_trains_on_it_and_draws(whole, tmp_path):
   last = [row for row in rows(tmp_path) if 'validation/loss_ema' in row][-1]
   assert np.isfinite(last['validation/loss_ema'])
   out = tmp_path / 'grid.png'
-  draw = ('-m', 'fluid_jax.sample', f'--workdir={tmp_path}', '--prompt=red heart', f'--out={out}')
-  commands.run_ok(*draw, '--num_images=1')
+  sample = ('-m', 'fluid_jax.sample', f'--workdir={tmp_path}', '--prompt=red heart')
+  commands.run_ok(*sample, f'--out={out}', '--num_images=1')
   assert out.stat().st_size > 100
   saved = json.loads((tmp_path / 'config.json').read_text())
   assert saved['encoder_digests'].keys() == {'image'}
 
 
-@pytest.mark.parametrize('whole', ['kl'], indirect=True)  # codes have neither
+@pytest.mark.parametrize('whole', ['kl'], indirect=True)  # codes have no mean
 def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(whole, make_config):
   _, workdir, _ = whole
   path = workdir / 'tokenizer.safetensors'
@@ -384,18 +393,18 @@ def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(whole, mak
     {'image.tokenizer': f'trained:{path}', 'image.channels': 4, 'image.size': 32}
   )
   tokenizer = tokenizers.make(config)
-  images = patches.read_images('emoji_demo', 'train', 32)
-  draws = [  # many, as the 1,008 tokens of one would vary by some per cent
+  images = fit_patches.read_images('emoji_demo', 'train', 32)
+  samples = [  # several, because the mean of 1,008 tokens varies by a few percent
     tokenizer.encode_batch(
       params, {'images': images}, jax.random.key(seed), jnp.arange(len(images))
     )
     for seed in range(16)
   ]
-  tokens = np.asarray(draws).reshape(-1, 4)
+  tokens = np.asarray(samples).reshape(-1, 4)
   np.testing.assert_allclose(tokens.mean(0), 0, atol=0.03)
   np.testing.assert_allclose(tokens.std(0), 1, atol=0.03)
-  decoded = tokenizer.decode(params, draws[0])
-  assert patches.measure(images, np.asarray(decoded))['psnr'] > 8
+  decoded = tokenizer.decode(params, samples[0])
+  assert quality.measure(images, np.asarray(decoded))['psnr'] > 8
   given = make_config(
     {'image.tokenizer': f'trained:{path}', 'image.channels': 4, 'image.size': 32}
     | {'image.latent_scale': (3.0,)}
@@ -404,7 +413,7 @@ def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(whole, mak
   assert tuple(tokenizer.scale_C) == pytest.approx(network.latent_scale)
 
 
-def test_a_file_keeps_the_network(tmp_path):
+def test_a_file_restores_the_network(tmp_path):
   for changes in ({'network.kind': 'vq'}, {'network.kind': 'kl', 'network.pixel_patch': 2}):
     config, _, program = make(changes)
     network = tokenizer_config.make_network(config)
@@ -421,7 +430,7 @@ def test_a_file_keeps_the_network(tmp_path):
       assert json.loads(*file.metadata().values())['facts'] == {'step': 3}
 
 
-def test_other_files_are_refused(tmp_path, make_config):
+def test_other_files_are_rejected(tmp_path, make_config):
   shipped = sorted(patches.WEIGHTS.glob('patch_pca_64*'))[0]
   for path, complaint in (
     (tmp_path / 'absent', 'there is no .*absent: mend'),
@@ -445,14 +454,14 @@ def test_other_files_are_refused(tmp_path, make_config):
 @pytest.mark.parametrize(
   ('tokens', 'psnr', 'ssim'), [('continuous', 27.67, 0.873), ('discrete', 24.08, 0.777)]
 )
-def test_what_ships_loses_less_than_patches(tokens, psnr, ssim, make_config):
+def test_shipped_networks_reconstruct_better_than_patches(tokens, psnr, ssim, make_config):
   config = make_config(
     {'image.tokenizer': 'trained', 'model.tokens': tokens, 'image.size': 64}
     | {'image.num_tokens': 64, 'image.channels': 16, 'image.vocab_size': 1024}
   )
   tokenizer = tokenizers.make(config)
   _, params = load(tokenizer.path)
-  images = patches.read_images('emoji', 'validation', 64)
+  images = fit_patches.read_images('emoji', 'validation', 64)
   if tokens == 'continuous':
     mean, _ = jnp.split(tokenizer.encode_images(params, images)['image_moments'], 2, axis=-1)
     found = (mean - tokenizer.mean_C) * tokenizer.scale_C
@@ -460,7 +469,7 @@ def test_what_ships_loses_less_than_patches(tokens, psnr, ssim, make_config):
     found = tokenizer.encode_images(params, images)['image_codes']
   decoded = np.asarray(tokenizer.decode(params, found))
   pairs = list(zip(images, decoded, strict=True))
-  # Measured when they were made; those of patches are in test_patches.py.
+  # Measured when they were trained; the values of patches are in test_patches.py.
   assert np.mean([metrics.peak_signal_noise_ratio(a, b) for a, b in pairs]) == pytest.approx(
     psnr, abs=0.02
   )
@@ -483,20 +492,20 @@ def test_what_ships_loses_less_than_patches(tokens, psnr, ssim, make_config):
   [
     ({'network.kind': 'pca'}, "network.kind is 'pca'; choose one of kl, vq."),
     ({'network.multipliers': ()}, r'network.multipliers is \(\)'),
-    ({'data.image_size': 36}, 'image_size 36 is not divisible by the 8 pixels'),
+    ({'data.image_size': 36}, 'image_size 36 is not divisible by the side of a token, 8 pixels'),
     ({'losses.kl': -1.0}, 'losses.kl is -1.0; it must not be below 0'),
-    ({'losses.kl': 0.0}, 'losses.kl is 0, so nothing holds'),
+    ({'losses.kl': 0.0}, 'losses.kl is 0, so the scale'),
     ({'losses.l1': 0.0}, 'are all 0; set one of them'),
     ({'losses.perceptual': 1.0}, 'set losses.vgg_path'),
     ({'codebook.revive_below': 0.0}, 'codebook.revive_below is 0.0'),
     ({'codebook.decay': 1.0}, 'codebook.decay is 1.0'),
-    ({'mesh.tensor': 2}, 'mesh.tensor splits nothing'),
+    ({'mesh.tensor': 2}, 'mesh.tensor is 2, but tokenizers are not split'),
     ({'optimizer.warmup_steps': 12}, 'is not below train.num_steps 12'),
     ({'train.batch_size': 0}, 'train.batch_size is 0; it must be above 0'),
     ({'train.batchsize': 1}, 'did you mean train.batch_size'),
   ],
 )
-def test_a_wrong_setting_is_one_sentence(changes, complaint):
+def test_a_wrong_setting_is_explained(changes, complaint):
   with pytest.raises(errors.UserError, match=complaint):
     tokenizer_config.resolve(settings(changes))
 
@@ -509,7 +518,7 @@ def test_a_wrong_setting_is_one_sentence(changes, complaint):
     ({'losses.perceptual': 1.0, 'losses.vgg_path': 'absent'}, 'there is no absent'),
   ],
 )
-def test_what_the_user_can_mend_is_found_first(changes, complaint, tmp_path):
+def test_errors_are_found_before_the_workdir_is_created(changes, complaint, tmp_path):
   workdir, before = tmp_path / 'run', signal.getsignal(signal.SIGTERM)
   with pytest.raises(errors.UserError, match=re.escape(complaint)):
     train_tokenizer.train(tokenizer_config.resolve(settings(changes)), workdir)
@@ -517,15 +526,32 @@ def test_what_the_user_can_mend_is_found_first(changes, complaint, tmp_path):
   assert not workdir.exists()
 
 
-def test_a_workdir_is_needed():
+def test_help_lists_the_settings(capsys):
+  with pytest.raises(SystemExit) as caught:
+    __main__.main(['--help'])
+  printed = capsys.readouterr().out
+  assert caught.value.code == 0
+  for flag in ('--config', '--workdir', '--print_config', '--validate_only', '--peer_timeout_s'):
+    assert f'{flag} ' in printed
+  for setting in ('network.multipliers', 'losses.kl', 'codebook.decay', 'train.metric'):
+    assert f'{setting} ' in printed
+
+
+def test_print_config_prints_the_resolved_config(capsys):
+  assert __main__.main([*arguments({'network.width': 12}), '--print_config']) == 0
+  config = tokenizer_config.resolve(json.loads(capsys.readouterr().out))
+  assert (config.network.width, config.name) == (12, 'tokenizer_kl')
+
+
+def test_a_workdir_is_required():
   done = commands.run(*TRAIN, *arguments())
   assert (done.returncode, '--workdir is missing' in done.stderr) == (errors.CONFIG, True)
 
 
-def test_validate_only_counts_parameters(capsys):
+def test_validate_only_counts_parameters():
   config, _, program = make({'losses.adversarial': 1.0})
   printed = train_tokenizer.describe(config)
   count = sum(leaf.size for leaf in jax.tree.leaves(program.init().params))
   assert f'tokenizer: {count:,} parameters' in printed
   assert 'discriminator: ' in printed
-  assert '16 tokens a picture of 32 pixels, 4 channels each' in printed
+  assert '16 tokens per image of 32 pixels, 4 channels each' in printed

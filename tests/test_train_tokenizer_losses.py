@@ -1,4 +1,4 @@
-"""Losses of image tokenizers: against references in float64 NumPy."""
+"""Losses of image tokenizers against references in float64 NumPy."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def convolve(x_BxHxWxC, kernel_OxCxKxK, bias_O, stride=1, padding=1):
-  """As PyTorch's Conv2d, whose kernels are (out, in, row, column)."""
+  """PyTorch's Conv2d; kernels are (out, in, row, column)."""
   size = kernel_OxCxKxK.shape[2]
   x = np.pad(x_BxHxWxC, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
@@ -23,20 +23,20 @@ def convolve(x_BxHxWxC, kernel_OxCxKxK, bias_O, stride=1, padding=1):
 
 
 def reference_lpips(vgg, linear, x, y):
-  """Richard Zhang's LPIPS of VGG-16, by the names of torchvision and of its own file."""
+  """LPIPS with VGG-16 (Zhang et al.), with the names of torchvision and of the LPIPS file."""
   shift, scale = np.array([-0.030, -0.088, -0.188]), np.array([0.458, 0.448, 0.450])
 
   def features(h):
-    h, found, place = (h - shift) / scale, [], 0
+    h, found, position = (h - shift) / scale, [], 0
     for group in (2, 2, 3, 3, 3):
       if found:
         batch, height, width, channels = h.shape
         h = h.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
-        place += 1
+        position += 1
       for _ in range(group):
-        name = f'features.{place}'
+        name = f'features.{position}'
         h = np.maximum(convolve(h, vgg[f'{name}.weight'], vgg[f'{name}.bias']), 0)
-        place += 2
+        position += 2
       found.append(h / (np.linalg.norm(h, axis=-1, keepdims=True) + 1e-10))
     return found
 
@@ -49,16 +49,16 @@ def reference_lpips(vgg, linear, x, y):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """Paths and tensors of a random VGG-16, a classifier's among them, and of LPIPS."""
+  """Paths and tensors of a random VGG-16, which includes a classifier, and of LPIPS."""
   rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp('vgg')
-  vgg, place, width = {}, 0, 3
+  vgg, position, width = {}, 0, 3
   for group in tokenizer_losses.VGG16:
     for out in group:
       noise = rng.normal(0, (2 / 9 / width) ** 0.5, (out, width, 3, 3))
-      vgg[f'features.{place}.weight'] = noise.astype(np.float32)
-      vgg[f'features.{place}.bias'] = rng.normal(0, 0.1, out).astype(np.float32)
-      place, width = place + 2, out
-    place += 1
+      vgg[f'features.{position}.weight'] = noise.astype(np.float32)
+      vgg[f'features.{position}.bias'] = rng.normal(0, 0.1, out).astype(np.float32)
+      position, width = position + 2, out
+    position += 1
   linear = {
     f'lin{i}.model.1.weight': rng.uniform(0, 1, (1, group[-1], 1, 1)).astype(np.float32)
     for i, group in enumerate(tokenizer_losses.VGG16)
@@ -70,7 +70,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize('has_linear', [True, False])
-def test_lpips_is_the_reference(files, has_linear):
+def test_lpips_equals_the_reference(files, has_linear):
   paths, vgg, linear = files
   rng = np.random.default_rng(1)
   x, y = rng.uniform(-1, 1, (2, 2, 16, 32, 3))
@@ -82,7 +82,7 @@ def test_lpips_is_the_reference(files, has_linear):
   np.testing.assert_array_equal(same, 0)
 
 
-def test_a_file_of_another_network_is_refused(files):
+def test_a_file_of_another_network_is_rejected(files):
   paths, _, _ = files
   with pytest.raises(errors.UserError, match=r'lacks features\.0\.bias'):
     tokenizer_losses.load_perceptual(paths[1], '', HERE)
@@ -90,21 +90,21 @@ def test_a_file_of_another_network_is_refused(files):
     tokenizer_losses.load_perceptual(paths[0], paths[0], HERE)
 
 
-def test_kl_divergence_is_that_of_gaussians():
+def test_kl_divergence_equals_that_of_gaussians():
   rng = np.random.default_rng(2)
   mean, log_variance = rng.normal(size=(2, 3, 4, 5))
   moments = jnp.asarray(np.concatenate([mean, log_variance], -1), jnp.float32)
-  # The mean of log q(z) - log p(z) over draws, by its closed form in variances.
+  # The closed form, and an estimate of the mean of log q(z) - log p(z) from samples.
   variance = np.exp(log_variance)
   expected = (0.5 * (variance + mean**2) - 0.5 - 0.5 * np.log(variance)).sum((1, 2))
   np.testing.assert_allclose(tokenizer_losses.kl_divergence(moments), expected, rtol=1e-5)
-  draws = mean + np.sqrt(variance) * rng.normal(size=(200_000, *mean.shape))
-  log_q = -0.5 * ((draws - mean) ** 2 / variance + log_variance)
-  estimate = (log_q + 0.5 * draws**2).mean(0).sum((1, 2))
+  samples = mean + np.sqrt(variance) * rng.normal(size=(200_000, *mean.shape))
+  log_q = -0.5 * ((samples - mean) ** 2 / variance + log_variance)
+  estimate = (log_q + 0.5 * samples**2).mean(0).sum((1, 2))
   np.testing.assert_allclose(expected, estimate, rtol=0.02)
 
 
-def test_the_discriminator_is_the_reference_and_an_example_s_answer_its_own():
+def test_the_discriminator_equals_the_reference_and_treats_examples_independently():
   rng = np.random.default_rng(3)
   discriminator = tokenizer_losses.Discriminator(width=8)
   x = rng.uniform(-1, 1, (3, 32, 32, 3))
@@ -129,7 +129,7 @@ def test_the_discriminator_is_the_reference_and_an_example_s_answer_its_own():
   np.testing.assert_allclose(alone, found[1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_the_hinge_ends_beyond_one():
+def test_the_hinge_loss_is_zero_beyond_one():
   loss = tokenizer_losses.discriminator_loss
   assert loss(jnp.array([2.0, 1.0]), jnp.array([-1.0, -3.0])) == 0
   assert loss(jnp.array([0.0]), jnp.array([0.5])) == pytest.approx(0.5 * (1 + 1.5))
