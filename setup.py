@@ -47,8 +47,8 @@ setuptools.setup(
       'fluid-train-tokenizer = fluid_jax.scripts:train_tokenizer',
     ],
   },
-  # The lower bounds are the versions that the tests run with on Python 3.11. requirements-sample.txt
-  # lists the part that sampling needs, without TensorFlow.
+  # The lower bounds are the versions that the tests run with on Python 3.11. Sampling alone needs
+  # only what requirements-sample.txt lists, without TensorFlow.
   install_requires=[
     'absl-py>=2.5',
     'clu>=0.0.12',

@@ -16,7 +16,7 @@ _FONT_SIZE, _LINE = 13, 20  # pixels
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-  """Images (H, W, 3) of one size and dtype in rows of `columns`; the last row is filled up white."""
+  """Images (H, W, 3) of one size and dtype in rows of `columns`, the last filled with white."""
   count = -(-len(images) // columns) * columns
   blank = np.full_like(images[0], 255)
   padded = [*images, *[blank] * (count - len(images))]

@@ -345,7 +345,7 @@ def make_model(config: config_lib.Config) -> fluid.Fluid:
 
 
 def quantized(config: config_lib.Config, model: fluid.Fluid) -> fluid.Fluid:
-  """The model with `losses` in the integers of `model.quantization`; its parameters are the same."""
+  """The model whose `losses` computes in `model.quantization`; its parameters are the same."""
   if config.model.quantization == 'none':
     return model
   try:
