@@ -1,4 +1,4 @@
-"""The picture of what a set holds, and of what was left out of it."""
+"""Draws report.png: histograms of a set, and of the pairs that were dropped."""
 
 from collections.abc import Mapping
 
@@ -6,25 +6,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fluid_jax import plots
 
-_PANELS = (  # counter of `ingest.Counts`, and how its bars are ordered
-  ('pairs left out', 'number'),
-  ('pictures repaired', 'number'),
+_PANELS = (  # a counter of `filters.Counts`, and how its bars are sorted
+  ('pairs dropped', 'number'),
+  ('images repaired', 'number'),
   ('languages', 'number'),
   ('shorter side, pixels', 'value'),
-  ('aspect', 'value'),
-  ('characters of a caption', 'value'),
+  ('aspect ratio', 'value'),
+  ('characters per caption', 'value'),
 )
 _COLUMNS, _BARS = 3, 12
-_WIDTH, _LINE, _MARGIN, _LABEL = 420, 18, 16, 190
+_WIDTH, _LINE, _MARGIN, _LABEL = 420, 18, 16, 190  # pixels
 
 
 def draw(title: str, counts: Mapping[str, Mapping[str, int]]) -> Image.Image:
-  """Bars of each counter, the longest of a panel over its whole width."""
+  """Draws one panel of bars per counter; the longest bar fills the width of its panel."""
   height = (_BARS + 2) * _LINE + _MARGIN
   rows = -(-len(_PANELS) // _COLUMNS)
   size = (_COLUMNS * _WIDTH + _MARGIN, 2 * _LINE + rows * height + _MARGIN)
-  picture = Image.new('RGB', size, 'white')
-  canvas = ImageDraw.Draw(picture)
+  image = Image.new('RGB', size, 'white')
+  canvas = ImageDraw.Draw(image)
   font, bold = ImageFont.load_default(12), ImageFont.load_default(15)
   canvas.text((_MARGIN, _MARGIN), plots.plain(title), 'black', bold)
   for panel, (name, order) in enumerate(_PANELS):
@@ -47,4 +47,4 @@ def draw(title: str, counts: Mapping[str, Mapping[str, int]]) -> Image.Image:
         canvas.text((left + _LABEL + length + 6, y), str(bars[label]), 'black', font)
     if not shown:
       canvas.text((left, top + _LINE + 4), 'none', 'gray', font)
-  return picture
+  return image
