@@ -67,7 +67,7 @@ def trained(tmp_path_factory, random_params):
     'export',
     'data.emoji',
     'prepare.inspect',
-    'fluid_jax.prepare',
+    'prepare',
     'encoders.patches',
     'encoders.convert',
   ],

@@ -541,6 +541,15 @@ for _ in workers.run(note, [(sys.argv[1], i) for i in range(9)], 2):
     time.sleep(0.1)
 
 
+def test_ingestion_imports_neither_jax_nor_tensorflow():
+  script = """
+import sys
+from fluid_jax.prepare import __main__, command, ingest
+assert not {'jax', 'tensorflow', 'seqio', 'apache_beam'} & sys.modules.keys()
+"""
+  commands.run_ok('-c', script)
+
+
 def note(folder, number):
   """Writes a file named after this process and stays busy."""
   (pathlib.Path(folder) / str(os.getpid())).touch()
