@@ -224,7 +224,7 @@ def _log_result(options: filters.Options, out: str) -> None:
     metrics.log(f'captions of {options.source}: sha256 {digest}')
   metrics.log(
     f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}). '
-    f'{ingest.QUARANTINE} lists the corrupt pairs; {ingest.REPORT} shows histograms.\n'
+    f'{ingest.QUARANTINE} lists the invalid pairs; {ingest.REPORT} shows histograms.\n'
     f'To train on the set, use --config.data.task={out if "/" in out else f"./{out}"}'
   )
   if 'train' in sizes and 'validation' not in sizes:
