@@ -1,10 +1,10 @@
-"""What hostile input does to `fluid_jax.prepare --stage=ingest`: a table of faults in Markdown.
+"""Runs `fluid_jax.prepare --stage=ingest` on hostile input; prints a table in Markdown.
 
   python benchmarks/hostile.py [--only=PATTERN] [--timeout=30]
 
-Each kind of `tests/hostile.py` is written to a folder of its own, between good pairs, and the whole
-command runs over it. Memory is the peak of the command and its workers, of which about 200 MB are
-the program itself. What changed outside of --out is found by comparing all files around it.
+Each kind of `tests/hostile.py` is written to its own folder, between good pairs, and the command
+ingests that folder. Memory is the peak of the command and its workers. Changes outside --out are
+found by comparing all files around it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _RECORDS = 10
 
 
 def _files(folder: pathlib.Path) -> dict[str, tuple]:
-  """What tells a file's content from another."""
+  """Returns the attributes of each file below a folder that change with its content."""
   found = {}
   for path in folder.rglob('*'):
     stat = path.lstat()
@@ -41,7 +41,7 @@ def _files(folder: pathlib.Path) -> dict[str, tuple]:
 def _command(
   folder: pathlib.Path, settings: dict[str, Any], timeout: float
 ) -> tuple[int, str, int]:
-  """Exit code (None: it was ended), what was said, and the peak memory in MB."""
+  """Returns the exit code (None: timeout), the output, and the peak memory in MB."""
   flags = [f'--{k}={",".join(v) if isinstance(v, tuple) else v}' for k, v in settings.items()]
   arguments = [
     '-m',
@@ -52,13 +52,13 @@ def _command(
   ]
   env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'}
   env |= {'HOME': str(folder / 'home'), 'TMPDIR': str(folder / 'home')}
-  with (folder / 'said.txt').open('wb') as said:
+  with (folder / 'output.txt').open('wb') as output:
     process = subprocess.Popen(
       [sys.executable, *arguments, *flags],
       cwd=folder / 'home',
       env=env,
-      stdout=said,
-      stderr=said,
+      stdout=output,
+      stderr=output,
       start_new_session=True,
     )
   peak, code, end = 0, None, time.monotonic() + timeout
@@ -68,13 +68,13 @@ def _command(
     code = process.poll()
   if code is None:
     with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)  # the session that we started
+      os.killpg(process.pid, signal.SIGKILL)  # start_new_session made it a process group
     process.wait()
-  return code, (folder / 'said.txt').read_text(errors='replace'), peak
+  return code, (folder / 'output.txt').read_text(errors='replace'), peak
 
 
 def _peak(pid: int) -> int:
-  """Peak memory in MB of a process and of those it started, the largest of them."""
+  """Returns the largest peak memory in MB of a process and its descendants."""
   peak = 0
   with contextlib.suppress(OSError):
     status = pathlib.Path(f'/proc/{pid}/status').read_text()
@@ -85,15 +85,15 @@ def _peak(pid: int) -> int:
 
 
 def fault(name: str, kind: hostile.Kind, timeout: float) -> str:
-  """A row of the table."""
+  """Returns a row of the table."""
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     (folder / 'home').mkdir()
     settings = kind.make(folder)
     before = _files(folder)
-    code, said, peak = _command(folder, settings, timeout)
-    ours = (str(folder / 'out'), str(folder / 'said.txt'))
-    after = {path: what for path, what in _files(folder).items() if not path.startswith(ours)}
+    code, output, peak = _command(folder, settings, timeout)
+    ours = (str(folder / 'out'), str(folder / 'output.txt'))
+    after = {path: found for path, found in _files(folder).items() if not path.startswith(ours)}
     changed = [path for path in after if before.get(path) != after[path]]
     changed = [path for path in changed if (folder / path).is_file()]
     outside = sum((folder / path).stat().st_size for path in changed)
@@ -105,26 +105,26 @@ def fault(name: str, kind: hostile.Kind, timeout: float) -> str:
       counts = json.loads((folder / 'out/index.json').read_text())['counts']
       entries = (folder / 'out').glob('train-*.json')
       keys = {
-        key.removesuffix('.jpg')  # of a folder, a path
+        key.removesuffix('.jpg')  # keys of a folder are paths
         for path in entries
         for key in json.loads(path.read_text())['keys'].split()
       }
-  left_out = counts.get('pairs left out', {})
-  counted = ', '.join(f'{reason} {n}' for reason, n in left_out.items() if n) or '–'
+  dropped = counts.get('pairs dropped', {})
+  counted = ', '.join(f'{reason} {n}' for reason, n in dropped.items() if n) or '–'
   if code is None:
-    happened = f'**runs for more than {timeout:g} s**'
+    result = f'**runs for more than {timeout:g} s**'
   elif code == 0:
-    wanted = len(kind.kept & _GOOD)
-    happened = f'{len(keys & _GOOD)} of {wanted} good pairs kept'
+    expected = len(kind.kept & _GOOD)
+    result = f'{len(keys & _GOOD)} of {expected} good pairs kept'
     extra = len(keys - _GOOD)
-    happened += f', and {extra} more' if extra else ''
-  elif re.search(r'^error: ', said, re.MULTILINE):
-    happened = f'ends with a sentence (exit code {code})'
-    counted = (re.search(r'is kept \((.*?)\)', said) or [0, counted])[1]
+    result += f', and {extra} more' if extra else ''
+  elif re.search(r'^error: ', output, re.MULTILINE):
+    result = f'error message (exit code {code})'
+    counted = (re.search(r'is kept \((.*?)\)', output) or [0, counted])[1]
   else:
-    happened = f'**crash**: {said.strip().splitlines()[-1][:60]} (exit code {code})'
-  happened += ', **content of another file in the set**' if leaked else ''
-  escaped = re.sub(r'([|<>])', r'\\\1', f'{name} | {happened} | {counted}')
+    result = f'**crash**: {output.strip().splitlines()[-1][:60]} (exit code {code})'
+  result += ', **content of another file in the set**' if leaked else ''
+  escaped = re.sub(r'([|<>])', r'\\\1', f'{name} | {result} | {counted}')
   return f'| {escaped.replace(chr(92) + "|", "|")} | {peak} | {outside} |'
 
 
@@ -152,32 +152,32 @@ print(len({key for _ in range(3) for key in next(stream)['key']}))
 
 
 def one_bad_byte() -> None:
-  """Prints how many records of ten are lost for a byte in the fifth, to each reader."""
-  whole = [hostile.record(hostile.example(f'k{i}', i)) for i in range(_RECORDS)]
-  start = sum(map(len, whole[:4]))
-  print('\n| one bad byte in the fifth of 10 records | in its picture | in its length |')
+  """Prints how many of ten records each reader loses if one byte of the fifth is corrupt."""
+  encoded = [hostile.record(hostile.example(f'k{i}', i)) for i in range(_RECORDS)]
+  start = sum(map(len, encoded[:4]))
+  print('\n| one corrupt byte in the fifth of 10 records | in its image | in its length |')
   print('|---|---|---|')
-  places = {'picture': start + 200, 'length': start}
+  offsets = {'image': start + 200, 'length': start}
   readers = {
-    'ours, at ingest (`records.scan`)': _OURS,
-    'ours, in training (`pipeline.Stream`)': _STREAM,
+    'fluid_jax, ingestion (`records.scan`)': _OURS,
+    'fluid_jax, training (`pipeline.Stream`)': _STREAM,
     'TensorFlow, `TFRecordDataset.ignore_errors()`': _TENSORFLOW,
   }
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     (folder / 'in').mkdir()
     source = folder / 'in/shard.tfrecord'
-    source.write_bytes(b''.join(whole))
-    code, said, _ = _command_at(folder, source)
-    assert code == 0, said
+    source.write_bytes(b''.join(encoded))
+    code, output, _ = _command_at(folder, source)
+    assert code == 0, output
     cells = {name: [] for name in readers}
-    for place in places.values():
-      _flip(source, place)
+    for offset in offsets.values():
+      _flip(source, offset)
       shard = folder / 'home/out/train-00000.tfrecord'
-      # The set has its own order: the same place in its fifth record.
+      # The set has another order; corrupt the same byte of its fifth record.
       entry = json.loads(shard.with_suffix('.json').read_text())
       before = sum(int(n) + 16 for n in entry['lengths'].split()[:4])
-      _flip(shard, before + place - start)
+      _flip(shard, before + offset - start)
       for name, code in readers.items():
         path = shard.parent if code is _STREAM else source
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
@@ -186,8 +186,8 @@ def one_bad_byte() -> None:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         cells[name].append(f'{_RECORDS - int(done.stdout.split()[-1])} lost')
-      _flip(shard, before + place - start)
-      _flip(source, place)
+      _flip(shard, before + offset - start)
+      _flip(source, offset)
   for name, found in cells.items():
     print(f'| {name} | {" | ".join(found)} |')
 
@@ -199,18 +199,20 @@ def _command_at(folder: pathlib.Path, source: pathlib.Path) -> tuple[int, str, i
   return found
 
 
-def _flip(path: pathlib.Path, place: int) -> None:
+def _flip(path: pathlib.Path, offset: int) -> None:
   data = bytearray(path.read_bytes())
-  data[place] ^= 0x55
+  data[offset] ^= 0x55
   path.write_bytes(data)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--only', default='', help='a pattern of names of kinds')
-  parser.add_argument('--timeout', type=float, default=30, help='seconds of one command')
+  parser.add_argument(
+    '--only', default='', help='regular expression for the names of the kinds to run'
+  )
+  parser.add_argument('--timeout', type=float, default=30, help='seconds per command')
   args = parser.parse_args()
-  print('| input | what happens | counted | peak memory, MB | bytes written outside |')
+  print('| input | result | pairs dropped | peak memory, MB | bytes written outside |')
   print('|---|---|---|---|---|')
   for name, kind in {**hostile.KINDS, **hostile.HEAVY}.items():
     if re.search(args.only, name):

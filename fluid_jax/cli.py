@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import pathlib
 import re
 import textwrap
@@ -274,6 +275,29 @@ def _comments(cls: type) -> dict[str, str]:
     elif token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
       at_start = False
   return found
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+  """Returns the `type` of a numeric flag.
+
+  Args:
+    kind: int or float.
+    low: the smallest value that is accepted.
+    high: the largest value that is accepted.
+  """
+
+  def parse(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan
+    if not low <= value <= high:
+      noun = 'an integer' if kind is int else 'a number'
+      limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+      raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {limits}')
+    return value
+
+  return parse
 
 
 def add_run_flags(parser: Parser) -> None:

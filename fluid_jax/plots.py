@@ -1,6 +1,7 @@
 """Images put together: grids with captions, and animations of sampling."""
 
 import functools
+import math
 import pathlib
 import subprocess
 import unicodedata
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 # DejaVu Sans has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic letters. For other
 # scripts a font of the system is looked up.
 _FONT = pathlib.Path(__file__).parent / 'fonts/DejaVuSans.ttf'
-_FONT_SIZE, _LINE = 13, 20  # pixels
+_LINE = 20  # pixels of a caption
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -25,16 +26,20 @@ def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def image_grid(
-  images: Sequence[np.ndarray], captions: Sequence[str], columns: int, cell: int = 128
+  images: Sequence[np.ndarray],
+  captions: Sequence[str],
+  columns: int | None = None,
+  cell: int = 128,
 ) -> Image.Image:
   """Images in rows of `columns`, below their captions.
 
   Args:
     images: (H, W, 3) uint8 each.
     captions: one per image, or one per row. They are cut to the width of the image or row.
-    columns: images per row.
+    columns: images per row; by default the grid is nearly square.
     cell: side of each image in the grid, in pixels.
   """
+  columns = columns or math.ceil(math.sqrt(len(images)))
   num_rows = -(-len(images) // columns)
   grid = Image.new('RGB', (columns * cell, num_rows * (cell + _LINE)), 'white')
   canvas = ImageDraw.Draw(grid)
@@ -46,7 +51,7 @@ def image_grid(
   width = grid.width if is_per_row else cell
   for index, caption in enumerate(captions):
     row, column = (index, 0) if is_per_row else divmod(index, columns)
-    _draw_line(canvas, (column * cell + 4, row * (cell + _LINE) + 2), caption, width - 8)
+    draw_line(canvas, (column * cell + 4, row * (cell + _LINE) + 2), caption, width - 8)
   return grid
 
 
@@ -75,19 +80,24 @@ def save_animation(
   frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def _draw_line(
-  canvas: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int
+def draw_line(
+  canvas: ImageDraw.ImageDraw,
+  position: tuple[int, int],
+  text: str,
+  width: int,
+  color: str = 'black',
+  size: int = 13,
 ) -> None:
   """Draws text on one line of at most `width` pixels; the end of a longer text becomes '…'."""
   text = ' '.join(text.split())
-  runs = _runs(text)
+  runs = _runs(text, size)
   if _width(canvas, runs) > width:
     while text and _width(canvas, runs) > width:
       text = text[:-1]
-      runs = _runs(f'{text}…')
+      runs = _runs(f'{text}…', size)
   x, y = position
   for run, font in runs:
-    canvas.text((x, y), run, fill='black', font=font)
+    canvas.text((x, y), run, fill=color, font=font)
     x += canvas.textlength(run, font)
 
 
@@ -95,7 +105,7 @@ def _width(canvas: ImageDraw.ImageDraw, runs: list[tuple[str, ImageFont.FreeType
   return sum(canvas.textlength(run, font) for run, font in runs)
 
 
-def _runs(text: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+def _runs(text: str, size: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
   """Text in runs of one font each. Spaces and combining marks stay with the character before."""
   runs = []
   for character in text:
@@ -105,12 +115,12 @@ def _runs(text: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
       runs[-1][0] += character
     else:
       runs.append([character, path])
-  return [(run, _load(path)) for run, path in runs]
+  return [(run, _load(path, size)) for run, path in runs]
 
 
 @functools.cache
-def _load(path: str) -> ImageFont.FreeTypeFont:
-  return ImageFont.truetype(path, _FONT_SIZE)
+def _load(path: str, size: int) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(path, size)
 
 
 @functools.cache
@@ -130,7 +140,7 @@ def _font_of(character: str) -> str:
 
 def _has(path: str, character: str) -> bool:
   """Whether a font has a glyph for the character."""
-  font = _load(path)
+  font = _load(path, 13)
   missing = font.getmask('\U0010ffff')
   mask = font.getmask(character)
   return (mask.size, bytes(mask)) != (missing.size, bytes(missing))

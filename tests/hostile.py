@@ -1,6 +1,7 @@
-"""Hostile input for `prepare.ingest`: broken, lying and malicious files, as bytes or as folders.
+"""Hostile input for `prepare.ingest`: corrupt, inconsistent and malicious files.
 
-KINDS and HEAVY hold each kind by name; both the tests and `benchmarks/hostile.py` go through them.
+KINDS and HEAVY hold all kinds by name, for the tests and for `benchmarks/hostile.py`. Reading the
+kinds of HEAVY without limits would exhaust memory or time.
 """
 
 import io
@@ -19,43 +20,43 @@ from PIL import Image
 
 from fluid_jax.data import examples, records
 
-CANARY = b'CANARY-7f3a: what lies beside the input'
+CANARY = b'CANARY-7f3a: a file outside the input'
 BOTH = frozenset({'before', 'after'})
-ANY = 'any'  # a reason of whatever name
+ANY = 'any'  # stands for any reason
 
 
 class Kind(NamedTuple):
-  """Input with something hostile between the good pairs `before` and `after`."""
+  """Input with a hostile item between the good pairs `before` and `after`."""
 
-  make: Callable[[pathlib.Path], dict[str, Any]]  # writes it in a folder; fields of Options
-  reason: str | None  # under which the hostile pair must be counted; None: it is kept
+  make: Callable[[pathlib.Path], dict[str, Any]]  # writes it to a folder; returns fields of Options
+  reason: str | None  # by which the dropped pair is counted; None if the pair is kept
   kept: frozenset[str] = BOTH  # keys
-  place: str = ''  # pattern of where in the file the fault is said to lie
+  location: str = ''  # pattern of the reported location
 
 
-# ---- Pictures ----
+# ---- Images ----
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (32, 24), mode: str = 'RGB') -> Image.Image:
-  """A smooth one, which JPEG changes little."""
+def image(seed: int = 0, size: tuple[int, int] = (32, 24), mode: str = 'RGB') -> Image.Image:
+  """Returns a smooth image, which JPEG changes little."""
   rng = np.random.default_rng(seed)
   return Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size).convert(mode)
 
 
-def encode(image: Image.Image, kind: str = 'JPEG', **options: Any) -> bytes:
+def encode(pixels: Image.Image, kind: str = 'JPEG', **options: Any) -> bytes:
   out = io.BytesIO()
-  image.save(out, kind, **options)
+  pixels.save(out, kind, **options)
   return out.getvalue()
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-  """A chunk of PNG."""
+  """Returns a PNG chunk."""
   checksum = struct.pack('>I', zlib.crc32(name + data))
   return struct.pack('>I', len(data)) + name + data + checksum
 
 
 def png_claims(width: int, height: int, bits: int = 8, color: int = 2, rows: int = 0) -> bytes:
-  """A PNG whose header claims a size, with some rows of zeros."""
+  """Returns a PNG whose header claims a size, with `rows` rows of zeros."""
   header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
   row = 1 + -(-width * bits * {0: 1, 2: 3}[color] // 8)
   packer = zlib.compressobj(9)
@@ -64,8 +65,8 @@ def png_claims(width: int, height: int, bits: int = 8, color: int = 2, rows: int
 
 
 def png_with(*chunks: bytes) -> bytes:
-  """A good PNG with more chunks behind its header."""
-  data = encode(picture(), 'PNG')
+  """Returns a valid PNG with additional chunks after its header."""
+  data = encode(image(), 'PNG')
   return data[:33] + b''.join(chunks) + data[33:]
 
 
@@ -74,25 +75,25 @@ def zip_bomb(size: int) -> bytes:
 
 
 def animated(kind: str) -> bytes:
-  return encode(picture(), kind, save_all=True, append_images=[picture(1)])
+  return encode(image(), kind, save_all=True, append_images=[image(1)])
 
 
 def exif(orientation: int, *entries: tuple[int, int, int, bytes]) -> bytes:
-  """EXIF with an orientation, and entries of tag, type, count and 4 bytes of value."""
+  """Returns EXIF data with an orientation and entries (tag, type, count, 4 bytes of value)."""
   entries = ((0x0112, 3, 1, struct.pack('<HH', orientation, 0)), *entries)
   fields = b''.join(struct.pack('<HHI', *e[:3]) + e[3] for e in sorted(entries))
   return b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + fields + bytes(4)
 
 
 def bmp_claims(width: int, height: int) -> bytes:
-  data = bytearray(encode(picture(), 'BMP'))
-  data[2:6] = struct.pack('<I', 7)  # the file's size
+  data = bytearray(encode(image(), 'BMP'))
+  data[2:6] = struct.pack('<I', 7)  # file size
   data[18:26] = struct.pack('<ii', width, height)
   return bytes(data)
 
 
 def gif_claims(width: int, height: int) -> bytes:
-  """A GIF of 1 x 1 pixels with a frame of more."""
+  """Returns a GIF of 1 x 1 pixels with a larger frame."""
   data = bytearray(encode(Image.new('P', (1, 1)), 'GIF'))
   frame = data.index(b',', 13 + 3 * (2 << (data[10] & 7)) * (data[10] >> 7))
   data[frame + 5 : frame + 9] = struct.pack('<HH', width, height)
@@ -100,31 +101,31 @@ def gif_claims(width: int, height: int) -> bytes:
 
 
 def jpeg_of_scans(side: int, scans: int) -> bytes:
-  """A progressive JPEG whose last scan comes many times: a few bytes, and all pixels each time."""
+  """Returns a progressive JPEG that repeats its last scan: few bytes each, but all pixels."""
   data = encode(Image.new('L', (side, side)), progressive=True)
   last = data[data.rindex(b'\xff\xda') : -2]
   return data[:-2] + scans * last + data[-2:]
 
 
-_JPEG = encode(picture())
-_UNDECODED, _MANY = 'picture cannot be decoded', 'picture has too many pixels'
-PICTURES = {  # name: makes the bytes, the reason it is refused for
+_JPEG = encode(image())
+_UNDECODED, _MANY = 'image cannot be decoded', 'image has too many pixels'
+IMAGES = {  # name -> a function that makes the bytes, and the reason of the rejection
   'truncated JPEG': (lambda: _JPEG[: len(_JPEG) // 2], _UNDECODED),
   'JPEG header only': (lambda: _JPEG[:20], _UNDECODED),
   'JPEG with garbage inside': (lambda: _JPEG[:160] + bytes(range(256)) * 4, _UNDECODED),
   'garbage named JPEG': (lambda: np.random.default_rng(0).bytes(5000), _UNDECODED),
   'JPEG of 0xFF': (lambda: b'\xff\xd8' + b'\xff' * 100_000, _UNDECODED),
-  'empty file': (lambda: b'', 'picture is empty'),
+  'empty file': (lambda: b'', 'image is empty'),
   'text named JPEG': (lambda: b'<svg onload=alert(1)>', _UNDECODED),
-  'truncated PNG': (lambda: encode(picture(), 'PNG')[:-60], _UNDECODED),
+  'truncated PNG': (lambda: encode(image(), 'PNG')[:-60], _UNDECODED),
   'truncated PNG with EXIF': (
-    lambda: encode(picture(size=(300, 200)), 'PNG', exif=exif(6))[:400],
+    lambda: encode(image(size=(300, 200)), 'PNG', exif=exif(6))[:400],
     _UNDECODED,
   ),
-  'truncated WebP': (lambda: encode(picture(), 'WEBP')[:-20], _UNDECODED),
-  'animated GIF': (lambda: animated('GIF'), 'picture is animated'),
-  'animated PNG': (lambda: animated('PNG'), 'picture is animated'),
-  'animated WebP': (lambda: animated('WEBP'), 'picture is animated'),
+  'truncated WebP': (lambda: encode(image(), 'WEBP')[:-20], _UNDECODED),
+  'animated GIF': (lambda: animated('GIF'), 'image is animated'),
+  'animated PNG': (lambda: animated('PNG'), 'image is animated'),
+  'animated WebP': (lambda: animated('WEBP'), 'image is animated'),
   'PNG bomb, 1 bit': (lambda: png_claims(30_000, 30_000, 1, 0, 30_000), _MANY),
   'PNG bomb, RGB': (lambda: png_claims(30_000, 30_000, rows=3_000), _MANY),
   'PNG that claims 2**31 pixels a side': (lambda: png_claims(2**31 - 1, 2**31 - 1), _MANY),
@@ -148,7 +149,7 @@ PICTURES = {  # name: makes the bytes, the reason it is refused for
     _UNDECODED,
   ),
 }
-# Turned, with EXIF that Pillow reads and cannot write again.
+# EXIF entries that Pillow can read but not write.
 UNWRITABLE_EXIF = {
   'text as numbers': (0x010E, 5, 1, struct.pack('<I', 8)),
   'offset as text': (0x8769, 2, 4, b'abc\0'),
@@ -161,7 +162,7 @@ UNWRITABLE_EXIF = {
 
 
 def header(name: bytes, size: int, kind: bytes = b'0', link: bytes = b'') -> bytes:
-  """A member's header, which may say what `tarfile` would not write."""
+  """Returns the header of a member, with values that `tarfile` would not write."""
   block = bytearray(tarfile.TarInfo('x').tobuf(tarfile.USTAR_FORMAT))
   block[:100] = name[:100].ljust(100, b'\0')
   is_plain = 0 <= size < 8**11
@@ -179,7 +180,7 @@ def member(name: bytes, data: bytes = b'', kind: bytes = b'0', link: bytes = b''
 
 
 def pax(**values: bytes) -> bytes:
-  """A header that overrides what the next one says."""
+  """Returns an extended header that overrides values of the next header."""
   lines = []
   for name, value in values.items():
     rest = b' %s=%s\n' % (name.encode(), value)
@@ -190,25 +191,25 @@ def pax(**values: bytes) -> bytes:
   return member(b'pax', b''.join(lines), b'x')
 
 
-def pair(name: str, image: bytes = _JPEG, text: bytes = b'a caption') -> bytes:
-  """A picture and its caption as members."""
-  return member(f'{name}.jpg'.encode(), image) + member(f'{name}.txt'.encode(), text)
+def pair(name: str, data: bytes = _JPEG, text: bytes = b'a caption') -> bytes:
+  """Returns an image and its caption as members."""
+  return member(f'{name}.jpg'.encode(), data) + member(f'{name}.txt'.encode(), text)
 
 
-BEFORE, AFTER = pair('before', encode(picture(8))), pair('after', encode(picture(9)))
+BEFORE, AFTER = pair('before', encode(image(8))), pair('after', encode(image(9)))
 
 
 def folder(parent: pathlib.Path, name: str) -> pathlib.Path:
-  """A new folder, named after a kind."""
+  """Makes a folder, named after a kind."""
   path = parent / re.sub(r'\W+', '-', name)
   path.mkdir()
   return path
 
 
 def start(folder: pathlib.Path) -> pathlib.Path:
-  """A folder for the input; beside it lie files that none may read or write."""
+  """Makes a folder for the input, next to files that must not be read or written."""
   (folder / 'canary.txt').write_bytes(CANARY)
-  (folder / 'canary.jpg').write_bytes(encode(picture(), comment=CANARY))
+  (folder / 'canary.jpg').write_bytes(encode(image(), comment=CANARY))
   (folder / 'in').mkdir()
   return folder / 'in'
 
@@ -216,7 +217,7 @@ def start(folder: pathlib.Path) -> pathlib.Path:
 def _tar(
   inner: bytes | Callable[[], bytes], reason: str | None, kept: Iterable[str] = BOTH, **options: Any
 ) -> Kind:
-  """A tar with something between two good pairs."""
+  """A tar with a hostile item between two good pairs."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder) / 'shard.tar'
@@ -229,7 +230,7 @@ def _tar(
 
 
 def _tar_of(data: bytes, kept: Iterable[str]) -> Kind:
-  """A broken tar."""
+  """A corrupt tar."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder) / 'shard.tar'
@@ -242,7 +243,7 @@ def _tar_of(data: bytes, kept: Iterable[str]) -> Kind:
 def of_json(
   text: str, reason: str | None = None, kept: Iterable[str] = BOTH, **options: Any
 ) -> Kind:
-  """A pair whose JSON says something."""
+  """A pair with the given JSON file."""
   inner = member(b'odd.jpg', _JPEG) + member(b'odd.json', text.encode())
   return _tar(inner, reason, kept, **options)
 
@@ -250,10 +251,8 @@ def of_json(
 ODD = BOTH | {'odd'}
 LONG = b'n' * 1_000_000
 TARS = {
-  **{
-    f'tar: {name}': _tar(pair('odd', make()), reason) for name, (make, reason) in PICTURES.items()
-  },
-  'tar: picture larger than max_bytes': _tar(
+  **{f'tar: {name}': _tar(pair('odd', make()), reason) for name, (make, reason) in IMAGES.items()},
+  'tar: image larger than max_bytes': _tar(
     pair('odd', bytes(100_001)), 'file is too large', max_bytes=100_000
   ),
   'tar: name with ..': _tar(member(b'../canary.jpg', _JPEG), 'unsafe name'),
@@ -261,20 +260,22 @@ TARS = {
   'tar: name with ..\\': _tar(member(b'..\\canary.jpg', _JPEG), 'unsafe name'),
   'tar: absolute name': _tar(member(b'/tmp/absolute-canary.jpg', _JPEG), 'unsafe name'),
   'tar: NUL in a name': _tar(pax(path=b'a\0b.jpg') + member(b'x', _JPEG), 'unsafe name'),
-  'tar: symbolic link out': _tar(
+  'tar: symbolic link to a file outside': _tar(
     member(b'odd.txt', kind=b'2', link=b'../canary.txt'), 'not a file'
   ),
   'tar: symbolic link to /etc/passwd': _tar(
     member(b'odd.txt', kind=b'2', link=b'/etc/passwd'), 'not a file'
   ),
-  'tar: link, then a file through it': _tar(
+  'tar: link, then a file below it': _tar(
     member(b'd.jpg', kind=b'2', link=b'..') + member(b'd.jpg/canary.jpg', _JPEG), ANY
   ),
-  'tar: hard link out': _tar(member(b'odd.txt', kind=b'1', link=b'../canary.txt'), 'not a file'),
+  'tar: hard link to a file outside': _tar(
+    member(b'odd.txt', kind=b'1', link=b'../canary.txt'), 'not a file'
+  ),
   'tar: character device': _tar(member(b'odd.jpg', kind=b'3'), 'not a file'),
   'tar: block device': _tar(member(b'odd.jpg', kind=b'4'), 'not a file'),
   'tar: named pipe': _tar(member(b'odd.jpg', kind=b'6'), 'not a file'),
-  'tar: unknown kind of member': _tar(member(b'odd.jpg', _JPEG, kind=b'~'), 'not a file'),
+  'tar: unknown type of member': _tar(member(b'odd.jpg', _JPEG, kind=b'~'), 'not a file'),
   'tar: newline in a name': _tar(pair('odd\nname'), None, BOTH | {'odd%0Aname'}),
   'tar: name that is not UTF-8': _tar(
     member(b'\xff.jpg', _JPEG) + member(b'\xff.txt', b'x'), None, BOTH | {'%ED%B3%BF'}
@@ -285,9 +286,9 @@ TARS = {
   'tar: unsafe name of a million characters': _tar(
     pax(path=b'../' + LONG + b'.jpg') + member(b'x', _JPEG), 'unsafe name'
   ),
-  'tar: no name but the suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
-  'tar: picture alone': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
-  'tar: caption alone': _tar(member(b'odd.txt', b'caption'), 'no picture'),
+  'tar: name that is only a suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
+  'tar: image without caption': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
+  'tar: caption without image': _tar(member(b'odd.txt', b'caption'), 'no image'),
   'tar: JSON nested 100000 deep': of_json('{"a":' + '[' * 100_000, 'row cannot be parsed'),
   'tar: JSON that is a list': of_json('[1]', 'row cannot be parsed'),
   'tar: JSON that is not UTF-8': _tar(
@@ -303,18 +304,20 @@ TARS = {
     )
     for value in ('{}', '[[1]]', '1' + '0' * 400, '"x"', '1e300', 'null')
   },
-  'tar: header says a negative size': _tar(header(b'odd.jpg', -512), ANY, {'before'}),
-  'tar: header says 2**60 bytes': _tar(header(b'odd.jpg', 2**60), ANY, {'before'}),
-  'tar: pax says 10**30 bytes': _tar(
+  'tar: header claims a negative size': _tar(header(b'odd.jpg', -512), ANY, {'before'}),
+  'tar: header claims 2**60 bytes': _tar(header(b'odd.jpg', 2**60), ANY, {'before'}),
+  'tar: pax header claims 10**30 bytes': _tar(
     pax(size=b'1' + b'0' * 30) + header(b'odd.jpg', 0), ANY, {'before'}
   ),
-  'tar: pax says -512 bytes': _tar(pax(size=b'-512') + header(b'odd.jpg', 0), ANY, {'before'}),
+  'tar: pax header claims -512 bytes': _tar(
+    pax(size=b'-512') + header(b'odd.jpg', 0), ANY, {'before'}
+  ),
   'tar: 2000 pax headers in a row': _tar(header(b'x', 0, b'x') * 2000, ANY, {'before'}),
   'tar: 2000 long-name headers in a row': _tar(header(b'x', 0, b'L') * 2000, ANY, {'before'}),
   'tar: garbage header': _tar(b'garbage!' * 64, ANY, {'before'}),
   'tar: wrong checksum': _tar(pair('odd').replace(b'odd', b'ODD', 1), ANY, {'before'}),
-  'tar: cut in a member': _tar_of(BEFORE + pair('odd')[:700], {'before'}),
-  'tar: cut in a header': _tar_of(BEFORE + pair('odd')[:300], {'before'}),
+  'tar: truncated in a member': _tar_of(BEFORE + pair('odd')[:700], {'before'}),
+  'tar: truncated in a header': _tar_of(BEFORE + pair('odd')[:300], {'before'}),
   'tar: empty file': _tar_of(b'', ()),
   'tar: garbage': _tar_of(np.random.default_rng(0).bytes(50_000), ()),
 }
@@ -324,12 +327,12 @@ TARS = {
 
 
 def _folder(setup: Callable[[pathlib.Path], Any], reason: str | None) -> Kind:
-  """A folder of pictures with texts beside them, and something more."""
+  """A folder of images with caption files, and a hostile file."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder)
     for name, seed in (('before', 8), ('after', 9)):
-      (path / f'{name}.jpg').write_bytes(encode(picture(seed)))
+      (path / f'{name}.jpg').write_bytes(encode(image(seed)))
       (path / f'{name}.txt').write_bytes(b'a caption')
     setup(path)
     return {'source': 'folder', 'path': str(path)}
@@ -337,26 +340,26 @@ def _folder(setup: Callable[[pathlib.Path], Any], reason: str | None) -> Kind:
   return Kind(make, reason, BOTH, r'in: |/in')
 
 
-def _odd(image: bytes = _JPEG, text: bytes = b'a caption') -> Callable[[pathlib.Path], None]:
+def _odd(data: bytes = _JPEG, text: bytes = b'a caption') -> Callable[[pathlib.Path], None]:
   def setup(path: pathlib.Path) -> None:
-    (path / 'odd.jpg').write_bytes(image)
+    (path / 'odd.jpg').write_bytes(data)
     (path / 'odd.txt').write_bytes(text)
 
   return setup
 
 
-def _link(name: str, target: str, beside: str) -> Callable[[pathlib.Path], None]:
+def _link(name: str, target: str, partner: str) -> Callable[[pathlib.Path], None]:
   def setup(path: pathlib.Path) -> None:
     (path / name).symlink_to(target)
-    (path / beside).write_bytes(_JPEG if beside.endswith('.jpg') else b'a caption')
+    (path / partner).write_bytes(_JPEG if partner.endswith('.jpg') else b'a caption')
 
   return setup
 
 
-def _pipe(name: str, beside: str) -> Callable[[pathlib.Path], None]:
+def _pipe(name: str, partner: str) -> Callable[[pathlib.Path], None]:
   def setup(path: pathlib.Path) -> None:
     os.mkfifo(path / name)
-    (path / beside).write_bytes(_JPEG if beside.endswith('.jpg') else b'a caption')
+    (path / partner).write_bytes(_JPEG if partner.endswith('.jpg') else b'a caption')
 
   return setup
 
@@ -366,26 +369,26 @@ def _loops(path: pathlib.Path) -> None:
     (path / name).symlink_to('.')
 
 
-def _table(rows: bytes, reason: str | None, suffix: str = '.jsonl', place: str = '') -> Kind:
-  return _table_by(lambda path: path.write_bytes(_ROWS[suffix](rows)), reason, suffix, place)
+def _table(rows: bytes, reason: str | None, suffix: str = '.jsonl', location: str = '') -> Kind:
+  return _table_by(lambda path: path.write_bytes(_ROWS[suffix](rows)), reason, suffix, location)
 
 
 def _table_by(
-  write: Callable[[pathlib.Path], Any], reason: str | None, suffix: str, place: str = ''
+  write: Callable[[pathlib.Path], Any], reason: str | None, suffix: str, location: str = ''
 ) -> Kind:
-  """A folder of pictures and a table of captions."""
+  """A folder of images and a table of captions."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder)
     for name, seed in (('before', 8), ('after', 9), ('odd', 0), ('', 0)):
-      (path / f'{name}.jpg').write_bytes(encode(picture(seed)))
+      (path / f'{name}.jpg').write_bytes(encode(image(seed)))
     (path / 'folder.jpg').mkdir()
     (path / 'link.jpg').symlink_to('../canary.jpg')
     table = folder / f'table{suffix}'
     write(table)
     return {'source': 'folder', 'path': str(path), 'captions': str(table)}
 
-  return Kind(make, reason, BOTH, rf'table\{suffix}: .*{place}')
+  return Kind(make, reason, BOTH, rf'table\{suffix}: .*{location}')
 
 
 def _row(name: str) -> bytes:
@@ -417,7 +420,7 @@ def _dates(path: pathlib.Path) -> None:
   import pyarrow as pa
 
   names = ['before.jpg', 'odd.jpg', 'after.jpg']
-  dates = pa.array([0, 2**62, 0], pa.timestamp('us'))  # of which Python has no year
+  dates = pa.array([0, 2**62, 0], pa.timestamp('us'))  # a year that Python cannot represent
   _parquet(path, {'image': names, 'caption': ['c'] * 3, 'date': dates})
 
 
@@ -441,36 +444,38 @@ _UNREAD = 'file cannot be read'
 FOLDERS = {
   'folder: truncated JPEG': _folder(_odd(_JPEG[:300]), _UNDECODED),
   'folder: text that is not UTF-8': _folder(_odd(text=b'\xff\xfe\xfd'), 'caption is not UTF-8'),
-  'folder: picture is a link out': _folder(
+  'folder: image is a link to a file outside': _folder(
     _link('odd.jpg', '../canary.jpg', 'odd.txt'), 'unsafe name'
   ),
-  'folder: picture is a link to itself': _folder(_link('odd.jpg', 'odd.jpg', 'odd.txt'), ANY),
-  'folder: text is a link out': _folder(_link('odd.txt', '../canary.txt', 'odd.jpg'), ANY),
+  'folder: image is a link to itself': _folder(_link('odd.jpg', 'odd.jpg', 'odd.txt'), ANY),
+  'folder: text is a link to a file outside': _folder(
+    _link('odd.txt', '../canary.txt', 'odd.jpg'), ANY
+  ),
   'folder: text is a link to /etc/passwd': _folder(_link('odd.txt', '/etc/passwd', 'odd.jpg'), ANY),
   'folder: text is a folder': _folder(
     lambda path: ((path / 'odd.jpg').write_bytes(_JPEG), (path / 'odd.txt').mkdir()), 'not a file'
   ),
-  'folder: picture is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
+  'folder: image is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
   'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), ANY),
   'folder: links to the folder itself': _folder(_loops, None),
-  'folder: link to the folder above': _folder(lambda path: (path / 'up').symlink_to('..'), None),
+  'folder: link to the parent folder': _folder(lambda path: (path / 'up').symlink_to('..'), None),
   **_paths(
     {
       'path with ..': ('../canary.jpg', 'unsafe name'),
       'absolute path': ('/etc/passwd', 'unsafe name'),
-      'path of a link out': ('link.jpg', 'unsafe name'),
+      'path of a link to a file outside': ('link.jpg', 'unsafe name'),
       'missing file': ('missing.jpg', _UNREAD),
       'path of a folder': ('folder.jpg', 'not a file'),
       'path with NUL': ('a\0b.jpg', 'unsafe name'),
       'path of 5000 characters': ('x' * 5000, _UNREAD),
       'path with a surrogate': ('\ud800.jpg', _UNREAD),
-      'empty path': ('', 'no picture'),
+      'empty path': ('', 'no image'),
     }
   ),
-  'JSONL: broken rows': _table(
+  'JSONL: invalid rows': _table(
     b'{\n[1]\n"x"\n5\nnull\n\xff\xfe\n{"a": ' + b'[' * 100_000,
     'row cannot be parsed',
-    place=r'line \d',
+    location=r'line \d',
   ),
   **{
     f'JSONL: row nested {depth} deep': _table(
@@ -487,8 +492,8 @@ FOLDERS = {
   'CSV: row too short': _table(b'odd.jpg', 'no caption', '.csv'),
   'CSV: row too long': _table(b'missing.jpg,a,b,c,d', _UNREAD, '.csv'),
   'Parquet: caption that is not UTF-8': _table_by(_bad_utf8, 'caption is not UTF-8', '.parquet'),
-  'Parquet: date without a year': _table_by(_dates, None, '.parquet')._replace(kept=BOTH | {'odd'}),
-  'Parquet: broken page': _table_by(_bad_page, ANY, '.parquet'),
+  'Parquet: date out of range': _table_by(_dates, None, '.parquet')._replace(kept=BOTH | {'odd'}),
+  'Parquet: corrupt page': _table_by(_bad_page, ANY, '.parquet'),
 }
 
 
@@ -506,12 +511,12 @@ def record_header(length: int) -> bytes:
 
 
 def example(key: str, seed: int = 0, **features: Any) -> bytes:
-  values = {'image': encode(picture(seed)), 'text': 'a caption', 'key': key} | features
+  values = {'image': encode(image(seed)), 'text': 'a caption', 'key': key} | features
   return examples.encode(values)
 
 
 def field(number: int, data: bytes) -> bytes:
-  """A field of a message of protobuf, with a length."""
+  """Returns a length-delimited field of a protobuf message."""
   length, packed = len(data), b''
   while length > 127:
     packed, length = packed + bytes([length & 127 | 128]), length >> 7
@@ -530,29 +535,29 @@ def _tfrecord(
   return Kind(make, reason, frozenset(kept), r'shard\.tfrecord: byte \d+')
 
 
-_WHOLE = record(example('odd'))
+_RECORD = record(example('odd'))
 TFRECORDS = {
-  'TFRecord: bit flipped in the picture': _tfrecord(
-    _WHOLE[:200] + bytes([_WHOLE[200] ^ 1]) + _WHOLE[201:], 'record is corrupt'
+  'TFRecord: bit flipped in the image': _tfrecord(
+    _RECORD[:200] + bytes([_RECORD[200] ^ 1]) + _RECORD[201:], 'record is corrupt'
   ),
   'TFRecord: bit flipped in a length': _tfrecord(
-    bytes([_WHOLE[0] ^ 1]) + _WHOLE[1:], 'record has a corrupt header'
+    bytes([_RECORD[0] ^ 1]) + _RECORD[1:], 'record has a corrupt header'
   ),
-  'TFRecord: cut in the last record': _tfrecord(
-    _WHOLE[:-9], 'record is truncated', {'before'}, end=False
+  'TFRecord: truncated in the last record': _tfrecord(
+    _RECORD[:-9], 'record is truncated', {'before'}, end=False
   ),
   'TFRecord: ends with 8 bytes 0xFF': _tfrecord(b'\xff' * 8, ANY, {'before'}, end=False),
   'TFRecord: garbage between records': _tfrecord(
     np.random.default_rng(0).bytes(9999), 'record has a corrupt header'
   ),
-  'TFRecord: garbage within a record': _tfrecord(_WHOLE[:99] + b'garbage' + _WHOLE[99:], ANY),
-  'TFRecord: bytes of a record missing': _tfrecord(_WHOLE[:99] + _WHOLE[140:], ANY),
+  'TFRecord: garbage within a record': _tfrecord(_RECORD[:99] + b'garbage' + _RECORD[99:], ANY),
+  'TFRecord: record with missing bytes': _tfrecord(_RECORD[:99] + _RECORD[140:], ANY),
   'TFRecord: length 2**63': _tfrecord(record_header(2**63), ANY),
   'TFRecord: length 2**40': _tfrecord(record_header(2**40), ANY),
   'TFRecord: length of a million': _tfrecord(record_header(10**6), ANY),
-  'TFRecord: no Example': _tfrecord(record(b'\xff' * 99), 'no tf.train.Example'),
-  'TFRecord: empty record': _tfrecord(record(b''), 'no picture'),
-  'TFRecord: picture is a number': _tfrecord(record(example('odd', image=5)), 'no picture'),
+  'TFRecord: not an Example': _tfrecord(record(b'\xff' * 99), 'not a tf.train.Example'),
+  'TFRecord: empty record': _tfrecord(record(b''), 'no image'),
+  'TFRecord: image is a number': _tfrecord(record(example('odd', image=5)), 'no image'),
   'TFRecord: caption that is not UTF-8': _tfrecord(
     record(example('odd', text=b'\xff\xfe')), 'caption is not UTF-8'
   ),
@@ -561,11 +566,11 @@ TFRECORDS = {
 KINDS = {**TARS, **FOLDERS, **TFRECORDS}
 
 
-# ---- What would take all memory, or all time ----
+# ---- Input that would exhaust memory or time ----
 
 
 def _sparse_header(kind: bytes) -> Kind:
-  """A tar whose header of some kind is 256 MB of zeros, which take no room on disk."""
+  """A tar with an extended header of 256 MB of zeros, stored as a sparse file."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder) / 'shard.tar'
@@ -577,7 +582,7 @@ def _sparse_header(kind: bytes) -> Kind:
 
 
 def _many_files(folder: pathlib.Path) -> dict[str, Any]:
-  """A tar with 40 texts of one picture, zeros that take no room on disk."""
+  """A tar with 40 texts of one image, zeros stored as a sparse file."""
   path = start(folder) / 'shard.tar'
   with path.open('wb') as f:
     f.write(BEFORE)
@@ -606,7 +611,7 @@ def _repeated_caption(path: pathlib.Path) -> None:
 
 
 def _feature(kind: int, values: bytes) -> bytes:
-  """A record whose one feature is a list of some kind."""
+  """Returns a record with one feature, a list of the given kind."""
   return record(field(1, field(1, field(1, b'a') + field(2, field(kind, values)))))
 
 
@@ -616,7 +621,7 @@ HEAVY = {
   ),
   'tar: pax header of 256 MB': _sparse_header(b'x'),
   'tar: long-name header of 256 MB': _sparse_header(b'L'),
-  'tar: 40 files of 10 MB of one pair': Kind(_many_files, ANY, frozenset({'before'})),
+  'tar: one pair with 40 files of 10 MB': Kind(_many_files, ANY, frozenset({'before'})),
   'tar: JSON of 20 MB of empty objects': of_json('{"a": [' + '{"a":{}},' * 2_000_000 + '{}]}', ANY),
   'tar: 60 unsafe names of a million characters': _tar(
     lambda: (pax(path=b'../' + '\u00e9'.encode() * 500_000 + b'.jpg') + header(b'x', 0)) * 60, ANY
@@ -626,9 +631,9 @@ HEAVY = {
   ),
   'JSONL: 510 captions of 1 MB': _table_by(_many_captions, 'max_caption', '.jsonl'),
   'Parquet: 500 captions of 1 MB in 1 kB': _table_by(_repeated_caption, 'max_caption', '.parquet'),
-  'TFRecord: 20 MB of numbers': _tfrecord(_feature(3, field(1, bytes(20 << 20))), 'no picture'),
+  'TFRecord: 20 MB of numbers': _tfrecord(_feature(3, field(1, bytes(20 << 20))), 'no image'),
   'TFRecord: 10 million empty values': _tfrecord(
-    _feature(1, field(1, b'') * (10 << 20)), 'no picture'
+    _feature(1, field(1, b'') * (10 << 20)), 'no image'
   ),
   'TFRecord: 16 MB of zeros': _tfrecord(bytes(16 << 20), 'record has a corrupt header'),
 }

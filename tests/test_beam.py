@@ -1,4 +1,4 @@
-"""Ingestion as a Beam pipeline, on Beam's local runner: the bytes that one machine makes."""
+"""Ingestion with Beam's local runner writes the same bytes as worker processes."""
 
 import dataclasses
 import hashlib
@@ -9,25 +9,25 @@ import pytest
 from test_ingest import add, digests, png, run
 
 from fluid_jax.data import records
-from fluid_jax.prepare import ingest
+from fluid_jax.prepare import filters
 
 pytest.importorskip('apache_beam', reason='needs the extra [beam]')
 
 
 @pytest.fixture(scope='module')
 def chosen(tmp_path_factory):
-  """Options for tars with twins by key and by look, faults, and pairs that filters leave out."""
+  """Options for tars with duplicates, near-duplicates, faults, and pairs that filters drop."""
   folder = tmp_path_factory.mktemp('tars')
   for number in range(4):
     with tarfile.open(folder / f'{number}.tar', 'w') as tar:
       for i in range(20):
-        key = f'{number}-{i}' if i else 'twin'
+        key = f'{number}-{i}' if i else 'same'
         add(tar, f'{key}.png', png(7000 if i == 1 else 100 * number + i, (40, 30 - i % 2)))
         add(tar, f'{key}.json', json.dumps({'caption': [f'text {key}', 'x' * i]}).encode())
-      add(tar, 'broken.png', b'no picture')
-      add(tar, 'broken.txt', b'a text')
-      add(tar, 'without.png', png(1))
-  return ingest.Options(
+      add(tar, 'corrupt.png', b'not an image')
+      add(tar, 'corrupt.txt', b'a text')
+      add(tar, 'uncaptioned.png', png(1))
+  return filters.Options(
     'webdataset',
     str(folder),
     validation_fraction=0.2,
@@ -44,30 +44,30 @@ def chosen(tmp_path_factory):
 def test_beam_writes_the_same_bytes(chosen, tmp_path, flags):
   from fluid_jax.prepare import beam
 
-  run(tmp_path / 'machine', chosen)
+  run(tmp_path / 'workers', chosen)
   beam.run(chosen, str(tmp_path / 'beam'), flags.split())
-  assert digests(tmp_path / 'beam') == digests(tmp_path / 'machine')
+  assert digests(tmp_path / 'beam') == digests(tmp_path / 'workers')
   assert len(records.read_index(tmp_path / 'beam')['splits']['train']) > 2
   counts = records.read_index(tmp_path / 'beam')['counts']
   assert counts['pairs']['read'] == 4 * 22
-  assert counts['pairs left out'] == {
+  assert counts['pairs dropped'] == {
     'duplicate key': 3,
     'min_side': 40,
     'near duplicate': 0,
     'no caption': 4,
-    'picture cannot be decoded': 4,
+    'image cannot be decoded': 4,
   }
 
 
 def test_near_duplicates_are_found_across_workers(chosen, tmp_path):
   from fluid_jax.prepare import beam
 
-  every = dataclasses.replace(chosen, min_side=1)
-  run(tmp_path / 'machine', every)
-  beam.run(every, str(tmp_path / 'beam'), [])
-  assert digests(tmp_path / 'beam') == digests(tmp_path / 'machine')
+  all_sizes = dataclasses.replace(chosen, min_side=1)
+  run(tmp_path / 'workers', all_sizes)
+  beam.run(all_sizes, str(tmp_path / 'beam'), [])
+  assert digests(tmp_path / 'beam') == digests(tmp_path / 'workers')
   counts = records.read_index(tmp_path / 'beam')['counts']
-  assert counts['pairs left out']['near duplicate'] == 3  # of four pictures that are one
+  assert counts['pairs dropped']['near duplicate'] == 3  # of four equal images
   keys = {f'{number}-1' for number in range(4)}
   kept = [
     key

@@ -1,4 +1,4 @@
-"""Sets encoded beforehand: what they hold, going on after a kill, refusing what does not fit."""
+"""Encoded sets: content, resumption, and rejection of mismatched encoders and settings."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ DEMO = {'data.task': 'emoji_demo', 'data.languages': ('en',), 'text.length': 12}
 
 @pytest.fixture
 def encoding(make_config, small_networks, vocabulary, monkeypatch):
-  """A function from tokens to a config whose encoders are random, and their parameters."""
+  """Returns a function from tokens to a config with random encoders, and their parameters."""
 
   def make(tokens, **others):
     settings = small_encoders.IN_THE_STEP[tokens] | DEMO | {'text.vocabulary': vocabulary}
@@ -36,7 +36,7 @@ def encoding(make_config, small_networks, vocabulary, monkeypatch):
 
 
 def read_set(path, split):
-  """{key: features} of an encoded set, by TensorFlow's own reader."""
+  """Reads an encoded set with TensorFlow: {key: features}."""
   import tensorflow as tf
 
   index, found = records.read_index(path), {}
@@ -55,7 +55,7 @@ def digest_of(path):
 
 
 def raw_batch(config, split):
-  """The whole split as pictures and ids, and its keys."""
+  """Returns the images and token ids of a whole split, and its keys."""
   stream = pipeline.Stream(
     'emoji_demo', split, pipeline.Options(
       batch_size=256, seed=0, image_size=config.image.size, text_length=config.text.length,
@@ -67,92 +67,92 @@ def raw_batch(config, split):
 
 
 @pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
-def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
+def test_an_encoded_set_holds_the_encoders_outputs(encoding, tmp_path, tokens):
   config, params = encoding(tokens)
   flags = encode.encode(config, str(tmp_path))
   assert flags[0] == f'--config.data.task={tmp_path}'
   index, encoders = records.read_index(tmp_path), frozen.make(config)
-  drawn = []
+  latents = []
   for split in ('train', 'validation'):
     batch, keys = raw_batch(config, split)
-    made = encoders.image.encode_images(params['image'], batch['images'])
+    encoded = encoders.image.encode_images(params['image'], batch['images'])
     features_BxTxE, mask_BxT = encoders.encode_text(params, {'text_ids': batch['text_ids']})
     found = read_set(tmp_path, split)
     assert list(found) == keys
     for row, example in enumerate(found.values()):
       if tokens == 'discrete':
-        assert example['image_codes'] == made['image_codes'][row].tolist()
+        assert example['image_codes'] == encoded['image_codes'][row].tolist()
       else:
         moments = np.frombuffer(example['image_moments'][0], np.float16)
         moments = moments.reshape(example['image_moments_shape'])
-        np.testing.assert_allclose(moments, made['image_moments'][row], rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(moments, encoded['image_moments'][row], rtol=2e-3, atol=2e-3)
       features = np.frombuffer(example['text_features'][0], ml_dtypes.bfloat16)
       features = features.reshape(example['text_features_shape'])
-      assert len(features) == mask_BxT[row].sum() < config.text.length  # real tokens alone
+      assert len(features) == mask_BxT[row].sum() < config.text.length  # no padding
       expected = np.asarray(features_BxTxE[row, : len(features)])
       np.testing.assert_allclose(np.float32(features), expected, rtol=1e-2, atol=1e-2)
     if split == 'train' and tokens == 'continuous':
-      mean, log_variance = np.split(np.float64(made['image_moments']), 2, axis=-1)
+      mean, log_variance = np.split(np.float64(encoded['image_moments']), 2, axis=-1)
       noise = np.random.default_rng(0).normal(size=(50, *mean.shape))
-      drawn = (mean + np.exp(log_variance / 2) * noise).reshape(-1, mean.shape[-1])
+      latents = (mean + np.exp(log_variance / 2) * noise).reshape(-1, mean.shape[-1])
   assert index['encoders'].keys() == {'image', 'text'}
   if tokens == 'continuous':
-    scaled = (drawn - index['latent_mean']) * index['latent_scale']
+    scaled = (latents - index['latent_mean']) * index['latent_scale']
     np.testing.assert_allclose(scaled.mean(0), 0, atol=0.02)
     np.testing.assert_allclose(scaled.std(0), 1, atol=0.02)
     measured = encode.measure(config, 10_000)
     for name in ('latent_mean', 'latent_scale'):
       np.testing.assert_allclose(measured[name], index[name], rtol=1e-4, atol=1e-5)
-  # A stream of the set gives what the model reads, and the step takes it.
-  outside = dataclasses.replace(
+  # Training can open the encoded set.
+  on_encoded = dataclasses.replace(
     config,
     image=dataclasses.replace(config.image, tokenizer='prepared:' + config.image.tokenizer),
     text=dataclasses.replace(config.text, source='features'),
     data=dataclasses.replace(config.data, task=str(tmp_path), languages=()),
   )
-  mesh = sharding.make_mesh(outside, jax.devices()[:1])
-  batch = next(train.open_stream(outside, mesh, 'validation', shuffle=False))
+  mesh = sharding.make_mesh(on_encoded, jax.devices()[:1])
+  batch = next(train.open_stream(on_encoded, mesh, 'validation', shuffle=False))
   batch_raw, _ = raw_batch(config, 'validation')
   mask = batch_raw['text_ids'][: len(batch['text_mask'])] > 0
   np.testing.assert_array_equal(batch['text_mask'], mask)
 
 
-def test_what_was_cut_off_goes_on_where_it_was(encoding, tmp_path, monkeypatch):
+def test_an_interrupted_encoding_resumes(encoding, tmp_path, monkeypatch):
   monkeypatch.setattr(encode, 'PART_EXAMPLES', 24)
   config, _ = encoding('continuous')
-  encode.encode(config, str(tmp_path / 'straight'))
-  assert len(digest_of(tmp_path / 'straight')) == 1 + 2 * (-(-63 // 24) - (-150 // 24))
-  write, made = record_writer.Writer.write, []
+  encode.encode(config, str(tmp_path / 'uninterrupted'))
+  assert len(digest_of(tmp_path / 'uninterrupted')) == 1 + 2 * (-(-63 // 24) - (-150 // 24))
+  write, written = record_writer.Writer.write, []
 
-  def cut_off(self, split, number, *args, **kwargs):
-    if len(made) == 2:
-      (tmp_path / 'cut' / f'{split}-{number:05d}.tfrecord').write_bytes(b'half a shard')
+  def interrupt(self, split, number, *args, **kwargs):
+    if len(written) == 2:
+      (tmp_path / 'interrupted' / f'{split}-{number:05d}.tfrecord').write_bytes(b'half a shard')
       raise KeyboardInterrupt
-    made.append((split, number))
+    written.append((split, number))
     write(self, split, number, *args, **kwargs)
 
   with monkeypatch.context() as patch:
-    patch.setattr(record_writer.Writer, 'write', cut_off)
+    patch.setattr(record_writer.Writer, 'write', interrupt)
     with pytest.raises(KeyboardInterrupt):
-      encode.encode(config, str(tmp_path / 'cut'))
+      encode.encode(config, str(tmp_path / 'interrupted'))
   with pytest.raises(errors.UserError, match='cannot be read'):
-    records.read_index(tmp_path / 'cut')  # half a set is none
+    records.read_index(tmp_path / 'interrupted')  # an incomplete set has no index
   other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
   with pytest.raises(errors.UserError, match='holds an unfinished set with other settings'):
-    encode.encode(other, str(tmp_path / 'cut'))
+    encode.encode(other, str(tmp_path / 'interrupted'))
 
-  def not_again(self, split, number, *args, **kwargs):
-    assert (split, number) not in made
+  def write_new(self, split, number, *args, **kwargs):
+    assert (split, number) not in written
     write(self, split, number, *args, **kwargs)
 
-  monkeypatch.setattr(record_writer.Writer, 'write', not_again)
-  encode.encode(config, str(tmp_path / 'cut'))
-  assert digest_of(tmp_path / 'cut') == digest_of(tmp_path / 'straight')
+  monkeypatch.setattr(record_writer.Writer, 'write', write_new)
+  encode.encode(config, str(tmp_path / 'interrupted'))
+  assert digest_of(tmp_path / 'interrupted') == digest_of(tmp_path / 'uninterrupted')
   with pytest.raises(errors.UserError, match='already holds a record set'):
-    encode.encode(config, str(tmp_path / 'cut'))
+    encode.encode(config, str(tmp_path / 'interrupted'))
 
 
-def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp_path):
+def test_mismatches_are_rejected_in_one_sentence(make_config, encoding, tmp_path):
   config, params = encoding('continuous')
   encode.encode(config, str(tmp_path))
 
@@ -160,44 +160,46 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
     groups = {k: dataclasses.replace(getattr(config, k), **v) for k, v in groups.items()}
     return dataclasses.replace(config, **groups)
 
-  def refused(part, function, *args, **kwargs):
+  def rejects(part, function, *args, **kwargs):
     with pytest.raises(errors.UserError, match=part) as caught:
       function(*args, **kwargs)
     assert '\n' not in str(caught.value)
 
-  outside = changed(
+  on_encoded = changed(
     data={'task': str(tmp_path), 'languages': ()},
     image={'tokenizer': 'prepared'},
     text={'source': 'features'},
   )
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   digests = frozen.digests(params, mesh)
-  assert train.encoder_digests(outside, {}) == digests
-  assert train.encoder_digests(outside, digests) == digests
+  assert train.encoder_digests(on_encoded, {}) == digests
+  assert train.encoder_digests(on_encoded, digests) == digests
   other = jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(1e-6), params)
   other = frozen.digests(other, mesh)
   for name in ('image', 'text'):
-    refused(
-      f'another {name} encoder', train.encoder_digests, outside, digests | {name: other[name]}
+    rejects(
+      f'another {name} encoder', train.encoder_digests, on_encoded, digests | {name: other[name]}
     )
-  wider = dataclasses.replace(outside, text=dataclasses.replace(outside.text, feature_dim=32))
-  refused(r'text_features of shape \[12, 24\]', train.encoder_digests, wider, {})
-  # Pictures where what was made of them is read, and the other way round.
-  raw = dataclasses.replace(outside, data=config.data)
-  refused('have images, text_ids, but the config', train.open_stream, raw, mesh, 'train')
-  inside = dataclasses.replace(config, data=outside.data)
-  refused('have image_moments, text_features', train.open_stream, inside, mesh, 'train')
-  # Nothing to encode.
+  wider = dataclasses.replace(on_encoded, text=dataclasses.replace(on_encoded.text, feature_dim=32))
+  rejects(r'text_features of shape \[12, 24\]', train.encoder_digests, wider, {})
+  # Images where encoded examples are expected, and the reverse.
+  raw = dataclasses.replace(on_encoded, data=config.data)
+  rejects('give images, text_ids and the config', train.open_stream, raw, mesh, 'train')
+  on_images = dataclasses.replace(config, data=on_encoded.data)
+  rejects('give image_moments, text_features', train.open_stream, on_images, mesh, 'train')
+  # The config has nothing to encode.
   out = str(tmp_path / 'other')
-  refused("'prepared' is no network", encode.encode, outside, out)
-  refused("source='features' is what", encode.encode, changed(text={'source': 'features'}), out)
-  refused('codes have no mean', encode.measure, encoding('discrete')[0], 10)
-  pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
-  refused('does not describe its examples', pipeline.Stream, pictures['task'], 'train',
+  rejects("'prepared' is not a network", encode.encode, on_encoded, out)
+  rejects(
+    "source='features' is the result", encode.encode, changed(text={'source': 'features'}), out
+  )
+  rejects('discrete tokens have no mean', encode.measure, encoding('discrete')[0], 10)
+  emoji_set = f'{commands.ROOT}/fluid_jax/data/emoji_set'
+  rejects('does not describe its examples', pipeline.Stream, emoji_set, 'train',
           pipeline.Options(batch_size=8, seed=0, image_size=16, text_length=8))  # fmt: skip
 
 
-def test_a_digest_is_of_every_bit_and_its_place(encoding):
+def test_a_digest_covers_every_bit_and_its_position(encoding):
   config, params = encoding('continuous')
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   first = frozen.digests(params, mesh)
@@ -242,8 +244,8 @@ batch = dict(images=rng.integers(0, 256, (8, 16, 16, 3), np.uint8),
 
 @jax.jit
 def encode(params, batch):
-  made = encoders.image.encode_images(params['image'], batch['images'])
-  return made['image_moments'], encoders.encode_text(params, batch)[0]
+  encoded = encoders.image.encode_images(params['image'], batch['images'])
+  return encoded['image_moments'], encoders.encode_text(params, batch)[0]
 
 results = []
 for number in (1, 8):
@@ -256,24 +258,24 @@ for number in (1, 8):
   mesh = sharding.make_mesh(config, devices)
   shardings = jax.tree.map(lambda s: s.sharding, frozen.shapes(config, encoders, mesh))
   placed = jax.device_put(params, shardings)
-  made = encode(placed, sharding.put_batch(batch, mesh))
-  results.append((frozen.digests(placed, mesh), jax.device_get(made)))
+  encoded = encode(placed, sharding.put_batch(batch, mesh))
+  results.append((frozen.digests(placed, mesh), jax.device_get(encoded)))
 split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
-share = sum(leaf.size for leaf in split) / sum(leaf.size for leaf in jax.tree.leaves(placed))
+fraction = sum(leaf.size for leaf in split) / sum(leaf.size for leaf in jax.tree.leaves(placed))
 (one, expected), (eight, found) = results
 assert one == eight
 for a, b in zip(expected, found):
   np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
-print(share)
+print(fraction)
 """
 
 
-def test_eight_devices_encode_as_one_does():
-  share = commands.run_ok('-c', _SHARDED, num_devices=8)
-  assert float(share) > 0.5  # of the parameters are split
+def test_eight_devices_encode_like_one():
+  fraction = commands.run_ok('-c', _SHARDED, num_devices=8)
+  assert float(fraction) > 0.5  # of the parameters are sharded
 
 
-def test_processes_tell_downloads_apart_by_their_ends(tmp_path, make_config, vocabulary):
+def test_file_facts_differ_if_the_last_bytes_differ(tmp_path, make_config, vocabulary):
   first, second = (tmp_path / name / 'model.safetensors' for name in ('a', 'b'))
   rng = np.random.default_rng(0)
   data = bytearray(rng.bytes(300_000))

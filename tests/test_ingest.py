@@ -1,4 +1,4 @@
-"""From pairs as others store them to a record set: sources, filters, order, and going on."""
+"""Ingestion of image-caption pairs: sources, filters, duplicates, resumption, COCO."""
 
 import collections
 import dataclasses
@@ -22,9 +22,17 @@ from PIL import Image
 
 from fluid_jax import errors
 from fluid_jax.data import examples, pipeline, records
-from fluid_jax.prepare import images, ingest, pairs, record_writer, report, sources, tables, workers
-
-LANGS = ('en', 'fr', 'und')
+from fluid_jax.prepare import (
+  filters,
+  images,
+  ingest,
+  pairs,
+  record_writer,
+  report,
+  sources,
+  tables,
+  workers,
+)
 
 
 def png(seed, size=(40, 30)):
@@ -34,22 +42,23 @@ def png(seed, size=(40, 30)):
   return out.getvalue()
 
 
-PICTURES = {f'p{i:02}': png(i) for i in range(24)}
+IMAGES = {f'p{i:02}': png(i) for i in range(24)}
 
 
 def options(source, path, **kwargs):
-  return ingest.Options(source=source, path=str(path), **kwargs)
+  return filters.Options(source=source, path=str(path), **kwargs)
 
 
 def run(out, chosen, workers=2):
-  told = collections.defaultdict(list)
+  """Ingests into `out`; returns {pass: [(done, total)]} as reported."""
+  reports = collections.defaultdict(list)
   chosen.check()
-  ingest.run(chosen, str(out), workers, lambda what, done, total: told[what].append((done, total)))
-  return told
+  ingest.run(chosen, str(out), workers, lambda name, *report: reports[name].append(report))
+  return reports
 
 
 def read_set(path, split='train'):
-  """{key: (picture, [(language, text)])} of a set in its order, by TensorFlow's own reader."""
+  """Reads a set in order with TensorFlow: {key: (image, [(language, text)])}."""
   import tensorflow as tf
 
   found = {}
@@ -69,16 +78,16 @@ def add(tar, name, data):
   tar.addfile(member, io.BytesIO(data))
 
 
-# ---- Sources: the same pairs out of each ----
+# ---- Sources ----
 
 
 def write_folder(path, table):
-  for name, data in PICTURES.items():
+  for name, data in IMAGES.items():
     (path / 'in').mkdir(exist_ok=True)
     (path / f'in/{name}.png').write_bytes(data)
   rows = [
-    {'image': f'{name}.png', 'key': name, 'caption': f'{name}, a "picture"', 'fr': f'une {name}'}
-    for name in PICTURES
+    {'image': f'{name}.png', 'key': name, 'caption': f'{name}, an "image"', 'fr': f'une {name}'}
+    for name in IMAGES
   ]
   captions = path / f'captions.{table}'
   if table in ('csv', 'tsv'):
@@ -99,35 +108,35 @@ def write_folder(path, table):
   return options('folder', path / 'in', captions=str(captions), columns=columns, language='en')
 
 
-def write_beside(path):
+def write_caption_files(path):
   (path / 'in/deep').mkdir(parents=True)
-  for name, data in PICTURES.items():
+  for name, data in IMAGES.items():
     (path / f'in/{name}.png').write_bytes(data)
-    (path / f'in/{name}.txt').write_text(f'{name}, a "picture"\nfr.utf8=une {name}\n')
+    (path / f'in/{name}.txt').write_text(f'{name}, an "image"\nfr.utf8=une {name}\n')
   return options('folder', path / 'in', language='en')
 
 
 def write_webdataset(path):
-  for number, part in enumerate(np.array_split(list(PICTURES), 3)):
+  for number, part in enumerate(np.array_split(list(IMAGES), 3)):
     with tarfile.open(path / f'{number:05}.tar', 'w') as tar:
       for name in map(str, part):
-        row = {'caption': [f'{name}, a "picture"', f'une {name}'], 'language': ['en', 'fr']}
+        row = {'caption': [f'{name}, an "image"', f'une {name}'], 'language': ['en', 'fr']}
         add(tar, f'{name}.json', json.dumps(row).encode())
-        add(tar, f'{name}.png', PICTURES[name])
+        add(tar, f'{name}.png', IMAGES[name])
   return options('webdataset', path / '*.tar')
 
 
 def write_tfrecord(path):
   import tensorflow as tf
 
-  for number, part in enumerate(np.array_split(list(PICTURES), 2)):
+  for number, part in enumerate(np.array_split(list(IMAGES), 2)):
     with tf.io.TFRecordWriter(str(path / f'{number}.tfrecord')) as writer:
       for name in map(str, part):
         example = tf.train.Example()
         values = {
-          'image/encoded': [PICTURES[name]],
+          'image/encoded': [IMAGES[name]],
           'id': [name.encode()],
-          'caption': [f'{name}, a "picture"'.encode(), f'une {name}'.encode()],
+          'caption': [f'{name}, an "image"'.encode(), f'une {name}'.encode()],
           'lang': [b'en', b'fr'],
         }
         for feature, value in values.items():
@@ -145,10 +154,10 @@ def write_tfds(path):
     name: {
       'image': io.BytesIO(data),
       'key': name,
-      'caption': [f'{name}, a "picture"', f'une {name}'],
+      'caption': [f'{name}, an "image"', f'une {name}'],
       'lang': ['en', 'fr'],
     }
-    for name, data in PICTURES.items()
+    for name, data in IMAGES.items()
   }
   tfds.dataset_builders.store_as_tfds_dataset(
     name='pairs',
@@ -163,28 +172,28 @@ def write_tfds(path):
 
 
 @pytest.mark.parametrize(
-  'kind', ['csv', 'tsv', 'jsonl', 'parquet', 'beside', 'tar', 'tfrecord', 'tfds']
+  'kind', ['csv', 'tsv', 'jsonl', 'parquet', 'caption files', 'tar', 'tfrecord', 'tfds']
 )
-def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
+def test_all_sources_give_the_same_pairs(kind, tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'sets'))
   others = {
-    'beside': write_beside,
+    'caption files': write_caption_files,
     'tar': write_webdataset,
     'tfrecord': write_tfrecord,
     'tfds': write_tfds,
   }
   chosen = others[kind](tmp_path) if kind in others else write_folder(tmp_path, kind)
-  if kind == 'tfds':  # which looks for its folder when it is imported
+  if kind == 'tfds':  # TFDS reads TFDS_DATA_DIR when it is imported
     commands.run_ok(
       '-m', 'fluid_jax.prepare', '--stage=ingest', '--source=tfds', f'--path={chosen.path}',
       f'--out={tmp_path / "out"}', '--validation_fraction=0',
     )  # fmt: skip
   else:
     run(tmp_path / 'out', chosen)
-  end = '.png' if kind == 'beside' else ''  # keys are paths where nothing names them
+  end = '.png' if kind == 'caption files' else ''  # without a key column, the key is the path
   expected = {
-    name + end: (data, [('en', f'{name}, a "picture"'), ('fr', f'une {name}')])
-    for name, data in PICTURES.items()
+    name + end: (data, [('en', f'{name}, an "image"'), ('fr', f'une {name}')])
+    for name, data in IMAGES.items()
   }
   found = read_set(tmp_path / 'out')
   assert found == expected
@@ -199,7 +208,7 @@ def test_every_source_gives_the_same_pairs(kind, tmp_path, monkeypatch):
   assert not (tmp_path / 'out/work').exists()
 
 
-def test_a_set_is_trained_on_by_its_path(tmp_path):
+def test_training_reads_a_set_by_its_path(tmp_path):
   run(tmp_path / 'out', write_webdataset(tmp_path))
   stream = pipeline.Stream(
     str(tmp_path / 'out'), 'train', pipeline.Options(
@@ -213,54 +222,54 @@ def test_a_set_is_trained_on_by_its_path(tmp_path):
   ):
     assert text == b'une ' + key
     assert bytes(i - 3 for i in ids[ids > 1].tolist()) == text
-    whole = np.asarray(Image.open(io.BytesIO(PICTURES[key.decode()])))
-    np.testing.assert_array_equal(image, whole[:, 5:35])  # its central square, at its own size
+    original = np.asarray(Image.open(io.BytesIO(IMAGES[key.decode()])))
+    np.testing.assert_array_equal(image, original[:, 5:35])  # the central square, not resized
 
 
-def test_tables_tell_what_they_lack(tmp_path):
+def test_wrong_sources_are_rejected(tmp_path):
   chosen = write_folder(tmp_path, 'csv')
   for change, message in (
-    ({'columns': ('text=legend',)}, "has no column 'legend': choose among image, key, caption"),
-    ({'columns': ('legend',)}, '--columns=legend is none of image='),
-    ({'captions': str(tmp_path / 'absent.csv')}, 'does not exist'),
-    ({'captions': str(tmp_path / 'in/p00.png')}, 'is none of .csv'),
-    ({'path': str(tmp_path / 'absent')}, 'is no folder'),
-    ({'min_score': 1.0}, 'needs the column'),
-    ({'source': 'webdataset'}, r'names no \.tar file'),
-    ({'source': 'webdataset', 'path': str(tmp_path / 'absent/*.tar')}, r'names no \.tar file'),
-    ({'source': 'tfds', 'path': 'no_such_set'}, 'has no prepared'),
+    ({'columns': ('text=legend',)}, "has no column 'legend': choose from image, key, caption"),
+    ({'columns': ('legend',)}, '--columns=legend is not of the form'),
+    ({'captions': str(tmp_path / 'absent.csv')}, 'absent.csv is not a file'),
+    ({'captions': str(tmp_path / 'in/p00.png')}, 'has an unknown type'),
+    ({'path': str(tmp_path / 'absent')}, 'is not a folder'),
+    ({'min_score': 1.0}, 'needs a score column'),
+    ({'source': 'webdataset'}, r'matches no \.tar file'),
+    ({'source': 'webdataset', 'path': str(tmp_path / 'absent/*.tar')}, r'matches no \.tar file'),
+    ({'source': 'tfds', 'path': 'no_such_set'}, 'has no prepared data set'),
     ({'source': 'coco', 'captions': ''}, '--captions is missing'),
   ):
     values = {f: getattr(chosen, f) for f in ('source', 'path', 'captions', 'columns')} | change
     with pytest.raises(errors.UserError, match=message):
-      run(tmp_path / 'other', ingest.Options(**values))
+      run(tmp_path / 'other', filters.Options(**values))
 
 
 @pytest.mark.parametrize('write', [write_webdataset, write_tfrecord])
-def test_a_file_that_cannot_be_read_stops_rather_than_being_left_out(tmp_path, write):
+def test_an_unreadable_file_of_pairs_is_an_error(tmp_path, write):
   source = write(tmp_path).open_source()
   unit = next(source.units())
-  pathlib.Path(unit[0]).unlink()  # as when a bucket does not answer
+  pathlib.Path(unit[0]).unlink()  # stands for a bucket that does not answer
   with pytest.raises(OSError):  # noqa: PT011
     list(source.read(unit))
 
 
-def test_tables_as_others_write_them(tmp_path):
+def test_tables_written_by_excel_and_polars(tmp_path):
   import pyarrow
   from pyarrow import parquet
 
   write_folder(tmp_path, 'csv')
-  marked = tmp_path / 'marked.csv'  # as Excel does
-  marked.write_bytes(b'\xef\xbb\xbfimage,text\r\np00.png,"one\r\ntwo"\r\n')
-  large = tmp_path / 'large.parquet'  # as Polars does
+  excel = tmp_path / 'excel.csv'  # with a byte-order mark and CRLF
+  excel.write_bytes(b'\xef\xbb\xbfimage,text\r\np00.png,"one\r\ntwo"\r\n')
+  polars = tmp_path / 'polars.parquet'  # with large types
   texts = pyarrow.array([['a', 'b']], pyarrow.large_list(pyarrow.large_string()))
   image = pyarrow.array([b'p00.png'], pyarrow.binary())
-  parquet.write_table(pyarrow.table({'image': image, 'text': texts}), large)
-  for captions, expected in ((marked, ['one two']), (large, ['a', 'b'])):
+  parquet.write_table(pyarrow.table({'image': image, 'text': texts}), polars)
+  for captions, expected in ((excel, ['one two']), (polars, ['a', 'b'])):
     chosen = options('folder', tmp_path / 'in', captions=str(captions))
-    source, counts = chosen.open_source(), ingest.Counts()
+    source, counts = chosen.open_source(), filters.Counts()
     (unit,) = source.units()
-    (kept,) = ingest.read_unit(unit, chosen, counts, [])
+    (kept,) = filters.read_unit(unit, chosen, counts, [])
     assert [text.decode() for text in examples.decode(kept.payload)['text']] == expected
 
 
@@ -268,17 +277,17 @@ def test_tables_as_others_write_them(tmp_path):
 
 
 def examine(image, texts, chosen=None, langs=None, score=None, key='k'):
-  counts = ingest.Counts()
+  counts = filters.Counts()
   pair = pairs.Pair('here', key, image, texts, langs or ['en'] * len(texts), score)
   chosen = chosen or options('folder', '.')
   try:
-    return examples.decode(ingest.examine(pair, chosen, counts).payload), counts.asdict()
+    return examples.decode(filters.examine(pair, chosen, counts).payload), counts.asdict()
   except images.RejectedError as error:
     return error.reason, counts.asdict()
 
 
 @pytest.mark.parametrize(
-  ('settings', 'kept', 'left_out'),
+  ('settings', 'kept', 'dropped'),
   [
     ({'min_side': 30}, {'size': (30, 90)}, {'size': (29, 90)}),
     ({'max_aspect': 2.0}, {'size': (60, 30)}, {'size': (30, 61)}),
@@ -290,79 +299,79 @@ def examine(image, texts, chosen=None, langs=None, score=None, key='k'):
     ({'min_score': -1.0}, {'score': 0.0}, {'score': float('nan')}),
   ],
 )
-def test_each_filter_at_its_edge(settings, kept, left_out):
+def test_filters_at_their_limits(settings, kept, dropped):
   chosen = options('folder', '.', columns=('score=score',), **settings)
 
   def outcome(size=(40, 40), texts=('fine',), **others):
     return examine(png(0, size), list(texts), chosen, **others)[0]
 
   assert isinstance(outcome(**kept), dict)
-  assert outcome(**left_out) == next(iter(settings))
+  assert outcome(**dropped) == next(iter(settings))
 
 
-def test_captions_are_kept_one_by_one():
+def test_captions_are_filtered_individually():
   chosen = options('folder', '.', languages=('en', 'fr'), max_caption=20)
   texts = ['a cat', 'x' * 30, 'eine Katze', b'\xff\xfe', '', 'un  chat\n']
   found, counts = examine(png(0), texts, chosen, ['en', 'en', 'de', 'en', 'en', 'fr'])
   assert found['text'] == [b'a cat', b'un chat']
   assert found['lang'] == [b'en', b'fr']
-  assert counts['captions left out'] == {
+  assert counts['captions dropped'] == {
     'caption is not UTF-8': 1, 'languages': 1, 'max_caption': 1, 'no caption': 1,
   }  # fmt: skip
-  assert counts['captions of a picture'] == {'2': 1}
+  assert counts['captions per image'] == {'2': 1}
 
 
-def test_what_a_caption_may_hold():
-  # Composed, without controls, overrides of direction and the mark of the byte order.
-  assert ingest.clean_caption(b'e\xcc\x81t\xc3\xa9\0 \r\n\ttwo') == 'été two'
-  assert ingest.clean_caption('\ufeffa\u202eb\u2066c') == 'abc'
-  kept = 'שלום \u200fעולם می\u200cخواهم 👩\u200d🍳'  # letters, marks and joiners that texts need
-  assert ingest.clean_caption(kept) == kept
+def test_captions_are_cleaned():
+  # NFC, without control characters, direction overrides and byte-order marks.
+  assert filters.clean_caption(b'e\xcc\x81t\xc3\xa9\0 \r\n\ttwo') == 'été two'
+  assert filters.clean_caption('\ufeffa\u202eb\u2066c') == 'abc'
+  kept = 'שלום \u200fעולם می\u200cخواهم 👩\u200d🍳'  # marks and joiners that scripts and emoji need
+  assert filters.clean_caption(kept) == kept
   for bad in (b'\xff', '\udcff'):
     with pytest.raises(images.RejectedError, match='UTF-8'):
-      ingest.clean_caption(bad)
+      filters.clean_caption(bad)
 
 
-def test_keys_are_words_and_differ():
+def test_clean_keys_are_printable_and_distinct():
   keys = ['a b', 'a%20b', 'a\nb', 'a\u202eb', 'äpfel/1.jpg', 'x' * 300, 'x' * 301, '\udcff']
-  clean = [ingest.clean_key(key) for key in keys]
+  clean = [filters.clean_key(key) for key in keys]
   assert len(set(clean)) == len(keys)
   assert all(key.split() == [key] and len(key) <= 200 and key.isprintable() for key in clean)
-  assert ingest.clean_key('äpfel/1.jpg') == 'äpfel/1.jpg'
+  assert filters.clean_key('äpfel/1.jpg') == 'äpfel/1.jpg'
 
 
-def test_store_side_makes_large_pictures_smaller():
+def test_store_side_downscales_large_images():
   chosen = options('folder', '.', store_side=20)
   found, counts = examine(png(0, (90, 60)), ['a'], chosen)
   assert (found['width'], found['height']) == ([30], [20])
   assert Image.open(io.BytesIO(found['image'][0])).size == (30, 20)
-  assert counts['pictures repaired'] == {'made smaller': 1}
-  chosen = dataclasses.replace(chosen, min_side=50)  # of the picture as it came
+  assert counts['images repaired'] == {'downscaled': 1}
+  chosen = dataclasses.replace(chosen, min_side=50)  # applies to the original size
   assert examine(png(0, (90, 60)), ['a'], chosen)[0]['height'] == [20]
   chosen = dataclasses.replace(chosen, min_side=1)
   found, _ = examine(png(0, (20, 60)), ['a'], chosen)
-  assert found['image'] == [png(0, (20, 60))]  # the very bytes
+  assert found['image'] == [png(0, (20, 60))]  # stored unchanged
 
 
-def test_held_out_pairs_are_a_share_and_the_same_whatever_the_order(tmp_path):
+def test_validation_pairs_are_chosen_by_a_hash_of_their_keys(tmp_path):
   chosen = write_webdataset(tmp_path)
   values = {f: getattr(chosen, f) for f in ('source', 'path')} | {'validation_fraction': 0.25}
-  run(tmp_path / 'out', ingest.Options(**values))
+  run(tmp_path / 'out', filters.Options(**values))
   train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
   assert not train.keys() & validation.keys()
-  assert train.keys() | validation.keys() == PICTURES.keys()
+  assert train.keys() | validation.keys() == IMAGES.keys()
   held_out = {
     key
-    for key in PICTURES
+    for key in IMAGES
     if int.from_bytes(hashlib.sha256(key.encode()).digest()[8:16], 'big') < 2**62
   }
   assert validation.keys() == held_out
 
 
-# ---- What shows twice ----
+# ---- Duplicates ----
 
 
-def test_perceptual_hash_is_that_of_its_definition():
+def test_perceptual_hash_matches_scipy():
   photo = scipy.ndimage.gaussian_filter(
     np.random.default_rng(3).normal(size=(200, 300, 3)), (9, 9, 0)
   )
@@ -383,25 +392,21 @@ def test_perceptual_hash_is_that_of_its_definition():
 
 
 @pytest.mark.parametrize('distance', [0, 1, 3, 7])
-def test_near_duplicates_are_those_of_all_pairs(distance):
+def test_near_duplicates_match_brute_force(distance):
   rng = np.random.default_rng(distance)
   centres = rng.integers(0, 2**63, 40, np.uint64)
   hashes = np.repeat(centres, 8)
-  for _ in range(6):  # up to so many bits change
+  for _ in range(6):  # changes up to 6 bits
     flips = np.uint64(1) << rng.integers(0, 64, len(hashes)).astype(np.uint64)
     hashes ^= np.where(rng.random(len(hashes)) < 0.4, flips, np.uint64(0))
-  order = (
-    rng.permutation(2**32)[: len(hashes)].astype(np.uint64)
-    if False
-    else rng.choice(2**20, len(hashes), replace=False).astype(np.uint64)
-  )
+  order = rng.choice(2**20, len(hashes), replace=False).astype(np.uint64)
   near = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
   expected = (near & (order < order[:, None])).any(1)
   np.testing.assert_array_equal(images.near_duplicates(order, hashes, distance), expected)
   assert 0 < expected.sum() < len(expected) - 40 * (distance > 2)
 
 
-def test_twins_by_key_and_by_look_are_left_out_once(tmp_path):
+def test_duplicate_keys_and_near_duplicates_are_dropped(tmp_path):
   with tarfile.open(tmp_path / '0.tar', 'w') as tar:
     for key, data in (('a', png(1)), ('b', png(2)), ('c', png(1)), ('d', png(3))):
       add(tar, f'{key}.png', data)
@@ -415,28 +420,28 @@ def test_twins_by_key_and_by_look_are_left_out_once(tmp_path):
   assert found.keys() == {first, 'b', 'd'}
   assert found['b'][1] == [('und', 'first b')]
   counts = records.read_index(tmp_path / 'out')['counts']
-  assert counts['pairs left out'] == {'duplicate key': 1, 'near duplicate': 1}
+  assert counts['pairs dropped'] == {'duplicate key': 1, 'near duplicate': 1}
   assert counts['pairs'] == {'kept': 3, 'read': 5}
 
 
-# ---- Going on, and the same bytes ----
+# ---- Determinism and resumption ----
 
 
 def digests(path):
   return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir() if p.is_file()}
 
 
-def test_workers_and_shards_do_not_change_the_order(tmp_path):
+def test_order_does_not_depend_on_workers_and_shards(tmp_path):
   chosen = write_webdataset(tmp_path)
   for count in (1, 3):
     run(tmp_path / f'out{count}', chosen, count)
   assert digests(tmp_path / 'out1') == digests(tmp_path / 'out3')
-  small = ingest.Options(source=chosen.source, path=chosen.path, shard_bytes=10_000)
-  told = run(tmp_path / 'small', small)
+  small = filters.Options(source=chosen.source, path=chosen.path, shard_bytes=10_000)
+  reports = run(tmp_path / 'small', small)
   shards = records.read_index(tmp_path / 'small')['splits']['train']
   assert len(shards) > 4
-  assert told['gather'][-1] == (len(shards), len(shards))
-  assert told['examine'][-1] == (3, 3)
+  assert reports['gather'][-1] == (len(shards), len(shards))
+  assert reports['examine'][-1] == (3, 3)
   assert list(read_set(tmp_path / 'small')) == list(read_set(tmp_path / 'out1'))
   with pytest.raises(errors.UserError, match='already holds a record set'):
     run(tmp_path / 'small', small)
@@ -445,11 +450,11 @@ def test_workers_and_shards_do_not_change_the_order(tmp_path):
 COMMAND = ('-m', 'fluid_jax.prepare', '--stage=ingest', '--source=webdataset')
 
 
-def test_killed_it_goes_on_where_it_was(tmp_path):
+def test_a_killed_ingestion_resumes(tmp_path):
   chosen = write_webdataset(tmp_path)
   command = (*COMMAND, f'--path={chosen.path}', '--shard_bytes=10000', '--workers=1')
-  commands.run_ok(*command, f'--out={tmp_path / "straight"}')
-  out, kills = tmp_path / 'cut', 0
+  commands.run_ok(*command, f'--out={tmp_path / "uninterrupted"}')
+  out, kills = tmp_path / 'killed', 0
   for pattern in ('run-*.json', 'train-*.json'):  # in the first pass, and in the second
     run = subprocess.Popen(
       [sys.executable, *command, f'--out={out}'], cwd=commands.ROOT, start_new_session=True,
@@ -462,20 +467,20 @@ def test_killed_it_goes_on_where_it_was(tmp_path):
     run.wait()
     assert not (out / records.INDEX).exists() or run.returncode == 0
   assert kills >= 1
-  # Another source is not mixed in, nor a changed one taken for the same.
+  # Other options are rejected.
   done = commands.run(*command, f'--out={out}', '--min_side=2')
   assert (done.returncode, done.stderr.count('\n')) == (errors.MISMATCH, 1)
   assert 'holds an unfinished set with other settings' in done.stderr
   commands.run_ok(*command, f'--out={out}')
-  assert digests(out) == digests(tmp_path / 'straight')
+  assert digests(out) == digests(tmp_path / 'uninterrupted')
 
 
-def test_a_source_that_changed_is_refused(tmp_path):
+def test_a_changed_source_is_rejected(tmp_path):
   chosen = write_folder(tmp_path, 'jsonl')
   out = tmp_path / 'out'
   table = tmp_path / 'captions.jsonl'
   unit = next(iter(chosen.open_source().units()))
-  record_writer.Writer(out, **ingest.facts_of(chosen))
+  record_writer.Writer(out, **ingest.metadata_of(chosen))
   (out / 'work').mkdir()
   ingest.write_run(str(out / 'work'), 0, unit, ingest.digest_of(unit), chosen)
   table.write_text(table.read_text().replace('une p03', 'une autre'))
@@ -485,18 +490,18 @@ def test_a_source_that_changed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('change', ['grown', 'other bytes'])
-def test_shards_of_another_plan_are_not_mixed_in(tmp_path, monkeypatch, change):
+def test_shards_of_a_changed_source_are_not_mixed(tmp_path, monkeypatch, change):
   chosen = dataclasses.replace(write_webdataset(tmp_path), shard_bytes=10_000)
   write, written = ingest.write_shard, []
 
-  def cut_off(*args):
+  def interrupt(*args):
     if len(written) == 2:
       raise KeyboardInterrupt
     written.append(args)
     write(*args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(ingest, 'write_shard', cut_off)
+    patch.setattr(ingest, 'write_shard', interrupt)
     patch.setattr(workers, 'run', lambda f, calls, n: (f(*call) for call in calls))
     with pytest.raises(KeyboardInterrupt):
       run(tmp_path / 'out', chosen)
@@ -509,7 +514,7 @@ def test_shards_of_another_plan_are_not_mixed_in(tmp_path, monkeypatch, change):
   assert error.value.exit_code == errors.MISMATCH
 
 
-def test_cut_off_at_the_very_end_it_is_whole_and_nothing_is_left(tmp_path, monkeypatch):
+def test_interruption_after_the_index_leaves_a_complete_set(tmp_path, monkeypatch):
   chosen = write_webdataset(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(record_writer.Writer, '_clear', lambda self: None)
@@ -523,7 +528,7 @@ def test_cut_off_at_the_very_end_it_is_whole_and_nothing_is_left(tmp_path, monke
   assert len(read_set(tmp_path / 'out')) == 24
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+def test_workers_end_with_their_parent(tmp_path):
   script = """
 import os, sys, time
 from fluid_jax.prepare import workers
@@ -543,37 +548,48 @@ for _ in workers.run(note, [(sys.argv[1], i) for i in range(9)], 2):
   parent.wait()
   end = time.monotonic() + 30
   while any(pathlib.Path(f'/proc/{pid}/cmdline').exists() for pid in children):
-    assert time.monotonic() < end, 'they live on'
+    assert time.monotonic() < end, 'workers still run'
     time.sleep(0.1)
 
 
+def test_ingestion_imports_neither_jax_nor_tensorflow():
+  script = """
+import sys
+from fluid_jax.prepare import __main__, command, ingest
+assert not {'jax', 'tensorflow', 'seqio', 'apache_beam'} & sys.modules.keys()
+"""
+  commands.run_ok('-c', script)
+
+
 def note(folder, number):
-  """Leaves this process's number, and takes its time."""
+  """Writes a file named after this process and stays busy."""
   (pathlib.Path(folder) / str(os.getpid())).touch()
   time.sleep(0.2 if number else 60)
 
 
-def test_the_command_tells_what_it_did(tmp_path):
+def test_the_command_reports_its_result(tmp_path):
   chosen = write_webdataset(tmp_path)
   with tarfile.open(tmp_path / '9.tar', 'w') as tar:
-    add(tar, 'x.png', b'no picture')
+    add(tar, 'x.png', b'not an image')
     add(tar, 'x.txt', b'a caption')
   printed = commands.run_ok(*COMMAND, f'--path={chosen.path}', f'--out={tmp_path / "out"}')
   assert 'kept 24 of 25 pairs' in printed
-  assert 'pairs left out: 1  picture cannot be decoded' in printed
+  assert 'pairs dropped: 1  image cannot be decoded' in printed
   assert 'ETA 0:00' in printed
   assert 'peak memory of a worker' in printed
   assert f'--config.data.task={tmp_path / "out"}' in printed
   (line,) = (tmp_path / 'out' / ingest.QUARANTINE).read_text().splitlines()
-  assert json.loads(line)['where'].startswith(f"{tmp_path}/9.tar: 'x.png' at 0")
-  picture = np.asarray(Image.open(tmp_path / 'out/report.png'))
-  assert (picture == (0x4A, 0x7A, 0xB5)).all(-1).any()
+  assert json.loads(line)['location'].startswith(f"{tmp_path}/9.tar: 'x.png' at 0")
+  report_image = np.asarray(Image.open(tmp_path / 'out/report.png'))
+  assert (report_image == (0x4A, 0x7A, 0xB5)).all(-1).any()
   for flags, message in (
     (('--stage=ingest',), '--out is missing'),
     ((*COMMAND[2:], f'--out={tmp_path}/o'), '--path is missing'),
     (('--stage=ingest', f'--out={tmp_path}/o', '--path=x'), '--source is missing'),
     ((), '--stage is missing'),
     (('--stage=measure',), '--config is missing'),
+    (('--stage=encode', '--config=tiny'), '--out is missing'),
+    (('--stage=ingest', '--pth=x'), 'did you mean --path?'),
     (('--stage=ingest', '--near_duplicates=9'), 'near_duplicates'),
   ):
     done = commands.run('-m', 'fluid_jax.prepare', *flags)
@@ -581,18 +597,21 @@ def test_the_command_tells_what_it_did(tmp_path):
     assert message in done.stderr
 
 
-def test_when_nothing_is_kept_it_says_why(tmp_path):
+def test_an_empty_result_is_an_error_with_reasons(tmp_path):
   chosen = write_webdataset(tmp_path)
-  with pytest.raises(errors.UserError, match=r'nothing of .* is kept \(min_side 24\)'):
-    run(tmp_path / 'out', ingest.Options(source='webdataset', path=chosen.path, min_side=99))
+  with pytest.raises(errors.UserError, match=r'no pair of .* is kept \(min_side 24\)'):
+    run(tmp_path / 'out', filters.Options(source='webdataset', path=chosen.path, min_side=99))
 
 
 def test_the_report_shows_each_counter():
-  counts = {'languages': {f'l{i}': 20 - i for i in range(20)}, 'aspect': {'1.0': 5, '2.0': 10}}
+  counts = {
+    'languages': {f'l{i}': 20 - i for i in range(20)},
+    'aspect ratio': {'1.0': 5, '2.0': 10},
+  }
   blue = (np.asarray(report.draw('täxt\u202e', counts)) == (0x4A, 0x7A, 0xB5)).all(-1)
   columns = np.split(blue, [16 + 420, 16 + 840], axis=1)
   lengths = [np.flatnonzero(c.any(1)).size for c in columns]
-  assert lengths[2] == 11 * 12  # bars of eleven languages; the twelfth line counts the others
+  assert lengths[2] == 11 * 12  # 11 languages have bars; the last line counts the others
   assert columns[0].sum() == 0
   aspect = columns[1].sum(1)
   assert aspect.max() == pytest.approx(2 * aspect[aspect > 0].min(), abs=2)
@@ -614,7 +633,7 @@ def write_coco(path, number=12):
   return captions
 
 
-def test_coco_has_five_captions_of_a_picture(tmp_path):
+def test_coco_has_five_captions_per_image(tmp_path):
   captions = write_coco(tmp_path)
   run(tmp_path / 'out', options('coco', tmp_path / 'val2014', captions=str(captions)))
   found = read_set(tmp_path / 'out')
@@ -623,40 +642,40 @@ def test_coco_has_five_captions_of_a_picture(tmp_path):
   }  # fmt: skip
 
 
-def test_an_evaluation_set_is_drawn_by_hashes_and_complete(tmp_path, monkeypatch):
+def test_evaluation_sets_are_chosen_by_hashes_and_complete(tmp_path, monkeypatch):
   captions = write_coco(tmp_path)
 
   def rank(number):
     return hashlib.sha256(str(number).encode()).hexdigest()
 
-  drawn = sorted(sorted(range(12), key=rank)[:5])
-  digest = hashlib.sha256(''.join(f'{n}\n' for n in drawn).encode()).hexdigest()
+  chosen_ids = sorted(sorted(range(12), key=rank)[:5])
+  digest = hashlib.sha256(''.join(f'{n}\n' for n in chosen_ids).encode()).hexdigest()
   monkeypatch.setitem(sources.COCO_SETS, 'coco_mini', sources.CocoSet(5, digest))
   chosen = options('coco_mini', tmp_path / 'val2014', captions=str(captions), split='validation')
-  with monkeypatch.context() as patch:  # workers would not know of it
+  with monkeypatch.context() as patch:  # worker processes do not see the patched COCO_SETS
     patch.setattr(workers, 'run', lambda f, calls, n: (f(*call) for call in calls))
     run(tmp_path / 'out', chosen)
     found = read_set(tmp_path / 'out', 'validation')
-    texts = {n: f'{n} {min(range(5), key=lambda j: rank(100 * n + j))}' for n in drawn}
+    texts = {n: f'{n} {min(range(5), key=lambda j: rank(100 * n + j))}' for n in chosen_ids}
     assert {int(k): v[1] for k, v in found.items()} == {n: [('en', t)] for n, t in texts.items()}
-    lines = ''.join(f'{n}\t{texts[n]}\n' for n in drawn)
+    lines = ''.join(f'{n}\t{texts[n]}\n' for n in chosen_ids)
     index = records.read_index(tmp_path / 'out')
     assert index['captions_sha256'] == hashlib.sha256(lines.encode()).hexdigest()
 
-    (tmp_path / 'val2014' / f'COCO_val2014_{drawn[2]:012}.png').write_bytes(b'broken')
-    with pytest.raises(errors.UserError, match='has 5 pictures and 4 of them can be had') as error:
+    (tmp_path / 'val2014' / f'COCO_val2014_{chosen_ids[2]:012}.png').write_bytes(b'corrupt')
+    with pytest.raises(errors.UserError, match='needs 5 images but only 4 are usable') as error:
       run(tmp_path / 'less', chosen)
     assert error.value.exit_code == errors.CORRUPT
     assert not (tmp_path / 'less' / records.INDEX).exists()
   monkeypatch.setitem(sources.COCO_SETS, 'coco_mini', sources.CocoSet(6, digest))
-  with pytest.raises(errors.UserError, match='gives other pictures'):
+  with pytest.raises(errors.UserError, match='gives other images'):
     chosen.open_source().rows()
   captions.write_text('[]')
-  with pytest.raises(errors.UserError, match='is no file of captions of MS-COCO'):
+  with pytest.raises(errors.UserError, match='is not a caption file of MS-COCO'):
     chosen.open_source().rows()
 
 
-def test_columns_take_the_usual_names_first():
+def test_columns_have_usual_names():
   columns = tables.Columns.parse(['text.de=titel', 'key=url'], language='en')
   row = {'caption': ['a', None], 'titel': 'ein', 'id': 3, 'url': 7, 'language': None}
   assert columns.captions(row) == (['a', 'ein'], ['en', 'de'])

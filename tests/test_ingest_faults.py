@@ -1,4 +1,4 @@
-"""Hostile input to `prepare.ingest`: nothing crashes, leaks or is lost without being counted."""
+"""Hostile input to `prepare.ingest`: no crash, no leak, and every dropped pair is counted."""
 
 import collections
 import contextlib
@@ -16,14 +16,14 @@ from etils import epath
 from PIL import Image
 
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import images, ingest
+from fluid_jax.prepare import filters, images, ingest, pairs
 
 MAX_PIXELS = 32_000_000
 
 
 @contextlib.contextmanager
 def _deadline(seconds=4):
-  """Ends what hangs, by what no `except Exception` of the package stops."""
+  """Fails a test that hangs. `pytest.fail` is not an Exception, so the package cannot catch it."""
   signal.signal(signal.SIGALRM, lambda *_: pytest.fail('hangs'))
   signal.alarm(seconds)
   try:
@@ -33,7 +33,7 @@ def _deadline(seconds=4):
 
 
 def _listing(folder):
-  """Every file below a folder, and what it holds."""
+  """Returns the content of every file below a folder."""
   return {
     str(path): path.read_bytes() if path.is_file() and not path.is_symlink() else None
     for path in sorted(folder.rglob('*'))
@@ -42,35 +42,38 @@ def _listing(folder):
 
 
 def _read(settings):
-  """Examples by key, counts and quarantine of a source, each unit sent as to a worker."""
-  options = ingest.Options(**settings)
-  counts, quarantine, kept, number = ingest.Counts(), [], {}, 0
+  """Reads a source; returns examples by key, counts and quarantine.
+
+  Units are pickled, as on the way to a worker process.
+  """
+  options = filters.Options(**settings)
+  counts, quarantine, kept, number = filters.Counts(), [], {}, 0
   with _deadline():
     for unit in options.open_source().units():
       ingest.digest_of(unit)
       unit = pickle.loads(pickle.dumps(unit))
-      for pair in ingest.read_unit(unit, options, counts, quarantine):
-        kept[pair.key.removesuffix('.jpg')] = pair.payload  # of a folder, a path
+      for pair in filters.read_unit(unit, options, counts, quarantine):
+        kept[pair.key.removesuffix('.jpg')] = pair.payload  # keys of a folder are paths
         number += 1
   assert number == sum(counts.values['pairs'].values()) - sum(
-    counts.values['pairs left out'].values()
+    counts.values['pairs dropped'].values()
   )
   return kept, counts.asdict(), quarantine
 
 
 def _check(kind, kept, counts, quarantine):
-  left_out = counts.get('pairs left out', {})
+  dropped = counts.get('pairs dropped', {})
   assert kept.keys() == kind.kept
   if kind.reason is None:
-    assert not left_out
+    assert not dropped
   elif kind.reason == hostile.ANY:
-    assert left_out
+    assert dropped
   else:
-    assert left_out[kind.reason] >= 1
+    assert dropped[kind.reason] >= 1
   lines = [json.dumps(entry) for entry in quarantine]
-  assert len(lines) == sum(n for why, n in left_out.items() if why not in ingest._FILTERS)
+  assert len(lines) == sum(n for why, n in dropped.items() if why not in filters.FILTERS)
   for entry, line in zip(quarantine, lines, strict=True):
-    assert re.search(kind.place, entry['where'], re.DOTALL), entry['where'][:300]
+    assert re.search(kind.location, entry['location'], re.DOTALL), entry['location'][:300]
     assert '\n' not in line
     assert len(line) < 10_000
   for payload in kept.values():
@@ -78,10 +81,8 @@ def _check(kind, kept, counts, quarantine):
     assert b'root:' not in payload
 
 
-#   links out of a folder, named pipes: 1, 2. Sizes, chains, cuts, checksums, offsets in a tar: 3-5.
-#   Captions, scores, keys of other types: 6-8. TFRecord lengths: 11. Tables: 12. Long names: 13.
 @pytest.mark.parametrize('name', hostile.KINDS)
-def test_hostile_pair_is_counted_and_its_neighbours_stay(name, tmp_path):
+def test_hostile_pair_is_counted_and_good_pairs_are_kept(name, tmp_path):
   kind = hostile.KINDS[name]
   settings = kind.make(tmp_path)
   before = _listing(tmp_path)
@@ -89,20 +90,20 @@ def test_hostile_pair_is_counted_and_its_neighbours_stay(name, tmp_path):
   assert _listing(tmp_path) == before
 
 
-# Not ru_maxrss, which starts from that of whoever started the process.
+# ru_maxrss would start from the peak of the parent process.
 _PEAK = r"""
 import json, re, sys
-from fluid_jax.prepare import ingest, images
+from fluid_jax.prepare import filters, images
 def peak():
   return int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) // 1024
 """
 _READ = """
-options = ingest.Options(**json.loads(sys.argv[1]))
-before, counts, quarantine, keys = peak(), ingest.Counts(), [], []
+options = filters.Options(**json.loads(sys.argv[1]))
+before, counts, quarantine, keys = peak(), filters.Counts(), [], []
 for unit in options.open_source().units():
-  for kept in ingest.read_unit(unit, options, counts, quarantine):
+  for kept in filters.read_unit(unit, options, counts, quarantine):
     keys.append(kept.key.removesuffix('.jpg'))
-print(json.dumps([keys, counts.asdict().get('pairs left out'), peak() - before]))
+print(json.dumps([keys, counts.asdict().get('pairs dropped'), peak() - before]))
 """
 
 
@@ -116,18 +117,18 @@ def test_memory_and_time_are_bounded(name, tmp_path):
   finally:
     process.kill()
   assert not process.returncode, err[-2000:]
-  keys, left_out, megabytes = json.loads(out)
+  keys, dropped, megabytes = json.loads(out)
   assert kind.kept <= set(keys)
-  assert left_out if kind.reason else not left_out
-  # Of 4 bytes a pixel up to four pictures; of all others no more than a few files of a pair.
+  assert dropped if kind.reason else not dropped
+  # An image with alpha needs up to four copies of 4 bytes per pixel; others a few files of a pair.
   assert megabytes < (16 * MAX_PIXELS >> 20) + 100 if 'alpha' in name else megabytes < 300
 
 
-# --- pictures ---
+# --- images ---
 
 
 def _stored(data, **options):
-  """A picture as it is stored, decoded: uint8 array, and what was repaired."""
+  """Returns an image as stored, decoded to uint8, and its repairs."""
   read = images.read(data, max_pixels=MAX_PIXELS, **options)
   image = Image.open(io.BytesIO(read.data))
   assert image.mode in ('RGB', 'L')
@@ -136,9 +137,9 @@ def _stored(data, **options):
   return np.asarray(image), read.repairs
 
 
-@pytest.mark.parametrize('name', hostile.PICTURES)
-def test_picture_is_refused(name):
-  make, reason = hostile.PICTURES[name]
+@pytest.mark.parametrize('name', hostile.IMAGES)
+def test_invalid_images_are_rejected(name):
+  make, reason = hostile.IMAGES[name]
   with pytest.raises(images.RejectedError) as error:
     images.read(make(), max_pixels=MAX_PIXELS)
   assert error.value.reason == reason
@@ -146,36 +147,36 @@ def test_picture_is_refused(name):
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_turned_pictures_are_stored_upright(kind, orientation):
-  upright = hostile.picture(size=(48, 32))
-  turn = {
+def test_images_are_stored_upright(kind, orientation):
+  upright = hostile.image(size=(48, 32))
+  transposes = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,  # shown by a quarter turn clockwise, so that it lies otherwise
+    6: Image.Transpose.ROTATE_90,  # viewers rotate it by 90 degrees clockwise
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
   }
-  lying = upright.transpose(turn[orientation]) if orientation > 1 else upright
+  rotated = upright.transpose(transposes[orientation]) if orientation > 1 else upright
   options = {'quality': 95} if kind != 'PNG' else {}
-  data = hostile.encode(lying, kind, exif=hostile.exif(orientation), **options)
+  data = hostile.encode(rotated, kind, exif=hostile.exif(orientation), **options)
   stored, repairs = _stored(data)
-  assert repairs == (('turned',) if orientation > 1 else ())
+  assert repairs == (('orientation',) if orientation > 1 else ())
   assert np.abs(stored.astype(int) - np.asarray(upright)).max() <= (0 if kind == 'PNG' else 24)
 
 
 @pytest.mark.parametrize('name', hostile.UNWRITABLE_EXIF)
-def test_turned_picture_with_exif_that_cannot_be_written_again(name):
+def test_orientation_with_exif_that_pillow_cannot_write(name):
   exif = hostile.exif(6, hostile.UNWRITABLE_EXIF[name])
-  data = hostile.encode(hostile.picture(size=(48, 32)), exif=exif)
+  data = hostile.encode(hostile.image(size=(48, 32)), exif=exif)
   assert _stored(data)[0].shape == (48, 32, 3)
 
 
-@pytest.mark.filterwarnings('ignore:.*:UserWarning')  # of Pillow, when it reads what is stored
-def test_random_exif_is_read_or_left_out():
+@pytest.mark.filterwarnings('ignore:.*:UserWarning')  # from Pillow, when it reads the stored image
+def test_random_exif_is_read_or_ignored():
   rng = np.random.default_rng(0)
-  good = hostile.encode(hostile.picture(), exif=hostile.exif(6, (0x011A, 5, 1, bytes(4))))
+  good = hostile.encode(hostile.image(), exif=hostile.exif(6, (0x011A, 5, 1, bytes(4))))
   for _ in range(300):
     data = bytearray(good)
     for i in rng.integers(30, 70, 3):
@@ -184,7 +185,7 @@ def test_random_exif_is_read_or_left_out():
       _stored(bytes(data))
 
 
-def test_cmyk():
+def test_cmyk_is_converted_to_rgb():
   colors = {(0, 255, 255, 0): (255, 0, 0), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
   for cmyk, rgb in colors.items():
     stored, repairs = _stored(hostile.encode(Image.new('CMYK', (16, 16), cmyk), quality=95))
@@ -192,14 +193,14 @@ def test_cmyk():
     np.testing.assert_allclose(stored.reshape(-1, 3), np.tile(rgb, (256, 1)), atol=6)
 
 
-def test_gray_of_16_bits():
+def test_gray_of_16_bits_is_converted_to_8():
   values = np.random.default_rng(0).integers(0, 2**16, (20, 30)).astype(np.uint16)
   stored, repairs = _stored(hostile.encode(Image.fromarray(values), 'PNG'))
   assert repairs == ('16 bits',)
   np.testing.assert_array_equal(stored, values >> 8)
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_is_composited_on_white():
   rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4)).astype(np.uint8)
   alpha = rgba[..., 3:] / 255
   expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -216,8 +217,8 @@ def test_transparency_is_laid_on_white():
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'P'])
-def test_modes_and_formats_that_are_stored_otherwise(mode):
-  image = hostile.picture().convert(mode)
+def test_other_modes_and_formats_are_converted(mode):
+  image = hostile.image().convert(mode)
   expected = np.asarray(image.convert('RGB'))
   for kind in ('PNG', 'GIF', 'BMP'):
     stored, _ = _stored(hostile.encode(image, kind))
@@ -225,13 +226,13 @@ def test_modes_and_formats_that_are_stored_otherwise(mode):
     np.testing.assert_array_equal(shown, expected, kind)
 
 
-def test_png_with_a_flipped_bit_is_refused_or_shows_alike_in_tensorflow():
+def test_png_with_a_flipped_bit_is_rejected_or_decoded_alike_by_tensorflow():
   import tensorflow as tf
 
-  whole = hostile.encode(hostile.picture(), 'PNG')
-  start = whole.index(b'IDAT') + 4
+  valid = hostile.encode(hostile.image(), 'PNG')
+  start = valid.index(b'IDAT') + 4
   for i in range(start + 40, start + 200, 7):
-    data = whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :]
+    data = valid[:i] + bytes([valid[i] ^ 1]) + valid[i + 1 :]
     try:
       read = images.read(data, max_pixels=MAX_PIXELS)
     except images.RejectedError:
@@ -240,7 +241,7 @@ def test_png_with_a_flipped_bit_is_refused_or_shows_alike_in_tensorflow():
     np.testing.assert_array_equal(decoded, np.asarray(read.image.convert('RGB')))
 
 
-def test_bombs_are_refused_from_their_headers(tmp_path):
+def test_decompression_bombs_are_rejected_by_their_headers(tmp_path):
   code = """
 before = peak()
 for path in sys.argv[1:]:
@@ -249,14 +250,16 @@ for path in sys.argv[1:]:
   except images.RejectedError as error:
     print(error.reason, peak() - before)
 """
-  for name, (make, _) in hostile.PICTURES.items():
+  for name, (make, _) in hostile.IMAGES.items():
     if 'bomb' in name or 'pixels' in name:
       (tmp_path / name.replace(' ', '-')).write_bytes(make())
   files = sorted(map(str, tmp_path.iterdir()))
   assert len(files) >= 7
   lines = commands.run_ok('-c', _PEAK + code, *files).splitlines()
   assert len(lines) == len(files)
-  assert max(int(line.split()[-1]) for line in lines) < 40  # MB; one bomb decoded is 100 and more
+  assert (
+    max(int(line.split()[-1]) for line in lines) < 40
+  )  # MB; decoding one bomb takes 100 or more
 
 
 # --- captions ---
@@ -268,28 +271,28 @@ CAPTIONS = {
   'right to left': ('שלום עולם', 'שלום עולם'),
   'right-to-left mark': ('a\u200f!', 'a\u200f!'),
   'byte-order mark': ('\ufeffcaption', 'caption'),
-  'composed': ('e\u0301', '\u00e9'),
-  'composed once cleaned': ('e\u202e\u0301', '\u00e9'),
+  'decomposed': ('e\u0301', '\u00e9'),
+  'decomposed around an override': ('e\u202e\u0301', '\u00e9'),
   'joined emoji': ('👩‍🚀', '👩‍🚀'),
   'line separator': ('a\u2028b', 'a b'),
   'empty': ('', 'no caption'),
   'white space': (' \t\u3000\n', 'no caption'),
-  'overrides alone': ('\u202e\u202d', 'no caption'),
+  'only overrides': ('\u202e\u202d', 'no caption'),
   'one megabyte': ('x' * 1_000_000, 'max_caption'),
   'too long': ('x' * 2001, 'max_caption'),
-  'combining': ('a' + '\u0301\u0316' * 15_000, 'max_caption'),
+  'combining marks': ('a' + '\u0301\u0316' * 15_000, 'max_caption'),
 }
 
 
 def _examine(text, **options):
-  pair = ingest.sources.Pair('here', 'key', hostile.encode(hostile.picture()), [text], ['en'], None)
-  options = ingest.Options(source='folder', path='', **options)
-  return examples.decode(ingest.examine(pair, options, ingest.Counts()).payload)
+  pair = pairs.Pair('here', 'key', hostile.encode(hostile.image()), [text], ['en'], None)
+  options = filters.Options(source='folder', path='', **options)
+  return examples.decode(filters.examine(pair, options, filters.Counts()).payload)
 
 
 @pytest.mark.parametrize('as_bytes', [False, True])
 @pytest.mark.parametrize('name', CAPTIONS)
-def test_captions(name, as_bytes):
+def test_captions_are_cleaned_or_rejected(name, as_bytes):
   text, expected = CAPTIONS[name]
   text = text.encode() if as_bytes else text
   if expected in ('no caption', 'max_caption'):
@@ -300,14 +303,14 @@ def test_captions(name, as_bytes):
 
 
 @pytest.mark.parametrize('text', [b'\xff', b'\xc3', 'a\udcff', '\ud800', b'\xed\xa0\x80'])
-def test_captions_that_are_not_utf8(text):
+def test_captions_that_are_not_utf8_are_rejected(text):
   with pytest.raises(images.RejectedError, match='caption is not UTF-8'):
     _examine(text)
 
 
 @pytest.mark.parametrize('column', ['caption', 'key', 'lang'])
 @pytest.mark.parametrize('value', ['5', '1.5', 'NaN', 'true', 'null', '{}', '[]', '[[]]', '[5]'])
-def test_json_values_of_other_types(column, value, tmp_path):
+def test_json_values_of_wrong_types_are_counted(column, value, tmp_path):
   deep = {'caption': '"c"'} | {column: value}
   text = '{' + ', '.join(f'"{k}": {v}' for k, v in deep.items()) + '}'
   kept, counts, quarantine = _read(hostile.of_json(text).make(tmp_path))
@@ -320,7 +323,7 @@ def test_json_values_of_other_types(column, value, tmp_path):
   [('0', -1.0, True), ('0.0', 0.0, True), ('1', 1.0, True), ('-1', 0.0, False)]
   + [(value, -1e9, False) for value in ('NaN', 'null', '"x"')],
 )
-def test_scores(score, least, is_kept, tmp_path):
+def test_min_score_handles_unusual_scores(score, least, is_kept, tmp_path):
   settings = hostile.of_json(f'{{"caption": "c", "s": {score}}}').make(tmp_path)
   kept, _, _ = _read(settings | {'columns': ('score=s',), 'min_score': least})
   assert kept.keys() == ({'odd'} if is_kept else set())
@@ -334,35 +337,35 @@ def _scan(path, data):
   return list(records.scan(epath.Path(path), 1 << 20))
 
 
-def test_a_flipped_bit_loses_its_record_alone(tmp_path):
+def test_a_flipped_bit_costs_one_record(tmp_path):
   payloads = [b'first', b'second', b'third']
   encoded = [hostile.record(payload) for payload in payloads]
   start, end = len(encoded[0]), len(encoded[0]) + len(encoded[1])
-  whole = b''.join(encoded)
+  valid = b''.join(encoded)
   for bit in range(8 * start, 8 * end):
-    data = bytearray(whole)
+    data = bytearray(valid)
     data[bit // 8] ^= 1 << bit % 8
-    (_, first), (offset, why), (place, third) = _scan(tmp_path / 'r', bytes(data))
+    (_, first), (offset, fault), (next_offset, third) = _scan(tmp_path / 'r', bytes(data))
     assert (first, third) == (b'first', b'third')
-    assert (offset, place) == (start, end)
-    assert why in ('record is corrupt', 'record has a corrupt header')
+    assert (offset, next_offset) == (start, end)
+    assert fault in ('record is corrupt', 'record has a corrupt header')
 
 
-def test_every_truncation_keeps_what_is_whole(tmp_path):
+def test_truncated_files_keep_their_complete_records(tmp_path):
   payloads = [b'first', b'second', b'third']
   encoded = [hostile.record(payload) for payload in payloads]
-  whole, ends = b''.join(encoded), np.cumsum([len(e) for e in encoded]).tolist()
-  for size in range(len(whole) + 1):
-    found = _scan(tmp_path / 'r', whole[:size])
-    num_whole = sum(end <= size for end in ends)
-    assert [payload for _, payload in found[:num_whole]] == payloads[:num_whole]
-    rest = [] if size in (0, *ends) else [([0, *ends][num_whole], 'record is truncated')]
-    assert found[num_whole:] == rest
+  valid, ends = b''.join(encoded), np.cumsum([len(e) for e in encoded]).tolist()
+  for size in range(len(valid) + 1):
+    found = _scan(tmp_path / 'r', valid[:size])
+    num_complete = sum(end <= size for end in ends)
+    assert [payload for _, payload in found[:num_complete]] == payloads[:num_complete]
+    rest = [] if size in (0, *ends) else [([0, *ends][num_complete], 'record is truncated')]
+    assert found[num_complete:] == rest
 
 
 @pytest.mark.parametrize('size', [1, 3, 8, 11, 12, 13, 100, (1 << 20) - 20, 1 << 20])
 @pytest.mark.parametrize('fill', ['random', 0xFF])
-def test_records_behind_garbage_are_found(size, fill, tmp_path):
+def test_records_after_garbage_are_found(size, fill, tmp_path):
   garbage = np.random.default_rng(size).bytes(size) if fill == 'random' else bytes([fill]) * size
   first, second = hostile.record(b'first'), hostile.record(b'second')
   found = _scan(tmp_path / 'r', first + garbage + second + garbage)
@@ -376,8 +379,8 @@ def test_records_behind_garbage_are_found(size, fill, tmp_path):
 # --- the command ---
 
 
-def test_the_command_over_a_tar_of_everything(tmp_path):
-  """All that leaves an archive legible, and an end within a member, in one file."""
+def test_the_command_with_all_faults_in_one_tar(tmp_path):
+  """Uses every fault after which a tar can still be read, and a truncated last member."""
   inner, expected = [], collections.Counter()
   for number, (name, kind) in enumerate(hostile.TARS.items()):
     settings = kind.make(hostile.folder(tmp_path, f'{number} {name}'))
@@ -388,8 +391,8 @@ def test_the_command_over_a_tar_of_everything(tmp_path):
       inner.append(hostile.pair(f'good-{len(inner)}', text=b'caption %d' % len(inner)))
       expected[kind.reason] += 1
   (tmp_path / 'all').mkdir()
-  whole = b''.join(inner) + hostile.pair('twice') + hostile.BEFORE + hostile.pair('twice')
-  (tmp_path / 'all/shard.tar').write_bytes(whole + hostile.pair('cut')[:700])
+  data = b''.join(inner) + hostile.pair('twice') + hostile.BEFORE + hostile.pair('twice')
+  (tmp_path / 'all/shard.tar').write_bytes(data + hostile.pair('truncated')[:700])
   hostile.start(hostile.folder(tmp_path, 'canaries'))
   before, out = _listing(tmp_path), tmp_path / 'out'
   flags = ['--stage=ingest', '--source=webdataset', f'--path={tmp_path}/all/*.tar', '--workers=1']
@@ -397,17 +400,17 @@ def test_the_command_over_a_tar_of_everything(tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'Traceback' not in done.stderr
   counts = json.loads((out / 'index.json').read_text())['counts']
-  left_out = counts['pairs left out']
+  dropped = counts['pairs dropped']
   for reason, number in expected.items():
-    assert left_out[reason] >= number, reason
-  assert left_out['duplicate key'] == 1
-  assert left_out['archive is broken'] == 1
+    assert dropped[reason] >= number, reason
+  assert dropped['duplicate key'] == 1
+  assert dropped['archive is corrupt'] == 1
   keys = records.Records(out, 'train').keys
   assert {f'good-{2 * i + 1}' for i in range(len(inner) // 2)} <= set(keys)
   assert counts['pairs']['kept'] == len(keys) == len(inner) // 2 + 2
   quarantine = [json.loads(line) for line in (out / ingest.QUARANTINE).read_text().splitlines()]
-  assert len(quarantine) == sum(left_out.values()) - left_out['duplicate key']
-  assert all('all/shard.tar: ' in entry['where'] for entry in quarantine)
+  assert len(quarantine) == sum(dropped.values()) - dropped['duplicate key']
+  assert all('all/shard.tar: ' in entry['location'] for entry in quarantine)
   after = _listing(tmp_path)
   written = {name: data for name, data in after.items() if name not in before}
   assert {name: after[name] for name in before} == before

@@ -1,1 +1,1 @@
-"""Prepares data for training: ingestion, encoding, inspection."""
+"""Data preparation: ingestion, encoding, and inspection of training batches."""

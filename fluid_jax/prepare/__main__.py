@@ -1,5 +1,7 @@
 from fluid_jax import errors
-from fluid_jax.prepare import command
 
 if __name__ == '__main__':
-  errors.run(command.run)
+  # Worker processes of the ingestion import this module too, and need nothing of the command.
+  from fluid_jax.prepare import command
+
+  errors.run(command.main)

@@ -1,11 +1,12 @@
-"""`prepare.ingest` as an Apache Beam pipeline, for clusters; the extra [beam].
+"""Runs `prepare.ingest` as an Apache Beam pipeline, for clusters; needs the extra [beam].
 
   python -m fluid_jax.prepare --stage=ingest --source=webdataset --path='gs://in/*.tar' \\
       --out=gs://out --beam='--runner=DataflowRunner --project=... --region=...'
 
-The same functions examine pairs and write shards, so the set has the same bytes as the one that the
-processes of one machine make. A worker holds a shard at a time, and its hashes for near duplicates.
-With no --runner it runs in this process, as the tests do.
+The pipeline calls the functions of `prepare.ingest`, so the set has the same bytes as a set written
+by the worker processes of one machine. A Beam worker holds the payloads of one shard in memory, and
+one group of hashes when it searches for near-duplicates. Without --runner the pipeline runs in this
+process, as in the tests.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ from apache_beam.options import pipeline_options
 from etils import epath
 
 from fluid_jax import files
-from fluid_jax.prepare import images, ingest, record_writer
+from fluid_jax.prepare import filters, images, ingest, record_writer
 
-# A pair that is kept: its unit and place there, and all of `ingest.Kept`.
+# A kept pair: the number of its unit, its number in the unit, and the fields of `KeptPair`.
 _Row = tuple[int, int, tuple]
 
 
 class _Examine(beam.DoFn):
-  """(number, unit) to rows, with counts and faults beside them."""
+  """Turns (number, unit) into rows, with tagged outputs for counts and faults."""
 
   COUNTS, FAULTS = 'counts', 'faults'
 
-  def __init__(self, options: ingest.Options):
+  def __init__(self, options: filters.Options):
     self._options = options
 
   def process(self, numbered: tuple[int, Any]) -> Iterator[Any]:
     number, unit = numbered
-    counts, quarantine = ingest.Counts(), []
-    for place, kept in enumerate(ingest.read_unit(unit, self._options, counts, quarantine)):
-      yield number, place, tuple(kept)
+    counts, quarantine = filters.Counts(), []
+    for index, pair in enumerate(filters.read_unit(unit, self._options, counts, quarantine)):
+      yield number, index, tuple(pair)
     yield beam.pvalue.TaggedOutput(self.COUNTS, counts.asdict())
-    for at, entry in enumerate(quarantine):
-      yield beam.pvalue.TaggedOutput(self.FAULTS, (number, at, json.dumps(entry)))
+    for index, entry in enumerate(quarantine):
+      yield beam.pvalue.TaggedOutput(self.FAULTS, (number, index, json.dumps(entry)))
 
 
 class _Sum(beam.CombineFn):
-  """Sums `ingest.Counts`."""
+  """Sums the values of `filters.Counts`."""
 
   def create_accumulator(self) -> dict:
     return {}
@@ -54,7 +55,7 @@ class _Sum(beam.CombineFn):
     return self.merge_accumulators([total, counts])
 
   def merge_accumulators(self, parts: Iterable[dict]) -> dict:
-    total = ingest.Counts()
+    total = filters.Counts()
     for part in parts:
       total.merge(part)
     return total.asdict()
@@ -63,135 +64,148 @@ class _Sum(beam.CombineFn):
     return total
 
 
+def _by_order(row: _Row) -> tuple[int, _Row]:
+  return filters.KeptPair(*row[2]).order, row
+
+
 def _first(group: tuple[int, Iterable[_Row]]) -> _Row:
-  # By `GroupByKey`, as a combiner would hold many payloads on its way.
+  # Applied after GroupByKey, because a combiner would hold many payloads in memory.
   return min(group[1], key=lambda row: row[:2])
 
 
 def _pieces(row: _Row, distance: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-  """(which piece, its bits) and what is to be compared: order and perceptual hash."""
-  kept = ingest.Kept(*row[2])
-  for number, piece in enumerate(images.pieces(np.array([kept.perceptual], np.uint64), distance)):
-    yield (number, int(piece[0])), (kept.order, kept.perceptual)
+  """Yields (number of the piece, its bits) and the values to compare: order and hash."""
+  pair = filters.KeptPair(*row[2])
+  for number, piece in enumerate(images.pieces(np.array([pair.perceptual], np.uint64), distance)):
+    yield (number, int(piece[0])), (pair.order, pair.perceptual)
 
 
-def _alike(
+def _near_duplicates(
   group: tuple[Any, Iterable[tuple[int, int]]], distance: int
 ) -> Iterator[tuple[int, None]]:
-  """The places in the order of those that are like an earlier one of their group."""
+  """Yields the order of each pair that is a near-duplicate of an earlier pair of its group."""
   order, perceptual = np.array(sorted(set(group[1])), np.uint64).T
   for dropped in order[images.near_duplicates(order, perceptual, distance)].tolist():
     yield dropped, None
 
 
-def _unless_alike(grouped: tuple[int, dict[str, list]]) -> Iterator[_Row]:
-  if not grouped[1]['alike']:
+def _keep_unless_near(grouped: tuple[int, dict[str, list]]) -> Iterator[_Row]:
+  if not grouped[1]['near']:
     yield from grouped[1]['rows']
 
 
-def _by_shard(row: _Row, sizes: dict[str, int], shard_bytes: int) -> tuple[tuple[str, int], tuple]:
-  kept = ingest.Kept(*row[2])
-  count = ingest.num_shards(sizes[kept.split], shard_bytes)
-  number = ingest.shard_of(np.array([kept.order], np.uint64), count)
-  return (kept.split, int(number[0])), (kept.order, kept.payload)
-
-
-def _write(shard: tuple[tuple[str, int], Iterable[tuple[int, bytes]]], out: str) -> tuple[str, int]:
-  (split, number), payloads = shard
-  facts = json.loads((epath.Path(out) / 'begun.json').read_text())
-  ordered = (ingest.as_written(payload) for _, payload in sorted(payloads))
-  record_writer.Writer(out, **facts).write(split, number, ordered)
-  return split, number
-
-
-def _save(name: str, out: str) -> Any:
-  """A step that writes the one JSON value it is given."""
-  return beam.Map(
-    lambda value: files.write(epath.Path(out) / 'work' / name, json.dumps(value), is_shared=True)
+def _drop_near_duplicates(rows: beam.PCollection, distance: int) -> beam.PCollection:
+  """Drops each pair that is a near-duplicate of an earlier one, see `images.near_duplicates`."""
+  near = (
+    rows
+    | 'pieces' >> beam.FlatMap(_pieces, distance)
+    | 'group by piece' >> beam.GroupByKey()
+    | 'near duplicates' >> beam.FlatMap(_near_duplicates, distance)
+  )
+  keyed = rows | 'key kept by order' >> beam.Map(_by_order)
+  return (
+    {'rows': keyed, 'near': near}
+    | 'join near duplicates' >> beam.CoGroupByKey()
+    | 'keep unless near' >> beam.FlatMap(_keep_unless_near)
   )
 
 
-def run(options: ingest.Options, out: str, flags: list[str]) -> None:
-  """Writes the set; what there is of it is written anew.
+def _by_shard(row: _Row, sizes: dict[str, int], shard_bytes: int) -> tuple[tuple[str, int], tuple]:
+  pair = filters.KeptPair(*row[2])
+  count = ingest.num_shards(sizes[pair.split], shard_bytes)
+  number = ingest.shard_of(np.array([pair.order], np.uint64), count)
+  return (pair.split, int(number[0])), (pair.order, pair.payload)
+
+
+def _write_shard(
+  shard: tuple[tuple[str, int], Iterable[tuple[int, bytes]]], out: str
+) -> tuple[str, int]:
+  (split, number), payloads = shard
+  metadata = json.loads((epath.Path(out) / 'begun.json').read_text())
+  ordered = (ingest.to_record(payload) for _, payload in sorted(payloads))
+  record_writer.Writer(out, **metadata).write(split, number, ordered)
+  return split, number
+
+
+def _write_shards(rows: beam.PCollection, options: filters.Options, out: str) -> beam.PCollection:
+  """Writes all shards; returns one list of their splits and numbers."""
+  sizes = beam.pvalue.AsDict(
+    rows
+    | 'payload bytes' >> beam.Map(lambda row: (row[2][0], len(row[2][3])))
+    | 'bytes per split' >> beam.CombinePerKey(sum)
+  )
+  return (
+    rows
+    | 'key by shard' >> beam.Map(_by_shard, sizes, options.shard_bytes)
+    | 'group by shard' >> beam.GroupByKey()
+    | 'write shard' >> beam.Map(_write_shard, out)
+    | 'list shards' >> beam.combiners.ToList()
+  )
+
+
+def _save(name: str, out: str) -> beam.PTransform:
+  """Returns a step that writes its one JSON value to `out`/work/NAME.json."""
+  return f'save {name}' >> beam.Map(
+    lambda value: files.write(
+      epath.Path(out) / 'work' / f'{name}.json', json.dumps(value), is_shared=True
+    )
+  )
+
+
+def _build(pipeline: beam.Pipeline, options: filters.Options, out: str) -> None:
+  """Adds all steps to a pipeline."""
+  found = (
+    pipeline
+    | 'options' >> beam.Create([options])
+    | 'units' >> beam.FlatMap(lambda chosen: enumerate(chosen.open_source().units()))
+    | 'distribute' >> beam.Reshuffle()
+    | 'examine'
+    >> beam.ParDo(_Examine(options)).with_outputs(_Examine.COUNTS, _Examine.FAULTS, main='rows')
+  )
+  unique = (
+    found.rows
+    | 'key by order' >> beam.Map(_by_order)
+    | 'group by order' >> beam.GroupByKey()
+    | 'first of a key' >> beam.Map(_first)
+  )
+  kept = unique
+  if options.near_duplicates >= 0:
+    kept = _drop_near_duplicates(unique, options.near_duplicates)
+  _ = _write_shards(kept, options, out) | _save('shards', out)
+  for name, rows in (('passed', found.rows), ('unique', unique), ('kept', kept)):
+    _ = rows | f'count {name}' >> beam.combiners.Count.Globally() | _save(name, out)
+  _ = found[_Examine.COUNTS] | 'sum counts' >> beam.CombineGlobally(_Sum()) | _save('counts', out)
+  _ = found[_Examine.FAULTS] | 'list faults' >> beam.combiners.ToList() | _save('faults', out)
+
+
+def run(options: filters.Options, out: str, flags: list[str]) -> None:
+  """Writes a set. Unlike `ingest.run` it does not resume: it writes all shards again.
 
   Args:
     options: checked.
-    out: the set's directory, which all workers reach.
-    flags: Beam's, such as --runner=DataflowRunner.
+    out: the folder of the set; all workers must be able to reach it.
+    flags: of Beam, such as --runner=DataflowRunner.
 
   Raises:
-    UserError: the source is not there, or the directory holds another set.
+    UserError: the source is missing, or the folder holds another set.
   """
   source, work = options.open_source(), epath.Path(out) / 'work'
-  writer = record_writer.Writer(out, **ingest.facts_of(options))
+  writer = record_writer.Writer(out, **ingest.metadata_of(options))
   work.mkdir(exist_ok=True)
-  # Not the default runner, which first downloads a program that is not Python's.
+  # Beam's default runner would first download a program that is not part of the Python package.
   runner = {} if any(f.startswith('--runner') for f in flags) else {'runner': 'FnApiRunner'}
   with beam.Pipeline(options=pipeline_options.PipelineOptions(flags, **runner)) as pipeline:
-    found = (
-      pipeline
-      | 'options' >> beam.Create([options])
-      | 'units' >> beam.FlatMap(lambda chosen: enumerate(chosen.open_source().units()))
-      | 'to workers' >> beam.Reshuffle()
-      | 'examine'
-      >> beam.ParDo(_Examine(options)).with_outputs(_Examine.COUNTS, _Examine.FAULTS, main='rows')
-    )
-    by_order = found.rows | 'order' >> beam.Map(lambda row: (row[2][2], row))
-    rows = by_order | 'same key' >> beam.GroupByKey() | 'one of a key' >> beam.Map(_first)
-    twins = {'read': found.rows, 'one of a key': rows}
-    if options.near_duplicates >= 0:
-      alike = (
-        rows
-        | 'pieces' >> beam.FlatMap(_pieces, options.near_duplicates)
-        | 'same piece' >> beam.GroupByKey()
-        | 'alike' >> beam.FlatMap(_alike, options.near_duplicates)
-      )
-      keyed = rows | 'order again' >> beam.Map(lambda row: (row[2][2], row))
-      rows = (
-        {'rows': keyed, 'alike': alike}
-        | 'with alike' >> beam.CoGroupByKey()
-        | 'unless alike' >> beam.FlatMap(_unless_alike)
-      )
-    twins['kept'] = rows
-    sizes = beam.pvalue.AsDict(
-      rows
-      | 'bytes' >> beam.Map(lambda row: (row[2][0], len(row[2][3])))
-      | 'bytes of a split' >> beam.CombinePerKey(sum)
-    )
-    (
-      rows
-      | 'shard' >> beam.Map(_by_shard, sizes, options.shard_bytes)
-      | 'same shard' >> beam.GroupByKey()
-      | 'write' >> beam.Map(_write, out)
-      | 'shards' >> beam.combiners.ToList()
-      | 'save shards' >> _save('shards.json', out)
-    )
-    for name, part in twins.items():
-      _ = (
-        part
-        | f'count {name}' >> beam.combiners.Count.Globally()
-        | f'save {name}' >> _save(f'{name}.json', out)
-      )
-    _ = (
-      found[_Examine.COUNTS]
-      | 'sum' >> beam.CombineGlobally(_Sum())
-      | 'save counts' >> _save('counts.json', out)
-    )
-    _ = (
-      found[_Examine.FAULTS]
-      | 'faults' >> beam.combiners.ToList()
-      | 'save faults' >> _save('faults.json', out)
-    )
+    _build(pipeline, options, out)
 
   def saved(name: str) -> Any:
     return json.loads((work / f'{name}.json').read_text())
 
-  counts = ingest.Counts()
+  counts = filters.Counts()
   counts.merge(saved('counts'))
-  kept = saved('kept')
-  counts.add('pairs left out', 'duplicate key', saved('read') - saved('one of a key'))
+  passed, unique, kept = saved('passed'), saved('unique'), saved('kept')
+  counts.add('pairs dropped', 'duplicate key', passed - unique)
   if options.near_duplicates >= 0:
-    counts.add('pairs left out', 'near duplicate', saved('one of a key') - kept)
+    counts.add('pairs dropped', 'near duplicate', unique - kept)
   counts.add('pairs', 'kept', kept)
   lines = [line + '\n' for _, _, line in sorted(map(tuple, saved('faults')))]
   (epath.Path(out) / ingest.QUARANTINE).write_text(''.join(lines))

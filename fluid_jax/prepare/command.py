@@ -1,179 +1,274 @@
-"""Prepares data once, so that training need not.
+"""The command `python -m fluid_jax.prepare`; see its --help."""
+
+import csv
+import dataclasses
+import os
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+
+from fluid_jax import cli, errors, metrics
+from fluid_jax import config as config_lib
+from fluid_jax.data import records
+from fluid_jax.prepare import filters, images, ingest, sources, tables
+
+_DESCRIPTION = """\
+Prepares data for training, once and in advance.
 
   python -m fluid_jax.prepare --stage=ingest --source=webdataset --path='in/*.tar' --out=DIR
   python -m fluid_jax.prepare --stage=encode --config=CONFIG --out=DIR
   python -m fluid_jax.prepare --stage=measure --config=CONFIG
 
-`ingest` turns pairs of pictures and captions into a record set: checked, filtered, shuffled. Train
-on it with --config.data.task=DIR. `encode` runs the config's frozen encoders over a task and writes
-what they make of it. Both go on where they were cut off. `measure` prints the means and scales that
-bring latents to mean 0 and variance 1, and writes nothing.
-"""
+ingest turns image-caption pairs into a record set that is checked, filtered and shuffled. To train
+on it, use --config.data.task=DIR. encode runs the frozen encoders of a config over its task and
+stores their outputs. Both stages resume if they are interrupted and run again. measure prints the
+mean and scale that normalise each latent channel to mean 0 and variance 1; it writes nothing."""
 
-import dataclasses
-import os
-import shlex
-import sys
-
-from absl import flags
-
-from fluid_jax import errors, main, metrics
-from fluid_jax.data import records
-from fluid_jax.prepare import images, ingest, sources, tables
-
-_STAGE = flags.DEFINE_enum('stage', None, ['ingest', 'encode', 'measure'], 'What to do.')
-_OUT = flags.DEFINE_string('out', None, 'Where the set goes: a folder, or in a bucket.')
-_NUM_EXAMPLES = flags.DEFINE_integer(
-  'num_examples', 10_000, 'measure: how many training examples it reads.', lower_bound=1
-)
-flags.DEFINE_enum('source', None, [*sources.SOURCES, *sources.COCO_SETS], 'ingest: the format.')
-flags.DEFINE_string(
-  'path',
-  None,
-  "ingest: the folder of pictures; the files, as in 'in/*.tar'; or TFDS' NAME or NAME:SPLIT.",
-)
-flags.DEFINE_string(
-  'captions', '', "ingest: a folder's CSV, TSV, JSON lines or Parquet, or COCO's JSON."
-)
-flags.DEFINE_list(
-  'columns',
-  [],
-  'ingest: what columns hold: image=, text=, text.fr= (captions in French), key=, lang=, score=, '
-  'where their names are not the usual ones.',
-)
-flags.DEFINE_string('language', tables.UNKNOWN, 'ingest: of captions whose source tells none.')
-flags.DEFINE_string('split', None, 'ingest: the split of the set. Default: train.')
-flags.DEFINE_float(
-  'validation_fraction',
-  None,
-  'ingest: share of the pairs to hold out. Default: 0.01 of a set to train on.',
-  lower_bound=0,
-  upper_bound=0.5,
-)
-flags.DEFINE_integer('min_side', 1, 'ingest: pixels of the shorter side, at least.', lower_bound=1)
-flags.DEFINE_float('max_aspect', 0.0, 'ingest: longer over shorter side, at most; 0: any.', 0)
-flags.DEFINE_integer(
-  'store_side', 0, 'ingest: makes pictures whose shorter side is longer so small; 0: none.', 0
-)
-flags.DEFINE_integer('max_pixels', 32_000_000, 'ingest: of a picture, before decoding.', 1)
-flags.DEFINE_integer('max_bytes', 50_000_000, 'ingest: of a file, before reading.', 1)
-flags.DEFINE_integer('min_caption', 1, 'ingest: characters of a caption, at least.', 1)
-flags.DEFINE_integer('max_caption', 2000, 'ingest: characters of a caption, at most.', 1)
-flags.DEFINE_list('languages', [], 'ingest: of the captions that are kept; empty: all.')
-flags.DEFINE_float('min_score', None, 'ingest: value of the score column, at least.')
-flags.DEFINE_integer(
-  'near_duplicates',
-  -1,
-  'ingest: keeps one of pictures whose 64-bit perceptual hashes differ in so few bits; -1: all.',
-  lower_bound=-1,
-  upper_bound=images.MAX_DISTANCE,
-)
-flags.DEFINE_integer('shard_bytes', 256 << 20, 'ingest: of a shard, about.', lower_bound=1)
-_WORKERS = flags.DEFINE_integer('workers', os.cpu_count(), 'ingest: processes.', lower_bound=1)
-_BEAM = flags.DEFINE_string(
-  'beam', None, "ingest: as an Apache Beam pipeline, with these options, as in '--runner=...'."
+_UNITS = {'examine': 'units', 'gather': 'shards'}  # of the progress of each pass
+_PATH_ERRORS = (
+  FileNotFoundError,
+  FileExistsError,
+  PermissionError,
+  IsADirectoryError,
+  NotADirectoryError,
 )
 
 
-def _options() -> ingest.Options:
-  """From the flags, which have the names of the fields."""
-  values = {
-    field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(ingest.Options)
-  }
+def _words(text: str) -> tuple[str, ...]:
+  """Splits a comma-separated flag; a word with a comma may be quoted."""
+  return tuple(word.strip() for word in next(csv.reader([text]), ()))
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser('python -m fluid_jax.prepare', _DESCRIPTION, settings=config_lib.Config)
+  parser.add_argument('--stage', choices=['ingest', 'encode', 'measure'], help='what to do')
+  parser.add_argument(
+    '--out', metavar='DIR', help='ingest and encode: folder of the new set, local or in a bucket'
+  )
+  group = parser.add_argument_group('encode and measure (--config is required)')
+  cli.add_process_flags(group)
+  group.add_argument(
+    '--num_examples',
+    type=cli.number(int, 1),
+    default=10_000,
+    metavar='N',
+    help='measure: number of training examples to read (default: 10000)',
+  )
+  _add_source_flags(parser)
+  _add_filter_flags(parser)
+  _add_set_flags(parser)
+  return parser
+
+
+def _add_source_flags(parser: cli.Parser) -> None:
+  group = parser.add_argument_group('ingest: source')
+  group.add_argument(
+    '--source', choices=[*sources.SOURCES, *sources.COCO_SETS], help='format of the source'
+  )
+  group.add_argument(
+    '--path',
+    help="folder of images; files, as in 'in/*.tar'; or NAME or NAME:SPLIT of TensorFlow Datasets",
+  )
+  group.add_argument(
+    '--captions',
+    default='',
+    metavar='FILE',
+    help='table of captions of a folder (CSV, TSV, JSON lines or Parquet), or caption file of COCO',
+  )
+  group.add_argument(
+    '--columns',
+    type=_words,
+    default=(),
+    metavar='FIELD=COLUMN,...',
+    help='columns that do not have the usual names; fields: image, text, text.fr (captions in '
+    'French), key, lang, score',
+  )
+  group.add_argument(
+    '--language',
+    default=tables.UNKNOWN,
+    metavar='TAG',
+    help=f'language of captions without one, as a BCP 47 tag (default: {tables.UNKNOWN}, unknown)',
+  )
+
+
+def _add_filter_flags(parser: cli.Parser) -> None:
+  group = parser.add_argument_group('ingest: filters')
+
+  def add(name: str, low: float, default: float, description: str, kind: type = int) -> None:
+    group.add_argument(
+      f'--{name}',
+      type=cli.number(kind, low),
+      default=default,
+      metavar='N',
+      help=f'{description} (default: {default})',
+    )
+
+  add('min_side', 1, 1, 'smallest shorter side, in pixels')
+  add('max_aspect', 0, 0.0, 'largest ratio of the longer to the shorter side; 0: no limit', float)
+  add('max_pixels', 1, 32_000_000, 'largest number of pixels, checked before decoding')
+  add('max_bytes', 1, 50_000_000, 'largest file, in bytes, checked before reading')
+  add('min_caption', 1, 1, 'smallest length of a caption, in characters')
+  add('max_caption', 1, 2000, 'largest length of a caption, in characters')
+  group.add_argument(
+    '--languages',
+    type=_words,
+    default=(),
+    metavar='TAG,...',
+    help='languages of the captions to keep (default: all)',
+  )
+  group.add_argument(
+    '--min_score',
+    type=float,
+    metavar='X',
+    help='smallest value of the score column (default: no limit)',
+  )
+  group.add_argument(
+    '--near_duplicates',
+    type=cli.number(int, -1, images.MAX_DISTANCE),
+    default=-1,
+    metavar='BITS',
+    help='remove near-duplicates: images whose 64-bit perceptual hashes differ in at most this '
+    f'many bits, up to {images.MAX_DISTANCE} (default: -1, keep them)',
+  )
+
+
+def _add_set_flags(parser: cli.Parser) -> None:
+  group = parser.add_argument_group('ingest: output')
+  group.add_argument(
+    '--split',
+    metavar='NAME',
+    help='split of the pairs (default: train; validation for the COCO evaluation sets)',
+  )
+  group.add_argument(
+    '--validation_fraction',
+    type=cli.number(float, 0, 0.5),
+    metavar='X',
+    help='fraction of the pairs to hold out for validation (default: 0.01 of a train split, else '
+    '0)',
+  )
+  group.add_argument(
+    '--store_side',
+    type=cli.number(int, 0),
+    default=0,
+    metavar='N',
+    help='downscale images whose shorter side exceeds this many pixels; 0: never (default: 0)',
+  )
+  group.add_argument(
+    '--shard_bytes',
+    type=cli.number(int, 1),
+    default=256 << 20,
+    metavar='N',
+    help='approximate size of a shard, in bytes (default: 268435456)',
+  )
+  group.add_argument(
+    '--workers',
+    type=cli.number(int, 1),
+    default=os.cpu_count(),
+    metavar='N',
+    help='number of worker processes (default: the number of CPUs)',
+  )
+  group.add_argument(
+    '--beam',
+    metavar='FLAGS',
+    help="run as an Apache Beam pipeline with these flags of Beam, as in --beam='--runner=...'",
+  )
+
+
+def _options(args: Namespace) -> filters.Options:
+  """Returns the checked options of an ingestion; the flags have the names of the fields."""
+  values = {field.name: getattr(args, field.name) for field in dataclasses.fields(filters.Options)}
   for name in ('source', 'path'):
     if not values[name]:
-      raise errors.UserError(f'--{name} is missing: give it (see --help).')
+      raise errors.UserError(f'--{name} is missing (see --help).')
   values['split'] = values['split'] or (
     'validation' if values['source'] in sources.COCO_SETS else 'train'
   )
   if values['validation_fraction'] is None:
     values['validation_fraction'] = 0.01 if values['split'] == 'train' else 0.0
-  options = ingest.Options(
-    **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-  )
+  options = filters.Options(**values)
   options.check()
   return options
 
 
-def _ingest(out: str) -> None:
-  options = _options()
-  if _BEAM.value is None:
-    told = {}
+def _ingest(args: Namespace) -> None:
+  options = _options(args)
+  if args.beam is None:
+    lines = {}
 
-    def progress(what: str, done: int, total: int) -> None:
-      if what not in told:
-        told[what] = metrics.Progress(what, done, total, _UNITS[what])
-      told[what](done)
+    def progress(name: str, done: int, total: int) -> None:
+      if name not in lines:
+        lines[name] = metrics.Progress(name, done, total, _UNITS[name])
+      lines[name](done)
 
-    peak = ingest.run(options, out, _WORKERS.value, progress)
-    metrics.log(f'peak memory of a worker {peak} MB')
+    peak = ingest.run(options, args.out, args.workers, progress)
+    metrics.log(f'peak memory of a worker: {peak} MB')
   else:
     try:
       from fluid_jax.prepare import beam
     except ImportError as error:
       raise errors.UserError(f'--beam needs the extra [beam] ({error}): install it.') from error
-    beam.run(options, out, shlex.split(_BEAM.value))
+    beam.run(options, args.out, shlex.split(args.beam))
+  _log_result(options, args.out)
+
+
+def _log_result(options: filters.Options, out: str) -> None:
   index = records.read_index(out)
   counts = index['counts']
   sizes = {s: sum(shard['records'] for shard in shards) for s, shards in index['splits'].items()}
-  kept, read = counts['pairs']['kept'], counts['pairs']['read']
-  metrics.log(f'{options.path}: kept {kept} of {read} pairs')
-  for name in ('pairs left out', 'captions left out', 'pictures repaired'):
+  metrics.log(f'{options.path}: kept {counts["pairs"]["kept"]} of {counts["pairs"]["read"]} pairs')
+  for name in ('pairs dropped', 'captions dropped', 'images repaired'):
     for reason, number in sorted(counts.get(name, {}).items(), key=lambda item: -item[1]):
       if number:
         metrics.log(f'  {name}: {number}  {reason}')
   if digest := index.get('captions_sha256'):
     metrics.log(f'captions of {options.source}: sha256 {digest}')
   metrics.log(
-    f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}); what is broken is '
-    f'in {ingest.QUARANTINE}, the histograms in {ingest.REPORT}; train on it with\n'
-    f'  --config.data.task={out if "/" in out else f"./{out}"}'
+    f'wrote {out} ({", ".join(f"{split} {n}" for split, n in sizes.items())}). '
+    f'{ingest.QUARANTINE} lists the invalid pairs; {ingest.REPORT} shows histograms.\n'
+    f'To train on the set, use --config.data.task={out if "/" in out else f"./{out}"}'
   )
   if 'train' in sizes and 'validation' not in sizes:
-    metrics.log(
-      '  (but first hold some pairs out: training asks for them; see --validation_fraction)'
-    )
+    metrics.log('Training also needs a validation split: see --validation_fraction.')
 
 
-_PATHS = (FileNotFoundError, FileExistsError, PermissionError)
-_PATHS += (IsADirectoryError, NotADirectoryError)
-_UNITS = {'examine': 'units', 'gather': 'shards'}
-
-
-def _encode(out: str | None) -> None:
-  import jax  # which workers of `ingest` need not load
+def _encode(args: Namespace, config: config_lib.Config) -> None:
+  import jax  # not needed for ingestion
 
   from fluid_jax import distributed
   from fluid_jax.prepare import encode
 
-  config = main.read_config(sys.argv)
-  with distributed.initialize(main.PEER_TIMEOUT_S.value):
+  with distributed.initialize(args.peer_timeout_s):
     encode.check_processes(config)
-    if out is None:
-      found = encode.measure(config, _NUM_EXAMPLES.value)
-      lines = ['tokens have mean 0 and variance 1 with', *encode.as_flags(found)]
+    if args.stage == 'measure':
+      found = encode.measure(config, args.num_examples)
+      lines = ['To normalise latents to mean 0 and variance 1, use', *encode.as_flags(found)]
     else:
-      lines = [f'wrote {out}; train on it with', *encode.encode(config, out)]
+      flags = encode.encode(config, args.out)
+      lines = [f'wrote {args.out}. To train on the set, use', *flags]
     metrics.log('\n  '.join(lines), jax.process_index() == 0)
 
 
-def run() -> int:
-  main.read_flags(sys.argv)
-  if not _STAGE.value:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  parser = _parser()
+  stage = parser.parse_known_args(argv)[0].stage
+  if not stage:
+    # `read` reports unknown flags first.
+    parser.read(argv)
     raise errors.UserError('--stage is missing: give --stage=ingest, encode or measure.')
-  if _STAGE.value != 'measure' and not _OUT.value:
-    raise errors.UserError('--out is missing: give the directory of the new set.')
-  if _STAGE.value == 'ingest':
-    try:
-      _ingest(_OUT.value)
-    except _PATHS as error:
-      raise errors.UserError(
-        f'{error}: give paths that can be read and written.', errors.STORAGE
-      ) from error
+  if stage == 'ingest':
+    args, config = parser.read(argv), None
   else:
-    _encode(_OUT.value if _STAGE.value == 'encode' else None)
+    args, config = parser.read_config(argv, config_lib.resolve)
+  if stage != 'measure' and not args.out:
+    raise errors.UserError('--out is missing: give the folder of the new set.')
+  if stage != 'ingest':
+    _encode(args, config)
+    return 0
+  try:
+    _ingest(args)
+  except _PATH_ERRORS as error:
+    raise errors.UserError(
+      f'{error}: check that the path exists and that you may read and write it.', errors.STORAGE
+    ) from error
   return 0
-
-
-if __name__ == '__main__':
-  errors.run(run)

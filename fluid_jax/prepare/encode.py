@@ -1,9 +1,10 @@
-"""Runs the frozen encoders over a task once, so that training need not.
+"""Runs the frozen encoders of a config over a task and stores their outputs.
 
-Written is, for every example of every split, what the config's encoders make of it: moments
-(float16) or codes of its picture, features of its text (bfloat16, real tokens only) if T5 reads it,
-and the text. What was cut off goes on where it was. The means and scales that bring latents to mean
-0 and variance 1 are kept in the index.
+For each example of each split, the encoded set holds the moments (float16) or the codes of the
+image, the T5 features of the text (bfloat16, without padding) if text.source is 't5', and the text
+itself. Training on the encoded set does not run the encoders. The index holds the mean and the
+scale of each latent channel, which normalise latents to mean 0 and variance 1. An interrupted
+encoding resumes.
 """
 
 import dataclasses
@@ -23,29 +24,32 @@ from fluid_jax.data import examples, pipeline, sources, tasks
 from fluid_jax.encoders import frozen, tokenizers
 from fluid_jax.prepare import record_writer
 
-PART_EXAMPLES = 1024  # about 160 MB with T5-XXL's features of 20 tokens a text
+PART_EXAMPLES = 1024  # per shard; about 160 MB with T5-XXL features of 20 tokens per text
 
 
 class Encode:
-  """The encoders of a config as one program over all devices."""
+  """The encoders of a config, compiled as one program for all devices."""
 
   def __init__(self, config: config_lib.Config):
     """Loads the encoders.
 
     Raises:
-      UserError: they are not of the config's shapes, cannot be read, or there is nothing to encode.
+      UserError: the encoders cannot be read or have other shapes than in the config, or the
+        config has nothing to encode.
     """
     image = tokenizers.make(config)
     if config.is_image_prepared or not isinstance(image, tokenizers.NetworkTokenizer):
       raise errors.UserError(
-        f'image.tokenizer={config.image.tokenizer!r} is no network to encode pictures with: name '
-        f'one with its weights, as in sd_vae:vae.safetensors ({", ".join(tokenizers.NETWORKS)}).'
+        f'image.tokenizer={config.image.tokenizer!r} is not a network that encodes images: give '
+        'a network and its weights, as in sd_vae:vae.safetensors '
+        f'({", ".join(tokenizers.NETWORKS)}).'
       )
     if config.text.source == 'features':
       raise errors.UserError(
-        "text.source='features' is what comes out: set it to 't5', or to 'bytes' to keep texts."
+        "text.source='features' is the result of encoding: set it to 't5' to encode texts, or to "
+        "'bytes' to keep them."
       )
-    # Every device holds rows of its own, which its process writes.
+    # Data parallelism only: each process writes the rows of its own devices.
     self.config = config = dataclasses.replace(config, mesh=config_lib.Mesh(replica=1))
     self.mesh = sharding.make_mesh(config)
     self.batch_size = self.mesh.size * max(1, config.train.batch_size // self.mesh.size)
@@ -61,6 +65,7 @@ class Encode:
     )
 
   def stream(self, split: str, start_step: int = 0) -> pipeline.Stream:
+    """Opens this process's rows of a split, in order, from global batch `start_step` on."""
     return pipeline.open_config(
       self.config,
       split,
@@ -74,22 +79,28 @@ class Encode:
   def __call__(
     self, batches: Iterator[dict[str, np.ndarray]]
   ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Batches of our rows with what was made of them, and the sums over the global batch.
+    """Encodes batches of this process's rows.
 
-    While the arrays of one batch come from the devices these work on the next.
+    The devices encode the next batch while the arrays of the last one are fetched.
+
+    Args:
+      batches: from `stream`.
+
+    Yields:
+      The batch with the encoded arrays added, and the sums over the global batch, see `statistics`.
     """
     pending = None
     for batch in batches:
       arrays = {k: batch[k] for k in ('images', 'text_ids', 'valid')}
-      made = self._program(self._params, sharding.put_batch(arrays, self.mesh))
+      encoded = self._program(self._params, sharding.put_batch(arrays, self.mesh))
       if pending is not None:
         yield self._fetch(*pending)
-      pending = batch, made
+      pending = batch, encoded
     if pending is not None:
       yield self._fetch(*pending)
 
-  def _fetch(self, batch: dict[str, np.ndarray], made: Any) -> Any:
-    arrays, sums = made
+  def _fetch(self, batch: dict[str, np.ndarray], encoded: Any) -> Any:
+    arrays, sums = encoded
     return batch | {name: _local(array) for name, array in arrays.items()}, jax.device_get(sums)
 
 
@@ -100,7 +111,7 @@ def _encode(
   params: frozen.Params,
   batch: dict[str, jax.Array],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Arrays by example, and sums over examples and tokens for the statistics of latents."""
+  """Encodes a batch; returns arrays by example, and sums over all tokens, see `statistics`."""
   with sharding.axis_rules(config, mesh):
     arrays = encoders.image.encode_images(params['image'], batch['images'])
     if config.text.source == 't5':
@@ -121,13 +132,21 @@ def _encode(
 
 
 def _local(array: jax.Array) -> np.ndarray:
-  """The rows that this process's devices hold, in order."""
+  """Returns the rows that this process's devices hold, in order."""
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def statistics(sums: list[dict[str, Any]]) -> dict[str, list[float]]:
-  """`latent_mean` and `latent_scale` of drawn latents from the sums of all batches."""
+  """Computes the statistics that normalise sampled latents to mean 0 and variance 1.
+
+  Args:
+    sums: of each batch, the number of tokens (`count`), and the sums over tokens of the first and
+      second moment of each channel (`first` and `second`, [C]).
+
+  Returns:
+    `latent_mean` and `latent_scale`, the reciprocal standard deviation, per channel.
+  """
   total = {
     name: sum(np.asarray(part[name], np.float64) for part in sums)
     for name in ('count', 'first', 'second')
@@ -141,25 +160,29 @@ def statistics(sums: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def as_flags(found: dict[str, list[float]]) -> list[str]:
-  """As a user gives them."""
+  """Returns the command-line flags that set `statistics`."""
   return [f"--config.image.{name}='{tuple(values)}'" for name, values in found.items()]
 
 
 def check_processes(config: config_lib.Config) -> None:
-  """UserError in all processes of a run if they do not encode the same."""
+  """Checks that all processes have the same config, code and encoders.
+
+  Raises:
+    UserError: in all processes, if one of them differs.
+  """
   if distributed.count() > 1:
     facts = {'config': dataclasses.asdict(config), 'code': distributed.code_facts()}
     distributed.check_consistent(facts | {'encoders': frozen.file_facts(config)})
 
 
 def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[float]]:
-  """Statistics of the latents of the first training examples, as `statistics` gives them.
+  """Measures the latents of the first `num_examples` training examples, see `statistics`.
 
   Raises:
-    UserError: see `Encode`; or tokens are discrete.
+    UserError: see `Encode`; or the tokens are discrete.
   """
   if not config.is_continuous:
-    raise errors.UserError('codes have no mean and no scale: measure continuous tokens.')
+    raise errors.UserError('discrete tokens have no mean and scale: set model.tokens=continuous.')
   encode = Encode(config)
   stream, sums = encode.stream('train'), []
   total = min(num_examples, stream.num_examples)
@@ -173,17 +196,25 @@ def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[floa
 
 
 def encode(config: config_lib.Config, out: str) -> list[str]:
-  """Writes the encoded set, or what is missing of it; returns the flags to train on it.
+  """Writes an encoded set, or resumes an interrupted one.
+
+  Args:
+    config: its task is read; its encoders are applied.
+    out: the folder of the encoded set.
+
+  Returns:
+    The command-line flags to train on the set.
 
   Raises:
-    UserError: see `Encode` and `record_writer.Writer`.
+    UserError: see `Encode` and `record_writer.Writer`; or the task is a mixture.
   """
   seqio = startup.load_seqio()
 
   task = tasks.get(config.data.task, config.data.module)
   if not isinstance(task, seqio.Task):
     raise errors.UserError(
-      f'data.task={config.data.task!r} is a mixture: encode each of its tasks, and mix those sets.'
+      f'data.task={config.data.task!r} is a mixture: encode each of its tasks, and mix the encoded '
+      'sets.'
     )
   program = Encode(config)
   length, text = config.image.num_tokens, config.text
@@ -209,37 +240,40 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   }
   if jax.process_index() == 0:
     record_writer.Writer(out, **facts)
-  distributed.barrier('begun')
+  distributed.barrier('encode_started')
   parts = record_writer.Writer(out, **facts)
   numbers = {split: _encode_split(program, parts, split) for split in task.splits}
-  distributed.barrier('encoded')
+  distributed.barrier('encode_finished')
   sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
   found = statistics(sums) if config.is_continuous and sums else {}
   if jax.process_index() == 0:
     parts.close(numbers, **found)
   others = ['--config.text.source=features'] if text.source == 't5' else []
-  if config.data.languages:  # of each example one text was drawn; its language is not kept
+  if config.data.languages:  # one text of each example is stored, without its language
     others.append("--config.data.languages='()'")
   tokenizer = f'--config.image.tokenizer=prepared:{config.image.tokenizer}'
-  path = out if '/' in out else f'./{out}'  # or it would be a task's name
+  path = out if '/' in out else f'./{out}'  # a name without / would be that of a task
   return [f'--config.data.task={path}', tokenizer, *others, *as_flags(found)]
 
 
 def _encode_split(program: Encode, parts: record_writer.Writer, split: str) -> range:
-  """Writes this process's parts of a split, each of `steps` global batches; all parts' numbers."""
+  """Writes this process's parts of a split; returns the numbers of all parts of all processes.
+
+  A part holds this process's rows of `steps` consecutive global batches.
+  """
   stream = program.stream(split)
   num_examples = stream.num_examples
   stream.close()
   count, process = jax.process_count(), jax.process_index()
-  steps = max(1, PART_EXAMPLES * count // program.batch_size)  # of which each process has a part
+  steps = max(1, PART_EXAMPLES * count // program.batch_size)
   num_parts = -(-num_examples // (steps * program.batch_size))
-  # All processes make the parts together, so what one of them lacks all make again.
+  # All processes encode together, so a part that one process lacks is encoded again by all.
   missing = [
     number
     for number in range(num_parts)
     if not all(parts.has(split, number * count + other) for other in range(count))
   ]
-  distributed.barrier(f'found_{split}')
+  distributed.barrier(f'encode_listed_{split}')
   progress = None
   for number in missing:
     first = number * steps
@@ -263,7 +297,7 @@ def _encode_split(program: Encode, parts: record_writer.Writer, split: str) -> r
 
 
 def _examples(batch: dict[str, np.ndarray]) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
-  """Keys and records of the rows that are examples."""
+  """Yields the key, payload and languages (none) of each row that is not padding."""
   for row in np.flatnonzero(batch['valid']):
     example = {'text': batch['text'][row]}
     if 'image_codes' in batch:

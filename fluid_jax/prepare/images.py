@@ -1,7 +1,6 @@
-"""What becomes of a picture of unknown origin before it is stored: checks, repairs, a hash.
+"""Checks and repairs untrusted images before they are stored, and finds near-duplicates.
 
-Nothing is decoded whose header does not allow it, so that the memory of one picture is bounded by
-`max_pixels`.
+An image is decoded only if its header allows it, so `max_pixels` bounds the memory for one image.
 """
 
 import io
@@ -13,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-Image.MAX_IMAGE_PIXELS = None  # `read` has a limit of its own, and refuses before decoding
+Image.MAX_IMAGE_PIXELS = None  # `read` has its own limit and checks it before decoding
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-_STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO: a JPEG with more pictures behind it
+_STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO is a JPEG with further images appended
 _LOSSY = ('JPEG', 'MPO', 'WEBP')
-MAX_DISTANCE = 7  # bits of perceptual hashes; more would compare nearly all with all
-_MAX_SCANS = 100  # of a progressive JPEG, each of which takes as long as all of a plain one
-_ORIENTATION = 0x0112  # of EXIF
-_TURNS = {  # what makes a picture of that orientation upright
+MAX_DISTANCE = 7  # bits; a larger distance would compare nearly all hashes with each other
+_MAX_SCANS = 100  # of a progressive JPEG; each scan takes as long to decode as a baseline JPEG
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSES = {  # EXIF orientation -> the operation that makes the image upright
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
   4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,79 +28,83 @@ _TURNS = {  # what makes a picture of that orientation upright
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-# What Pillow raises on broken files, of which it documents OSError alone.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError)
-_BROKEN += (TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError)
+# Exceptions that Pillow raises for corrupt files. Only OSError is documented.
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError)
+_DECODE_ERRORS += (TypeError, OverflowError, ZeroDivisionError, AttributeError, NotImplementedError)
 
 
 class RejectedError(Exception):
-  """Why a pair is not taken: a few words to count by, and what was found."""
+  """A pair is rejected.
 
-  def __init__(self, reason: str, found: str = ''):
-    super().__init__(f'{reason} ({found})' if found else reason)
+  Attributes:
+    reason: a short category, by which rejected pairs are counted.
+  """
+
+  def __init__(self, reason: str, detail: str = ''):
+    super().__init__(f'{reason} ({detail})' if detail else reason)
     self.reason = reason
 
 
-class Picture(NamedTuple):
-  """A picture as it is stored: upright, 8 bits, gray or RGB, without alpha."""
+class StoredImage(NamedTuple):
+  """An image in the form in which it is stored: upright, 8 bits, gray or RGB, without alpha."""
 
   data: bytes  # JPEG, PNG or WebP
-  width: int
-  height: int
-  repairs: tuple[str, ...]  # what had to be changed
+  width: int  # pixels
+  height: int  # pixels
+  repairs: tuple[str, ...]  # the changes that were made
   image: Image.Image  # decoded
-  shorter_side: int  # as it came
+  shorter_side: int  # pixels, before any resizing
 
 
-def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> Picture:
-  """Checks a picture and makes it one that every decoder shows alike.
+def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> StoredImage:
+  """Checks an image and converts it, if needed, to a form that every decoder shows alike.
 
   Args:
-    data: the file's bytes.
-    max_pixels: width times height that may be decoded.
-    store_side: if not 0, pictures whose shorter side is longer are made so small.
+    data: the bytes of the file.
+    max_pixels: the largest width times height that is decoded.
+    store_side: if not 0, an image with a longer shorter side is downscaled to this many pixels.
 
   Raises:
-    RejectedError: it is no picture, broken, animated or too large.
+    RejectedError: the data is not an image, or the image is corrupt, animated or too large.
   """
   if not data:
-    raise RejectedError('picture is empty')
+    raise RejectedError('image is empty')
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # of damaged metadata, which is not kept
+      warnings.simplefilter('ignore')  # about corrupt metadata, which is not stored
       return _read(data, max_pixels, store_side)
   except RejectedError:
     raise
   except MemoryError as error:
-    raise RejectedError('picture has too many pixels', str(error)) from error
-  except UnidentifiedImageError as error:  # whose words hold an address in memory
-    raise RejectedError('picture cannot be decoded', 'of no known format') from error
-  except _BROKEN as error:
-    raise RejectedError('picture cannot be decoded', str(error)) from error
+    raise RejectedError('image has too many pixels', str(error)) from error
+  except UnidentifiedImageError as error:  # its text contains a memory address
+    raise RejectedError('image cannot be decoded', 'unknown format') from error
+  except _DECODE_ERRORS as error:
+    raise RejectedError('image cannot be decoded', str(error)) from error
 
 
-def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
+def _read(data: bytes, max_pixels: int, store_side: int) -> StoredImage:
   image = Image.open(io.BytesIO(data), formats=_FORMATS)
   if image.width * image.height > max_pixels:
-    raise RejectedError('picture has too many pixels', f'{image.width} x {image.height}')
+    raise RejectedError('image has too many pixels', f'{image.width} x {image.height}')
   if image.format not in ('JPEG', 'MPO') and getattr(image, 'is_animated', False):
-    raise RejectedError('picture is animated', f'{image.n_frames} frames')
+    raise RejectedError('image is animated', f'{image.n_frames} frames')
   if image.format == 'PNG':
-    Image.open(io.BytesIO(data), formats=('PNG',)).verify()  # checksums, which decoding leaves out
+    Image.open(io.BytesIO(data), formats=('PNG',)).verify()  # decoding does not check the checksums
   if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > _MAX_SCANS:
-    raise RejectedError('picture has too many scans', str(data.count(b'\xff\xda')))
+    raise RejectedError('image has too many scans', str(data.count(b'\xff\xda')))
   shorter_side = min(image.size)
-  if store_side:  # JPEG alone can be decoded smaller, to no less than twice this
+  if store_side:  # only JPEG can be decoded at a smaller size, of at least this many pixels
     image.draft(None, (2 * store_side, 2 * store_side))
-  repairs, has_lossy_source = [], image.format in _LOSSY
+  repairs, is_lossy = [], image.format in _LOSSY
   if image.format not in _STORED:
     repairs.append(f'from {image.format}')
-  turn = _TURNS.get(_orientation(image))
+  transpose = _TRANSPOSES.get(_orientation(image))
   has_transparency = 'transparency' in image.info
   image.load()
-  if turn is not None:
-    image = image.transpose(turn)
-    repairs.append('turned')
+  if transpose is not None:
+    image = image.transpose(transpose)
+    repairs.append('orientation')
   if image.mode.startswith('I'):
     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     repairs.append('16 bits')
@@ -118,27 +121,27 @@ def _read(data: bytes, max_pixels: int, store_side: int) -> Picture:
   if store_side and shorter > store_side:
     size = [max(1, round(side * store_side / shorter)) for side in image.size]
     image = image.resize(size, Image.Resampling.LANCZOS)
-    repairs.append('made smaller')
+    repairs.append('downscaled')
   if repairs:
-    image.info.clear()  # Pillow would write some of it, and fail on what is broken
+    image.info.clear()  # Pillow would write some of it, and fail if it is corrupt
     out = io.BytesIO()
-    if has_lossy_source:
+    if is_lossy:
       image.save(out, 'JPEG', quality=95, subsampling=0)
     else:
       image.save(out, 'PNG')
     data = out.getvalue()
-  return Picture(data, *image.size, tuple(repairs), image, shorter_side)
+  return StoredImage(data, *image.size, tuple(repairs), image, shorter_side)
 
 
 def _orientation(image: Image.Image) -> int:
   try:
     return image.getexif().get(_ORIENTATION, 1)
-  except _BROKEN:
+  except _DECODE_ERRORS:
     return 1
 
 
 def _cosines(size: int = 32, count: int = 8) -> np.ndarray:
-  """The first rows of the discrete cosine transform (II), float64 [count, size]."""
+  """The first rows of the discrete cosine transform (DCT-II), float64 [count, size]."""
   k, n = np.arange(count)[:, None], np.arange(size)
   return np.cos(np.pi * k * (2 * n + 1) / (2 * size))
 
@@ -147,10 +150,11 @@ _COSINES = _cosines()
 
 
 def perceptual_hash(image: Image.Image) -> int:
-  """64 bits that change little when a picture is resized or compressed again.
+  """Returns a 64-bit hash that changes little when an image is resized or recompressed.
 
-  The signs, about their median, of the 8 x 8 lowest frequencies of the picture at 32 x 32 pixels in
-  gray (the widespread pHash; https://www.phash.org/docs/pubs/thesis_zauner.pdf, section 3.2.1).
+  The hash is pHash (https://www.phash.org/docs/pubs/thesis_zauner.pdf, section 3.2.1): the image is
+  reduced to 32 x 32 pixels in gray, and each of its 8 x 8 lowest DCT coefficients gives one bit,
+  which says whether the coefficient is above their median.
   """
   gray = image.convert('L').resize((32, 32), Image.Resampling.LANCZOS)
   low = _COSINES @ np.asarray(gray, np.float64) @ _COSINES.T
@@ -159,26 +163,27 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) -> np.ndarray:
-  """Which pictures are left out because one before them in the order looks alike; bool [N].
+  """Marks each image that is a near-duplicate of an image before it in the order; bool [N].
 
-  Alike are hashes that differ in at most `distance` bits. If so, cut into distance + 1 pieces, they
-  agree in one, so only pictures that share a piece are compared. What is like one that is left out
-  is left out too if it comes later, so the answer does not depend on how pairs are found.
+  Two images are near-duplicates if their hashes differ in at most `distance` bits. If such hashes
+  are cut into distance + 1 pieces, at least one piece is equal, so only images that share a piece
+  are compared. An image is marked even if the earlier image is itself marked. The result therefore
+  does not depend on the order of comparisons.
 
   Args:
-    order: uint64 [N], places that differ.
-    perceptual: uint64 [N], their hashes.
-    distance: bits.
+    order: uint64 [N], distinct positions.
+    perceptual: uint64 [N], the hashes.
+    distance: the largest Hamming distance, in bits.
   """
   hashes, inverse = np.unique(perceptual, return_inverse=True)
   latest = np.iinfo(np.uint64).max
   first = np.full(len(hashes), latest)
   np.minimum.at(first, inverse, order)
-  earliest = first.copy()  # of a hash and of those like it
+  earliest = first.copy()  # the first position of each hash or of a hash near it
   for piece in pieces(hashes, distance) if distance else ():
     by_piece = np.argsort(piece, kind='stable')
     for group in np.split(by_piece, np.flatnonzero(np.diff(piece[by_piece])) + 1):
-      size = max(1, (1 << 22) // len(group))  # or a frequent piece would take all memory
+      size = max(1, (1 << 22) // len(group))  # bounds the memory for a piece that is frequent
       for block in range(0, len(group), size) if len(group) > 1 else ():
         rows = group[block : block + size]
         is_near = np.bitwise_count(hashes[rows, None] ^ hashes[group]) <= distance
@@ -187,7 +192,7 @@ def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) ->
 
 
 def pieces(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
-  """The hashes' bits in distance + 1 pieces, each uint64 like the hashes."""
+  """Cuts the bits of hashes, uint64 [N], into distance + 1 pieces, each uint64 [N]."""
   bounds = np.linspace(0, 64, distance + 2).astype(int).tolist()
   if not distance:
     return [hashes]

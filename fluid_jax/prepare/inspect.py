@@ -1,44 +1,43 @@
-"""Shows what a step of training reads: keys, texts and a picture of its global batch.
+"""Lists the examples that a training step reads, and draws their images.
 
-  python -m fluid_jax.prepare.inspect --config=CONFIG --step=123 [--picture=batch.png]
+  python -m fluid_jax.prepare.inspect --config=CONFIG --step=123 [--image=batch.png]
 
-The batch is a pure function of the config and the step, so this is what the step saw, or will see,
-on whatever devices.
+The batch of a training step is a pure function of the config and the step. The command therefore
+shows the examples that the step has read, or will read, on any number of devices.
 """
 
-import math
 import pathlib
-import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from PIL import Image, ImageDraw, ImageFont
 
+from fluid_jax import cli, errors, files, plots, sharding
 from fluid_jax import config as config_lib
-from fluid_jax import errors, main, plots, sharding
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, tokenizers
 
-_STEP = flags.DEFINE_integer('step', 1, 'The step, counted from 1 as training does.', lower_bound=1)
-_PICTURE = flags.DEFINE_string('picture', None, 'Write the pictures there, as PNG.')
-_NUM_PICTURES = flags.DEFINE_integer(
-  'num_pictures', 64, 'The first so many are in the picture.', lower_bound=1
-)
-_CELL, _LINE = 128, 18  # pixels
 
+def read(config: config_lib.Config, step: int) -> dict[str, np.ndarray]:
+  """Reads the global batch of a training step, with keys and captions; see `pipeline.Stream`.
 
-def read(config: config_lib.Config, step_number: int) -> dict[str, np.ndarray]:
-  """The global batch of a training step, with keys and texts; see `pipeline.Stream`."""
-  stream = pipeline.open_config(config, 'train', start_step=step_number - 1, captions=True)
+  Args:
+    config: of the training.
+    step: counted from 1, as in training.
+  """
+  stream = pipeline.open_config(config, 'train', start_step=step - 1, captions=True)
   batch = next(stream)
   stream.close()
   return batch
 
 
-def pictures(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np.ndarray | None:
-  """images_BxHxWx3 uint8 of a batch: its own, or decoded; None if nothing here decodes them."""
+def decode_images(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np.ndarray | None:
+  """Returns the images of a batch, decoded from its tokens if needed.
+
+  Returns:
+    images_BxHxWx3 uint8, or None if the config names no network that decodes the tokens.
+  """
   if 'images' in batch:
     return batch['images']
   tokenizer = tokenizers.make(config)
@@ -52,49 +51,55 @@ def pictures(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np.ndar
   return np.asarray(tokenizer.decode(params, tokens))
 
 
-def draw(images: np.ndarray, texts: list[str]) -> Image.Image:
-  """Pictures in rows, each above as much of its text as there is room for."""
-  columns = math.ceil(math.sqrt(len(images)))
-  rows = math.ceil(len(images) / columns)
-  grid = Image.new('RGB', (columns * _CELL, rows * (_CELL + _LINE)), 'white')
-  canvas, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
-  for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-    x, y = number % columns * _CELL, number // columns * (_CELL + _LINE)
-    picture = Image.fromarray(image).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-    text = plots.plain(text)
-    while text and canvas.textlength(text, font) > _CELL - 4:
-      text = text[:-1]
-    canvas.text((x + 2, y + _CELL + 2), text, fill='black', font=font)
-    grid.paste(picture, (x, y))
-  return grid
+def _parser() -> cli.Parser:
+  parser = cli.Parser(
+    'python -m fluid_jax.prepare.inspect',
+    'Lists the keys and captions of the batch that a training step reads, and draws its images.\n\n'
+    'example:\n'
+    '  python -m fluid_jax.prepare.inspect --config=demo --step=123 --image=batch.png',
+    settings=config_lib.Config,
+  )
+  parser.add_argument(
+    '--step',
+    type=cli.number(int, 1),
+    default=1,
+    help='the training step, counted from 1 as in training (default: 1)',
+  )
+  parser.add_argument('--image', metavar='FILE', help='write the images to this PNG file')
+  parser.add_argument(
+    '--num_images',
+    type=cli.number(int, 1),
+    default=64,
+    help='number of images to draw, from the start of the batch (default: 64)',
+  )
+  return parser
 
 
-def run() -> int:
-  config = main.read_config(sys.argv)
-  out = pathlib.Path(_PICTURE.value) if _PICTURE.value else None
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  args, config = _parser().read_config(argv, config_lib.resolve)
+  out = pathlib.Path(args.image) if args.image else None
   if out and (out.suffix.lower() != '.png' or not out.absolute().parent.is_dir()):
-    raise errors.UserError(f'--picture={out} is no PNG in a folder that exists: name one.')
-  batch = read(config, _STEP.value)
-  texts = [text.decode(errors='replace') for text in batch['text']]
+    raise errors.UserError(f'--image={out} must be a .png file in an existing folder.')
+  batch = read(config, args.step)
+  captions = [text.decode(errors='replace') for text in batch['text']]
   keys = [key.decode() for key in batch['key']]
-  print(f'step {_STEP.value} of {config.name}: {len(keys)} examples of {config.data.task}')
-  for row, (key, text) in enumerate(zip(keys, texts, strict=True)):
-    print(f'{row:>5}  {key}  {text!r}')
+  print(f'step {args.step} of {config.name}: {len(keys)} examples of {config.data.task}')
+  for row, (key, caption) in enumerate(zip(keys, captions, strict=True)):
+    print(f'{row:>5}  {key}  {caption!r}')
   if out:
-    images = pictures(config, batch)
-    if images is None:
+    decoded = decode_images(config, batch)
+    if decoded is None:
       raise errors.UserError(
-        f'examples of {config.data.task} are prepared and nothing here decodes them: name the '
-        'network, as in --config.image.tokenizer=prepared:sd_vae:vae.safetensors.'
+        f'the examples of {config.data.task} are encoded and the config names no network to decode '
+        'them: name it, as in --config.image.tokenizer=prepared:sd_vae:vae.safetensors.'
       )
-    count = _NUM_PICTURES.value
-    try:
-      draw(images[:count], texts[:count]).save(out, format='PNG')
-    except OSError as error:
-      raise errors.UserError(f'{error}: give a place you can write to.', errors.STORAGE) from error
+    count = args.num_images
+    with files.writing(out):
+      plots.image_grid(decoded[:count], captions[:count]).save(out, format='PNG')
     print(f'wrote {out}')
   return 0
 
 
 if __name__ == '__main__':
-  errors.run(run)
+  errors.run(main)

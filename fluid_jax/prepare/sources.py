@@ -1,9 +1,10 @@
-"""Pairs of pictures and captions as others store them, in units that can be read one by one.
+"""Sources of image-caption pairs: folders, tar shards, TFRecord, TFDS and MS-COCO.
 
-A source lists units, JSON values in a fixed order, and reads one as `Pair`s and `Fault`s, in a
-fixed order too. None writes or unpacks anything, follows a link out of its folder, or holds more
-than the files of a pair in memory: a picture of `max_bytes`, and texts of `tables.MAX_TEXT`. A file
-of pairs that cannot be read, as when a network fails, raises OSError: nothing is lost unsaid.
+A source lists its units, JSON values in a fixed order, and reads each unit as `Pair`s and `Fault`s,
+also in a fixed order. Sources treat their input as untrusted. They write nothing, do not follow
+links out of their folder, and hold only the files of one pair in memory: an image of at most
+`max_bytes`, and texts of at most `tables.MAX_TEXT`. A file of pairs that cannot be read, for
+example because the network fails, raises OSError, so that pairs are never dropped silently.
 """
 
 import fnmatch
@@ -25,10 +26,10 @@ _UNIT_ROWS, _UNIT_BYTES = 512, 8 << 20
 
 
 def expand(pattern: str, suffix: str) -> list[epath.Path]:
-  """The files that a pattern names, or a folder's with this suffix, in order.
+  """Returns the sorted files that match a pattern, or that have the suffix in a folder.
 
   Raises:
-    UserError: there is none.
+    UserError: no file matches.
   """
   path = epath.Path(pattern)
   folder, is_pattern = path.parent, any(c in path.name for c in '*?[')
@@ -42,20 +43,20 @@ def expand(pattern: str, suffix: str) -> list[epath.Path]:
   else:
     found = [path] if path.exists() else []
   if '://' not in os.fspath(path):
-    found = [p for p in found if p.is_file()]  # to read a pipe would not end
+    found = [p for p in found if p.is_file()]  # reading a named pipe would block
   if not found:
-    raise errors.UserError(f'--path={pattern} names no {suffix} file: mend it.')
+    raise errors.UserError(f'--path={pattern} matches no {suffix} file: check the path.')
   return sorted(found)
 
 
 def _file(path: epath.Path) -> list[Any]:
-  """A unit that is a file, by what tells it from another of its name."""
+  """Returns the unit of a file: its path, and its size and time, which detect changes."""
   found = path.stat()
   return [str(path), found.length, found.mtime]
 
 
 def _units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
-  """Rows in lists, none of which is long or large."""
+  """Groups rows into units of bounded length and size."""
   unit, size = [], 0
   for row in rows:
     unit.append(row)
@@ -68,23 +69,23 @@ def _units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
 
 
 class _NotReadError(Exception):
-  """Why a file of a folder is not read."""
+  """A file of a folder is not read; the text is the reason."""
 
 
 class Folder:
-  """A folder of pictures, with a table of captions or with NAME.txt beside NAME.jpg.
+  """A folder of images, with a table of captions or with a file NAME.txt for each NAME.jpg.
 
-  A table is CSV, TSV, JSON lines or Parquet; its image column holds paths in the folder. A text
-  file has a caption a line; of `fr=...` and `fr.utf8=...` it is in that language.
+  The table is CSV, TSV, JSON lines or Parquet. Its image column holds paths relative to the folder.
+  A text file has one caption per line, see `tables.Columns.lines`.
   """
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     self._root, self._captions = epath.Path(path), captions
     self._columns, self._max_bytes = columns, max_bytes
     if not self._root.is_dir():
-      raise errors.UserError(f'--path={path} is no folder: mend it.')
+      raise errors.UserError(f'--path={path} is not a folder: check the path.')
     if captions and (not epath.Path(captions).exists() or epath.Path(captions).is_dir()):
-      raise errors.UserError(f'--captions={captions} does not exist, or is a folder: mend it.')
+      raise errors.UserError(f'--captions={captions} is not a file: check the path.')
 
   def units(self) -> Iterator[Any]:
     if self._captions:
@@ -92,7 +93,7 @@ class Folder:
     return _units(['', {'image': name}, ''] for name in self._walk(self._root, ''))
 
   def num_units(self) -> int:
-    """About how many there will be."""
+    """Returns the approximate number of units."""
     if self._captions:
       rows = tables.count(epath.Path(self._captions))
     else:
@@ -103,48 +104,52 @@ class Folder:
     try:
       paths = sorted(folder.iterdir())
     except OSError as error:
-      raise errors.UserError(f'{folder} cannot be listed ({error}): mend it.') from error
+      raise errors.UserError(
+        f'{folder} cannot be listed ({error}): check its permissions.'
+      ) from error
     for path in paths:
       if path.suffix.lower() in SUFFIXES and not path.is_dir():
         yield inside + path.name
-      elif path.is_dir() and not os.path.islink(path):  # which may lead out, or back
+      elif path.is_dir() and not os.path.islink(
+        path
+      ):  # a link may lead out of the folder or form a loop
         yield from self._walk(path, f'{inside}{path.name}/')
 
   def read(self, unit: list[list[Any]]) -> Iterator[Pair | Fault]:
-    for place, row, fault in unit:
-      where = ': '.join(filter(None, [self._captions or str(self._root), place]))
+    for position, row, fault in unit:
+      location = ': '.join(filter(None, [self._captions or str(self._root), position]))
       if fault:
-        yield Fault(where, fault)
+        yield Fault(location, fault)
         continue
       name = tables.first_text(self._columns.value(row, 'image'))
-      where = f'{where}: {short(name)}'
+      location = f'{location}: {short(name)}'
       try:
         image = self._bytes(name, self._max_bytes)
         if self._captions:
           texts, langs = self._columns.captions(row)
         else:
-          texts, langs = self._beside(name)
+          texts, langs = self._caption_file(name)
       except _NotReadError as error:
-        yield Fault(where, str(error))
+        yield Fault(location, str(error))
         continue
       key = tables.first_text(self._columns.value(row, 'key')) or name
-      yield Pair(where, key, image, texts, langs, self._columns.score(row))
+      yield Pair(location, key, image, texts, langs, self._columns.score(row))
 
-  def _beside(self, name: str) -> tuple[list[bytes], list[str]]:
-    """Captions and languages of the text file beside a picture."""
-    beside = str(epath.Path(name).with_suffix('.txt'))
-    if not (self._root / beside).exists():
+  def _caption_file(self, name: str) -> tuple[list[bytes], list[str]]:
+    """Returns the captions and languages in the text file of an image."""
+    path = str(epath.Path(name).with_suffix('.txt'))
+    if not (self._root / path).exists():
       return [], []
-    return self._columns.lines(self._bytes(beside, tables.MAX_TEXT))
+    return self._columns.lines(self._bytes(path, tables.MAX_TEXT))
 
   def _bytes(self, name: str, max_bytes: int) -> bytes:
-    """A file of the folder.
+    """Reads a file of the folder.
 
     Raises:
-      _NotReadError: it is another folder's, no file, too large, or cannot be read.
+      _NotReadError: it is outside the folder, not a regular file, too large, or cannot be read.
     """
     if not name:
-      raise _NotReadError('no picture')
+      raise _NotReadError('no image')
     if not is_inside(name):
       raise _NotReadError('unsafe name')
     path, root = self._root / name, self._root
@@ -153,7 +158,7 @@ class Folder:
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), '')):
           raise _NotReadError('unsafe name')
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # to read a pipe would not end
+        if not stat.S_ISREG(found.st_mode):  # reading a named pipe would block
           raise _NotReadError('not a file')
         size = found.st_size
       else:
@@ -167,7 +172,7 @@ class Folder:
 
 
 class _Files:
-  """A source whose units are the files that a pattern names."""
+  """A source whose units are the files that match a pattern."""
 
   suffix: str
 
@@ -183,7 +188,7 @@ class _Files:
 
 
 class WebDataset(_Files):
-  """Tar shards as img2dataset writes them, see `webdataset.read`."""
+  """Tar shards in the layout that img2dataset writes, see `webdataset.read`."""
 
   suffix = '.tar'
 
@@ -199,33 +204,32 @@ class TFRecord(_Files):
   def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
     path = epath.Path(unit[0])
     for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
-      where = f'{path}: byte {offset}'
+      location = f'{path}: byte {offset}'
       if isinstance(payload, str):
-        yield Fault(where, payload)
+        yield Fault(location, payload)
         continue
       try:
         row = examples.decode(payload, self._columns.names())
       except ValueError:
-        yield Fault(where, 'no tf.train.Example')
+        yield Fault(location, 'not a tf.train.Example')
         continue
-      yield _of_features(self._columns, where, row, f'{path.name}/{number}')
+      yield _pair(self._columns, location, row, f'{path.name}/{number}')
 
 
-def _of_features(
-  columns: tables.Columns, where: str, row: dict[str, Any], key: str
-) -> Pair | Fault:
+def _pair(columns: tables.Columns, location: str, row: dict[str, Any], key: str) -> Pair | Fault:
+  """Returns the pair in the features of an example; `key` is used if the row has none."""
   image = next(iter(tables.as_list(columns.value(row, 'image'))), None)
   if not isinstance(image, bytes):
-    return Fault(where, 'no picture')
+    return Fault(location, 'no image')
   texts, langs = columns.captions(row)
   key = tables.first_text(columns.value(row, 'key')) or key
-  return Pair(where, key, image, texts, langs, columns.score(row))
+  return Pair(location, key, image, texts, langs, columns.score(row))
 
 
 class TFDS:
   """A data set of TensorFlow Datasets by name, such as `coco_captions/2014:train`.
 
-  It is read from where TFDS prepared it (TFDS_DATA_DIR), its pictures as they are stored.
+  TFDS must have prepared it (in TFDS_DATA_DIR). Images are read as stored, without decoding.
   """
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
@@ -242,8 +246,8 @@ class TFDS:
     except (KeyError, ValueError, ImportError, OSError) as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise errors.UserError(
-        f'TFDS has no prepared {self._name!r} with split {self._split!r} ({reason}): '
-        f'download it first, with `tfds build {self._name.partition("/")[0]}`.'
+        f'TFDS has no prepared data set {self._name!r} with split {self._split!r} ({reason}): '
+        f'prepare it first, with `tfds build {self._name.partition("/")[0]}`.'
       ) from error
     return builder, lengths
 
@@ -261,29 +265,29 @@ class TFDS:
     import tensorflow_datasets as tfds
 
     builder, _ = self._builder()
-    pictures = {
+    decoders = {
       name: tfds.decode.SkipDecoding()
       for name, feature in builder.info.features.items()
       if isinstance(feature, tfds.features.Image)
     }
     dataset = builder.as_dataset(
-      split=f'{self._split}[{unit[0]}:{unit[1]}]', decoders=pictures, shuffle_files=False
+      split=f'{self._split}[{unit[0]}:{unit[1]}]', decoders=decoders, shuffle_files=False
     )
     for number, row in enumerate(tfds.as_numpy(dataset), unit[0]):
-      where = f'{self._name}:{self._split}: example {number}'
+      location = f'{self._name}:{self._split}: example {number}'
       row = {
         name: value.tolist() if hasattr(value, 'tolist') else value for name, value in row.items()
       }
-      if isinstance(row.get('captions'), dict):  # as coco_captions has them
+      if isinstance(row.get('captions'), dict):  # the layout of coco_captions
         row['captions'] = row['captions'].get('text').tolist()
-      yield _of_features(self._columns, where, row, f'{self._split}/{number}')
+      yield _pair(self._columns, location, row, f'{self._split}/{number}')
 
 
 class CocoSet(NamedTuple):
-  """Which pictures of MS-COCO an evaluation set has."""
+  """The images of MS-COCO in an evaluation set."""
 
   num_images: int
-  images_sha256: str  # of their numbers in order, a line each
+  images_sha256: str  # of the sorted image ids, one per line
 
 
 COCO_SETS = {
@@ -297,17 +301,17 @@ COCO_SETS = {
 
 
 class Coco:
-  """The folder of pictures of MS-COCO 2014 and its file of captions, `captions_val2014.json`.
+  """MS-COCO 2014: a folder of images and a caption file such as `captions_val2014.json`.
 
-  All pictures with all captions, or one of COCO_SETS: pictures drawn by a hash of their numbers,
-  with one caption each, drawn by a hash of its number.
+  Without a name, the set has all images with all captions. An evaluation set of COCO_SETS has the
+  images whose ids have the smallest SHA-256, each with the caption whose id has the smallest.
   """
 
   def __init__(
     self, path: str, captions: str, columns: tables.Columns, max_bytes: int, name: str = ''
   ):
     if not captions:
-      raise errors.UserError("--captions is missing: give COCO's captions_*2014.json.")
+      raise errors.UserError("--captions is missing: give COCO's file captions_*2014.json.")
     self._columns, self._captions = columns, epath.Path(captions)
     self._folder = Folder(path, captions, columns, max_bytes)
     self._set = COCO_SETS.get(name)
@@ -322,15 +326,15 @@ class Coco:
     return self._folder.read(unit)
 
   def captions_digest(self) -> str:
-    """SHA-256 of a line `key TAB caption` for each caption, by which two can tell the same list."""
+    """Returns the SHA-256 of all lines `key TAB caption`, to compare caption lists."""
     lines = (f'{row["key"]}\t{text}\n' for row in self.rows() for text in row['text'])
     return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
   def rows(self) -> list[dict[str, Any]]:
-    """File, key and captions of each picture, in the order of their numbers.
+    """Returns the file, key and captions of each image, sorted by image id.
 
     Raises:
-      UserError: the file is not COCO's, or not the one that the evaluation set is drawn from.
+      UserError: the caption file is not COCO's, or not the one of this evaluation set.
     """
     try:
       found = json.loads(self._captions.read_bytes())
@@ -340,21 +344,21 @@ class Coco:
       files = {image['id']: image['file_name'] for image in found['images']}
     except (ValueError, KeyError, TypeError) as error:
       raise errors.UserError(
-        f'{self._captions} is no file of captions of MS-COCO ({type(error).__name__}): give '
+        f'{self._captions} is not a caption file of MS-COCO ({type(error).__name__}): give '
         'captions_val2014.json or captions_train2014.json.'
       ) from error
     chosen = sorted(captions)
     if self._set:
-      drawn = sorted(sorted(captions, key=_drawn)[: self._set.num_images])
-      digest = hashlib.sha256(''.join(f'{n}\n' for n in drawn).encode()).hexdigest()
+      chosen = sorted(sorted(captions, key=_rank)[: self._set.num_images])
+      digest = hashlib.sha256(''.join(f'{n}\n' for n in chosen).encode()).hexdigest()
       if digest != self._set.images_sha256:
         raise errors.UserError(
-          f'{self._captions} gives other pictures (digest {digest[:12]}) than the set has '
-          f'({self._set.images_sha256[:12]}): give the file of the other split, or get it again.',
+          f'{self._captions} gives other images (digest {digest[:12]}) than the evaluation set '
+          f'({self._set.images_sha256[:12]}): give the file of the other split, or download it '
+          'again.',
           errors.MISMATCH,
         )
-      chosen = drawn
-      captions = {n: [min(captions[n], key=lambda c: _drawn(c[0]))] for n in drawn if captions[n]}
+      captions = {n: [min(captions[n], key=lambda c: _rank(c[0]))] for n in chosen if captions[n]}
     return [
       {
         'image': files[n],
@@ -366,7 +370,7 @@ class Coco:
     ]
 
 
-def _drawn(number: int) -> bytes:
+def _rank(number: int) -> bytes:
   return hashlib.sha256(str(number).encode()).digest()
 
 
@@ -380,7 +384,18 @@ SOURCES = {
 
 
 def make(name: str, path: str, captions: str, columns: tables.Columns, max_bytes: int) -> Any:
-  """A source by name, or COCO for one of COCO_SETS; UserError if it is not there."""
+  """Opens a source.
+
+  Args:
+    name: one of SOURCES or COCO_SETS.
+    path: a folder, a pattern of files, or the name of a data set, see the classes above.
+    captions: a table or COCO's caption file; '' if the source needs none.
+    columns: the columns that hold the fields of a pair.
+    max_bytes: the largest image file or record that is read.
+
+  Raises:
+    UserError: a folder or file is missing.
+  """
   if name in COCO_SETS:
     return Coco(path, captions, columns, max_bytes, name)
   return SOURCES[name](path, captions, columns, max_bytes)

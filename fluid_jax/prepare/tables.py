@@ -1,4 +1,4 @@
-"""Rows of captions: which columns hold what, and how CSV, JSON lines and Parquet are read."""
+"""Reads tables of captions (CSV, TSV, JSON lines, Parquet) and maps their columns to fields."""
 
 import codecs
 import csv
@@ -13,11 +13,12 @@ from etils import epath
 
 from fluid_jax import errors
 
-UNKNOWN = 'und'  # BCP 47's word for a language that is not known
-MAX_TEXT = 1 << 22  # bytes of a row, or of a file of captions
-_BATCH = 64  # rows of Parquet at a time: a kilobyte of it may hold as many times MAX_TEXT
+UNKNOWN = 'und'  # BCP 47: undetermined language
+MAX_TEXT = 1 << 22  # bytes of a row or of a caption file
+# Rows of Parquet per batch. A small file may expand to this many rows of MAX_TEXT bytes each.
+_BATCH = 64
 _LANGUAGE = re.compile(r'[A-Za-z]{2,8}(?:[-_@][A-Za-z0-9]{1,8}){0,4}')
-_DEFAULTS = {  # field -> the columns it is taken from, the first of those that are there
+_DEFAULTS = {  # field -> the usual names of its column; the first one present is used
   'image': ['image', 'image/encoded', 'image_path', 'file_name', 'filename', 'file', 'path'],
   'text': ['text', 'caption', 'captions', 'image/text'],
   'key': ['key', 'id', 'image_id', 'uid'],
@@ -27,26 +28,26 @@ _DEFAULTS = {  # field -> the columns it is taken from, the first of those that 
 
 
 class Row(NamedTuple):
-  """A row of a table, or why it could not be parsed."""
+  """A row of a table, or the reason why it could not be parsed."""
 
-  place: str  # in the file
+  position: str  # in the file, for messages
   values: dict[str, Any] | None
   fault: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Which columns of a source hold what; see `parse`."""
+  """Maps fields to the columns of a source; see `parse`."""
 
-  chosen: tuple[tuple[str, str], ...] = ()
-  language: str = UNKNOWN  # of captions whose source tells none
+  chosen: tuple[tuple[str, str], ...] = ()  # field and column
+  language: str = UNKNOWN  # of captions without a language
 
   @classmethod
   def parse(cls, items: Iterable[str], language: str = UNKNOWN) -> 'Columns':
-    """From `field=column` and, for captions of one language, `text.fr=column`.
+    """Parses items such as `text=caption`, or `text.fr=legende` for captions in one language.
 
     Raises:
-      UserError: an item is not of this form.
+      UserError: an item has another form.
     """
     chosen = []
     for item in items:
@@ -55,20 +56,20 @@ class Columns:
       is_known = field in _DEFAULTS or (name == 'text' and _LANGUAGE.fullmatch(lang))
       if not (equals and column and is_known):
         raise errors.UserError(
-          f'--columns={item} is none of {"=, ".join(_DEFAULTS)}= or text.LANGUAGE= and a column: '
-          'mend it.'
+          f'--columns={item} is not of the form FIELD=COLUMN: use one of the fields '
+          f'{", ".join(_DEFAULTS)} and text.LANGUAGE.'
         )
       chosen.append((f'text.{tag(lang)}' if lang else field, column))
     return cls(tuple(chosen), tag(language))
 
   def names(self) -> set[str]:
-    """All columns that are read where they are there."""
+    """Returns the names of all columns that are read if present."""
     return {column for _, column in self.chosen} | {
       c for names in _DEFAULTS.values() for c in names
     }
 
   def keep(self, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a row what may be read: texts, numbers, and lists of them."""
+    """Returns the known columns of a row that hold texts, numbers or lists of these."""
     return {
       name: row[name]
       for name in self.names() & row.keys()
@@ -76,7 +77,7 @@ class Columns:
     }
 
   def value(self, row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field in a row; None if there is none."""
+    """Returns the value of a field in a row, or None."""
     named = [column for name, column in self.chosen if name == field]
     for column in named or _DEFAULTS[field]:
       if row.get(column) is not None:
@@ -84,7 +85,7 @@ class Columns:
     return None
 
   def captions(self, row: Mapping[str, Any]) -> tuple[list[str | bytes], list[str]]:
-    """All captions in a row, and their languages."""
+    """Returns all captions of a row and their languages."""
     texts = as_list(self.value(row, 'text'))
     langs = [self.tag(lang) for lang in as_list(self.value(row, 'lang'))]
     if len(langs) != len(texts):
@@ -97,11 +98,12 @@ class Columns:
     return texts, langs
 
   def tag(self, lang: Any) -> str:
-    """A language as BCP 47 writes it; the default if this is none."""
+    """Returns a language tag in BCP 47 syntax, or the default if `lang` is not a tag."""
     lang = as_text(lang).strip()
     return tag(lang) if _LANGUAGE.fullmatch(lang) else self.language
 
   def score(self, row: Mapping[str, Any]) -> float | None:
+    """Returns the score of a row, or None if it has no numeric score."""
     value = next(iter(as_list(self.value(row, 'score'))), None)
     try:
       return None if value is None else float(value)
@@ -109,16 +111,23 @@ class Columns:
       return None
 
   def check(self, header: Iterable[str], path: epath.Path) -> None:
-    """UserError if a column that was asked for is not in a table."""
+    """Checks that a table has the requested columns.
+
+    Raises:
+      UserError: a column is missing.
+    """
     header = list(header)
     missing = [column for _, column in self.chosen if column not in header]
     if missing:
       raise errors.UserError(
-        f'{path} has no column {missing[0]!r}: choose among {", ".join(map(str, header))}.'
+        f'{path} has no column {missing[0]!r}: choose from {", ".join(map(str, header))}.'
       )
 
   def lines(self, data: bytes) -> tuple[list[bytes], list[str]]:
-    """Captions of a text file, one a line, and their languages, which `fr=` or `fr.utf8=` tells."""
+    """Returns the captions of a text file and their languages.
+
+    Each line is a caption. A prefix such as `fr=` or `fr.utf8=` gives its language.
+    """
     texts, langs = [], []
     data = data.removeprefix(codecs.BOM_UTF8)
     for line in filter(None, map(bytes.strip, data.splitlines())):
@@ -129,7 +138,7 @@ class Columns:
 
 
 def tag(lang: str) -> str:
-  """A language, of which some write `pt_BR` or `ca@valencia`, as BCP 47 does."""
+  """Converts a locale name such as `pt_BR` or `ca@valencia` to BCP 47 syntax."""
   return re.sub('[_@]', '-', lang)
 
 
@@ -148,7 +157,7 @@ def first_text(value: Any) -> str:
 
 
 def count(path: epath.Path) -> int:
-  """Rows of a table, about."""
+  """Returns the approximate number of rows of a table."""
   if path.suffix == '.parquet':
     return _open_parquet(path).metadata.num_rows
   with path.open('rb') as f:
@@ -156,10 +165,10 @@ def count(path: epath.Path) -> int:
 
 
 def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
-  """Rows of a table in order, with what `columns` reads of them.
+  """Yields the rows of a table in order, with the columns that `columns` knows.
 
   Raises:
-    UserError: it has another suffix, lacks a column that was asked for, or is not what it seems.
+    UserError: the suffix is unknown, a requested column is missing, or the file is not valid.
   """
   readers = {
     '.parquet': _read_parquet,
@@ -169,7 +178,9 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
     '.ndjson': _read_json,
   }
   if path.suffix not in readers:
-    raise errors.UserError(f'--captions={path} is none of .csv, .tsv, .jsonl and .parquet.')
+    raise errors.UserError(
+      f'--captions={path} has an unknown type: give a .csv, .tsv, .jsonl or .parquet file.'
+    )
   for row in readers[path.suffix](path, columns):
     values = row.values
     yield row if values is None else row._replace(values=columns.keep(values))
@@ -183,7 +194,9 @@ def _read_csv(path: epath.Path, columns: Columns) -> Iterator[Row]:
     try:
       columns.check(reader.fieldnames or [], path)
     except csv.Error as error:
-      raise errors.UserError(f'{path} has a broken header ({error}): mend it.') from error
+      raise errors.UserError(
+        f'{path} has an invalid header ({error}): correct the file.'
+      ) from error
     while True:
       try:
         values = next(reader)
@@ -197,22 +210,22 @@ def _read_csv(path: epath.Path, columns: Columns) -> Iterator[Row]:
 def _read_json(path: epath.Path, columns: Columns) -> Iterator[Row]:
   del columns
   with path.open('rb') as f:
-    number, is_rest = 0, False  # of a line that is too long
+    number, is_rest = 0, False  # is_rest: within a line that is too long
     for line in iter(lambda: f.readline(MAX_TEXT), b''):
-      is_whole = line.endswith(b'\n') or len(line) < MAX_TEXT
+      is_complete = line.endswith(b'\n') or len(line) < MAX_TEXT
       if not is_rest:
         number += 1
-        if not is_whole:
+        if not is_complete:
           yield Row(f'line {number}', None, 'row is too long')
         elif line.strip():
           try:
             values = json.loads(line)
             if not isinstance(values, dict):
-              raise ValueError('no object')
+              raise ValueError('not an object')
             yield Row(f'line {number}', values)
           except (ValueError, RecursionError) as error:
             yield Row(f'line {number}', None, f'row cannot be parsed ({error})')
-      is_rest = not is_whole
+      is_rest = not is_complete
 
 
 def _open_parquet(path: epath.Path) -> Any:
@@ -220,8 +233,10 @@ def _open_parquet(path: epath.Path) -> Any:
 
   try:
     return parquet.ParquetFile(path.open('rb'))
-  except Exception as error:  # pyarrow's own, or Python's
-    raise errors.UserError(f'{path} is no Parquet file ({error}): mend --captions.') from error
+  except Exception as error:  # pyarrow does not document its exceptions
+    raise errors.UserError(
+      f'{path} is not a valid Parquet file ({error}): check --captions.'
+    ) from error
 
 
 def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
@@ -235,13 +250,16 @@ def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
         for values in _as_bytes(batch).to_pylist():
           number += 1
           yield Row(f'row {number} of group {group}', values)
-    except Exception as error:  # a broken page; pyarrow documents none of what it raises
-      where = f'row {number + 1} and all after it of group {group}'
-      yield Row(where, None, f'row cannot be parsed ({type(error).__name__})')
+    except Exception as error:  # a corrupt page; pyarrow does not document its exceptions
+      position = f'row {number + 1} and all later rows of group {group}'
+      yield Row(position, None, f'row cannot be parsed ({type(error).__name__})')
 
 
 def _as_bytes(batch: Any) -> Any:
-  """A record batch with its texts as bytes, which need not be UTF-8, and no other than numbers."""
+  """Keeps the text and number columns of a record batch, with texts as bytes.
+
+  Texts in a Parquet file may not be valid UTF-8, so pyarrow must not decode them.
+  """
   import pyarrow
 
   types, arrays, names = pyarrow.types, [], []

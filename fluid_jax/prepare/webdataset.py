@@ -1,4 +1,4 @@
-"""Tar shards of pairs, read in one pass; no member is unpacked."""
+"""Reads tar shards of image-caption pairs in one pass, without unpacking them to disk."""
 
 import json
 import tarfile
@@ -9,7 +9,7 @@ from etils import epath
 
 from fluid_jax.prepare import pairs, tables
 
-_MAX_HEADER = 1 << 20  # bytes of what may come before a member
+_MAX_HEADER = 1 << 20  # bytes of an extended header
 _HEADERS = (
   tarfile.XHDTYPE,
   tarfile.XGLTYPE,
@@ -18,18 +18,21 @@ _HEADERS = (
   tarfile.GNUTYPE_LONGLINK,
 )
 _KINDS = (*pairs.SUFFIXES, '.txt', '.json')
-_TOO_LARGE = b'file is too large'  # in the place of a picture's bytes
+_TOO_LARGE = b'file is too large'  # stands for the bytes of an image that is too large
 
 
 class _Member(tarfile.TarInfo):
-  """Raises where `tarfile` would take an error for the end, or read whatever a header claims."""
+  """A member whose corrupt headers raise an error.
+
+  `tarfile` would treat them as the end of the archive, or read as many bytes as a header claims.
+  """
 
   @classmethod
   def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
     try:
       return super().fromtarfile(tar)
     except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
-      raise  # the end
+      raise  # the end of the archive
     except tarfile.HeaderError as error:
       raise tarfile.ReadError(str(error)) from error
 
@@ -42,11 +45,16 @@ class _Member(tarfile.TarInfo):
 def read(
   path: epath.Path, columns: tables.Columns, max_bytes: int
 ) -> Iterator[pairs.Pair | pairs.Fault]:
-  """The pairs of a shard: members of one stem that follow one another.
+  """Yields the pairs of a shard. Consecutive members with the same stem form a pair.
 
-  Their captions are that of NAME.txt, or else those that NAME.json gives.
+  The caption is the content of NAME.txt. Without that file, NAME.json gives the captions.
+
+  Args:
+    path: the tar file.
+    columns: the fields of NAME.json.
+    max_bytes: the largest image file that is read.
   """
-  stem, where, files = None, '', {}
+  stem, location, files = None, '', {}
   for member, data in _members(path, max_bytes):
     if isinstance(member, pairs.Fault):
       yield member
@@ -55,17 +63,17 @@ def read(
     base, dot, kind = name.rpartition('.')
     if (folder, base) != stem:
       if files:
-        yield _pair(where, files, '/'.join(filter(None, stem)), columns)
+        yield _pair(location, files, '/'.join(filter(None, stem)), columns)
       stem, files = (folder, base), {}
-      where = f'{path}: {pairs.short(member.name)} at {member.offset}'
+      location = f'{path}: {pairs.short(member.name)} at {member.offset}'
     if dot + kind.lower() in _KINDS:
       files[dot + kind.lower()] = data
   if files:
-    yield _pair(where, files, '/'.join(filter(None, stem)), columns)
+    yield _pair(location, files, '/'.join(filter(None, stem)), columns)
 
 
 def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
-  """Members of kinds that are read, with their bytes; faults in the place of others."""
+  """Yields the members that belong to pairs with their bytes, and faults for rejected members."""
   offset = 0
   try:
     total = path.stat().length
@@ -74,22 +82,22 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
       tarfile.open(fileobj=f, mode='r|', tarinfo=_Member) as tar,
     ):
       for member in tar:
-        tar.members = []  # or it would hold them all
+        tar.members = []  # `tarfile` would keep all of them in memory
         offset = member.offset
-        where = f'{path}: {pairs.short(member.name)} at {offset}'
+        location = f'{path}: {pairs.short(member.name)} at {offset}'
         if member.isfile() and member.offset_data + member.size > total:
-          raise EOFError('it ends within a file')
+          raise EOFError('the archive ends within a file')
         if member.isdir():
           continue
         if not member.isfile():
-          yield pairs.Fault(where, 'not a file'), b''
+          yield pairs.Fault(location, 'not a file'), b''
         elif not pairs.is_inside(member.name):
-          yield pairs.Fault(where, 'unsafe name'), b''
+          yield pairs.Fault(location, 'unsafe name'), b''
         elif not member.name.lower().endswith(_KINDS):
           continue
         elif member.name.lower().endswith(('.txt', '.json')):
           if member.size > tables.MAX_TEXT:
-            yield pairs.Fault(where, 'caption file is too large'), b''
+            yield pairs.Fault(location, 'caption file is too large'), b''
           else:
             yield member, tar.extractfile(member).read()
         elif member.size > max_bytes:
@@ -98,15 +106,15 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
           yield member, tar.extractfile(member).read()
         offset = -(-(member.offset_data + member.size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
   except (EOFError, ValueError, RecursionError, tarfile.TarError) as error:
-    yield pairs.Fault(f'{path}: {error} at {offset}', 'archive is broken'), b''
+    yield pairs.Fault(f'{path}: {error} at {offset}', 'archive is corrupt'), b''
 
 
 def _pair(
-  where: str, files: dict[str, bytes], stem: str, columns: tables.Columns
+  location: str, files: dict[str, bytes], stem: str, columns: tables.Columns
 ) -> pairs.Pair | pairs.Fault:
   image = next((files[kind] for kind in files if kind in pairs.SUFFIXES), None)
   if image is None or image == _TOO_LARGE:
-    return pairs.Fault(where, 'no picture' if image is None else _TOO_LARGE.decode())
+    return pairs.Fault(location, 'no image' if image is None else _TOO_LARGE.decode())
   row = {}
   if '.json' in files:
     try:
@@ -114,10 +122,10 @@ def _pair(
     except (ValueError, RecursionError):
       row = None
     if not isinstance(row, dict):
-      return pairs.Fault(where, 'row cannot be parsed')
+      return pairs.Fault(location, 'row cannot be parsed')
     row = columns.keep(row)
   texts, langs = columns.captions(row)
   if '.txt' in files:
     texts, langs = [files['.txt']], langs[:1] or [columns.language]
   key = tables.first_text(columns.value(row, 'key')) or stem
-  return pairs.Pair(where, key, image, texts, langs, columns.score(row))
+  return pairs.Pair(location, key, image, texts, langs, columns.score(row))

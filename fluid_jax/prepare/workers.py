@@ -1,4 +1,4 @@
-"""Processes of this machine that work for one, and end with it."""
+"""Worker processes on this machine that end with their parent."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from fluid_jax import errors
 
 
 def _end_with_parent() -> None:
-  """Leaves it to the parent to be interrupted, and ends this worker when the parent is gone."""
+  """Ignores SIGINT, which the parent handles, and ends this process when the parent ends."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def watch() -> None:
@@ -24,7 +24,16 @@ def _end_with_parent() -> None:
 
 
 def run(function: Callable[..., None], calls: Iterable[tuple], workers: int) -> Iterator[None]:
-  """Calls a function in other processes, a few calls ahead; yields as they end."""
+  """Calls a function in worker processes; yields once for each call that has finished.
+
+  Args:
+    function: a module-level function.
+    calls: its arguments; read only a few calls ahead.
+    workers: the number of processes.
+
+  Raises:
+    UserError: a worker process was killed.
+  """
   context = multiprocessing.get_context('spawn')
   with futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
     pending = set()
@@ -39,8 +48,8 @@ def run(function: Callable[..., None], calls: Iterable[tuple], workers: int) -> 
         yield future.result()
     except process_pool.BrokenProcessPool as error:
       raise errors.UserError(
-        'a worker was killed, perhaps for want of memory: give fewer --workers or a smaller '
-        '--max_pixels, and the same command goes on where it was.',
+        'a worker process was killed, probably for lack of memory: reduce --workers or '
+        '--max_pixels and run the same command again to resume.',
         errors.CRASH,
       ) from error
     except BaseException:
@@ -48,11 +57,11 @@ def run(function: Callable[..., None], calls: Iterable[tuple], workers: int) -> 
       raise
 
 
-def peak() -> int:
-  """Most memory that this process has held, in MB."""
-  try:  # Linux' `getrusage` counts from the peak of the process that started this one
+def peak_memory() -> int:
+  """Returns the peak resident memory of this process in MB."""
+  try:  # on Linux, `getrusage` starts from the peak of the parent process
     with open('/proc/self/status') as f:
       (line,) = (line for line in f if line.startswith('VmHWM'))
     return int(line.split()[1]) >> 10
   except (OSError, ValueError):
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20  # bytes, on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20  # bytes on macOS
