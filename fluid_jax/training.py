@@ -12,7 +12,7 @@ from fluid_jax import config as config_lib
 from fluid_jax import errors, flops, loop, metrics, sharding, startup, step
 from fluid_jax.data import pipeline, tasks
 from fluid_jax.encoders import frozen, text
-from fluid_jax.sample import pipeline as sample
+from fluid_jax.sample import pipeline as sample_pipeline
 
 
 def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
@@ -68,7 +68,7 @@ def _image_sampler(components: step.Components, encoder_params: frozen.Params) -
   if not config.train.sample_prompts:
     return None
   text.encode_prompts(config.train.sample_prompts, config.text)
-  sampler = sample.Sampler(config, components.model, components.encoders, encoder_params)
+  sampler = sample_pipeline.Sampler(config, components.model, components.encoders, encoder_params)
 
   def sample_images(state: step.TrainState) -> dict[str, np.ndarray]:
     return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts, num_images=4)}

@@ -13,7 +13,7 @@ import small_encoders
 from fluid_jax import config as config_lib
 from fluid_jax import errors, sharding, step
 from fluid_jax.encoders import frozen, t5, text
-from fluid_jax.sample import pipeline as sample
+from fluid_jax.sample import pipeline as sample_pipeline
 
 GERMAN = 'translate English to German: The house is wonderful.'
 
@@ -191,12 +191,12 @@ def test_sampling_with_other_encoders_than_in_training_is_rejected(
   digests = frozen.digests(params, sharding.make_mesh(config, jax.devices()[:1]))
   monkeypatch.setattr(frozen, 'load', lambda *_: params)
   calls = []
-  monkeypatch.setattr(sample.Sampler, 'sample', lambda *args: calls.append(args))
+  monkeypatch.setattr(sample_pipeline.Sampler, 'sample', lambda *args: calls.append(args))
   args = ['--workdir=DIR', '--prompt=red heart', f'--out={tmp_path}/grid.png']
 
   def run(known):
-    monkeypatch.setattr(sample, 'load_workdir', lambda *_: (config, known, {}, 1))
-    sample.main(args)
+    monkeypatch.setattr(sample_pipeline, 'load_workdir', lambda *_: (config, known, {}, 1))
+    sample_pipeline.main(args)
 
   for part in digests:
     with pytest.raises(errors.UserError, match=f'the {part} encoder has digest') as caught:

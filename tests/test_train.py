@@ -98,9 +98,9 @@ def _leaves(tree, path=''):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
   """The workdir of an uninterrupted run."""
-  workdir = tmp_path_factory.mktemp('whole')
+  workdir = tmp_path_factory.mktemp('uninterrupted')
   out = train(workdir)
   assert re.search(r'step 20/20  loss [\d.]+  [\d.]+ images/s  ETA 0:00\n', out)
   assert f'done at step 20: {workdir}' in out
@@ -110,9 +110,9 @@ def whole(tmp_path_factory):
   return workdir
 
 
-def test_a_run_writes_metrics(whole):
+def test_a_run_writes_metrics(uninterrupted):
   by_name = {}
-  for row in rows(whole):
+  for row in rows(uninterrupted):
     for name, value in row.items():
       by_name.setdefault(name, {})[row['step']] = value
   for name in (
@@ -130,12 +130,12 @@ def test_a_run_writes_metrics(whole):
   assert by_name['speed/tokens_per_s'][20] == pytest.approx(16 * rate)
 
 
-def test_tensorboard_shows_metrics_images_and_config(whole):
+def test_tensorboard_shows_metrics_images_and_config(uninterrupted):
   from tensorboard.util import tensor_util
 
-  runs = {run: events(whole, run) for run in ('train', 'validation_ema', 'validation_raw')}
+  runs = {run: events(uninterrupted, run) for run in ('train', 'validation_ema', 'validation_raw')}
   tags = {run: set(shown.Tags()['tensors']) for run, shown in runs.items()}
-  names = {name for row in rows(whole) for name in row} - {'step'}
+  names = {name for row in rows(uninterrupted) for name in row} - {'step'}
   for name in names:
     run, tag = metrics.tensorboard_tag(name)
     assert tag in tags[run], name
@@ -149,7 +149,7 @@ def test_tensorboard_shows_metrics_images_and_config(whole):
       event.step: tensor_util.make_ndarray(event.tensor_proto).item()
       for event in runs[run].Tensors('loss')
     }
-    expected = {row['step']: row[name] for row in rows(whole) if name in row}
+    expected = {row['step']: row[name] for row in rows(uninterrupted) if name in row}
     assert losses == pytest.approx(expected)
   (text,) = runs['train'].Tensors('config')
   assert b'"learning_rate": 0.002' in text.tensor_proto.string_val[0]
@@ -174,18 +174,18 @@ def test_metrics_are_assigned_to_tensorboard_runs(name, run, tag):
   assert metrics.tensorboard_tag(name) == (run, tag)
 
 
-def test_the_configured_number_of_checkpoints_is_kept(whole):
-  names = sorted(path.name for path in (whole / 'checkpoints').iterdir())
+def test_the_configured_number_of_checkpoints_is_kept(uninterrupted):
+  names = sorted(path.name for path in (uninterrupted / 'checkpoints').iterdir())
   assert names == ['00000010', '00000015', '00000020']
 
 
-def test_a_finished_run_ends_at_once_and_may_log_at_other_steps(whole, tmp_path):
-  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def test_a_finished_run_ends_at_once_and_may_log_at_other_steps(uninterrupted, tmp_path):
+  shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
   assert 'done at step 20' in train(tmp_path, '--config.train.log_every=5')
-  assert_same(whole, tmp_path)
+  assert_same(uninterrupted, tmp_path)
 
 
-def test_a_run_stopped_by_sigterms_and_sigkill_equals_an_uninterrupted_one(whole, tmp_path):
+def test_a_run_stopped_by_sigterms_and_sigkill_equals_an_uninterrupted_one(uninterrupted, tmp_path):
   code, err = stop(tmp_path, 2, signal.SIGTERM)
   assert code == errors.PREEMPTED, err
   code, err = stop(tmp_path, 8, signal.SIGTERM, signal.SIGTERM)
@@ -193,15 +193,15 @@ def test_a_run_stopped_by_sigterms_and_sigkill_equals_an_uninterrupted_one(whole
   code, err = stop(tmp_path, 14, signal.SIGKILL)
   assert code == -signal.SIGKILL, err
   assert 'resuming at step' in train(tmp_path)
-  assert_same(whole, tmp_path)
+  assert_same(uninterrupted, tmp_path)
 
 
-def test_another_config_is_rejected_with_the_differences(whole):
-  before = results(whole)
-  done = commands.run(*TRAIN, f'--workdir={whole}', PROMPTS, '--config.model.depth=4')
+def test_another_config_is_rejected_with_the_differences(uninterrupted):
+  before = results(uninterrupted)
+  done = commands.run(*TRAIN, f'--workdir={uninterrupted}', PROMPTS, '--config.model.depth=4')
   assert done.returncode == errors.MISMATCH
   assert 'was trained with another config (model.depth: 3 -> 4)' in done.stderr
-  assert results(whole) == before
+  assert results(uninterrupted) == before
 
 
 _IMPLICIT_TRANSFERS = """
@@ -222,9 +222,9 @@ def test_an_implicit_transfer_ends_training(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_equals_an_uninterrupted_one(tmp_path):
-  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  uninterrupted, killed = tmp_path / 'uninterrupted', tmp_path / 'killed'
   longer = ('--config.train.num_steps=200', '--config.train.eval_every=50')
-  train(whole, *longer)
+  train(uninterrupted, *longer)
   rng = random.Random(0)
   for attempt in range(10):
     process = commands.start(*TRAIN, f'--workdir={killed}', PROMPTS, *longer)
@@ -238,7 +238,7 @@ def test_a_run_killed_ten_times_at_random_equals_an_uninterrupted_one(tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
   train(killed, *longer)
-  assert_same(whole, killed, num_steps=200)
+  assert_same(uninterrupted, killed, num_steps=200)
 
 
 @pytest.mark.slow

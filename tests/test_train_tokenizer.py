@@ -255,7 +255,7 @@ def test_eight_devices_compute_the_same_as_one(kind, fsdp):
 
 
 @pytest.fixture(scope='module', params=['kl', 'vq'])
-def whole(request, tmp_path_factory):
+def uninterrupted(request, tmp_path_factory):
   """Kind, workdir and settings of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp(request.param)
   changes = {'network.kind': request.param, 'train.metric': 'small_encoders:MeanError'}
@@ -273,9 +273,9 @@ def whole(request, tmp_path_factory):
 PYTHONPATH = f'{commands.ROOT}:{commands.ROOT}/tests'
 
 
-@pytest.mark.parametrize('whole', ['vq'], indirect=True)  # its state has the most parts
-def test_a_stopped_and_killed_run_equals_an_uninterrupted_one(whole, tmp_path):
-  _, workdir, changes = whole
+@pytest.mark.parametrize('uninterrupted', ['vq'], indirect=True)  # its state has the most parts
+def test_a_stopped_and_killed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path):
+  _, workdir, changes = uninterrupted
   args = (*TRAIN, *arguments(changes), f'--workdir={tmp_path}')
   for number, after in ((signal.SIGTERM, 2), (signal.SIGKILL, 8)):
     process = commands.start(*args, env={'PYTHONPATH': PYTHONPATH})
@@ -298,8 +298,8 @@ def test_a_stopped_and_killed_run_equals_an_uninterrupted_one(whole, tmp_path):
   assert untimed[0] == untimed[1]
 
 
-def test_validation_metrics_are_those_of_the_reconstructions(whole):
-  kind, workdir, _ = whole
+def test_validation_metrics_are_those_of_the_reconstructions(uninterrupted):
+  kind, workdir, _ = uninterrupted
   found = next(row for row in reversed(rows(workdir)) if 'validation/psnr_ema' in row)
   images = fit_patches.read_images('emoji_demo', 'validation', 32)
   tokenizer, params = load(workdir / 'tokenizer.safetensors')
@@ -325,10 +325,10 @@ def test_validation_metrics_are_those_of_the_reconstructions(whole):
   assert found['validation/mean_error_ema'] == pytest.approx(error, rel=0.02)
 
 
-def test_tensorboard_shows_reconstructions(whole):
+def test_tensorboard_shows_reconstructions(uninterrupted):
   from tensorboard.backend.event_processing import plugin_event_accumulator
 
-  _, workdir, _ = whole
+  _, workdir, _ = uninterrupted
   folder = str(workdir / 'tensorboard/validation_ema')
   shown = plugin_event_accumulator.EventAccumulator(folder, {'tensors': 0}).Reload()
   grids = shown.Tensors('reconstructions')
@@ -337,8 +337,8 @@ def test_tensorboard_shows_reconstructions(whole):
   assert (int(width) % 32, int(height)) == (0, 64)
 
 
-def test_another_config_is_rejected(whole):
-  _, workdir, changes = whole
+def test_another_config_is_rejected(uninterrupted):
+  _, workdir, changes = uninterrupted
   args = arguments({**changes, 'losses.l2': 7.0})
   done = commands.run(*TRAIN, *args, f'--workdir={workdir}', env={'PYTHONPATH': PYTHONPATH})
   assert done.returncode == errors.MISMATCH
@@ -360,9 +360,11 @@ def load(path):
   return network, trained.load(str(path), shapes)
 
 
-@pytest.mark.parametrize('whole', ['kl', pytest.param('vq', marks=pytest.mark.slow)], indirect=True)
-def test_fluid_trains_and_samples_with_it(whole, tmp_path):
-  kind, workdir, _ = whole
+@pytest.mark.parametrize(
+  'uninterrupted', ['kl', pytest.param('vq', marks=pytest.mark.slow)], indirect=True
+)
+def test_fluid_trains_and_samples_with_it(uninterrupted, tmp_path):
+  kind, workdir, _ = uninterrupted
   variant = {'kl': 'continuous', 'vq': 'discrete'}[kind]
   args = (
     f'--config.image.tokenizer=trained:{workdir}/tokenizer.safetensors',
@@ -384,9 +386,9 @@ def test_fluid_trains_and_samples_with_it(whole, tmp_path):
   assert saved['encoder_digests'].keys() == {'image'}
 
 
-@pytest.mark.parametrize('whole', ['kl'], indirect=True)  # codes have no mean
-def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(whole, make_config):
-  _, workdir, _ = whole
+@pytest.mark.parametrize('uninterrupted', ['kl'], indirect=True)  # codes have no mean
+def test_tokens_of_the_training_split_have_mean_zero_and_variance_one(uninterrupted, make_config):
+  _, workdir, _ = uninterrupted
   path = workdir / 'tokenizer.safetensors'
   network, params = load(path)
   config = make_config(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fluid_jax import optim, sharding
 from fluid_jax.encoders import kl_vae, patches, tokenizers
 from fluid_jax.train_tokenizer import config as tokenizer_config
-from fluid_jax.train_tokenizer import losses as tokenizer_losses
+from fluid_jax.train_tokenizer import losses
 
 
 class Trained(flax.struct.PyTreeNode):
@@ -130,8 +130,8 @@ def init(config: tokenizer_config.Config) -> TokenizerState:
   )
 
 
-def _discriminator(config: tokenizer_config.Config) -> tokenizer_losses.Discriminator:
-  return tokenizer_losses.Discriminator(config.losses.discriminator_width)
+def _discriminator(config: tokenizer_config.Config) -> losses.Discriminator:
+  return losses.Discriminator(config.losses.discriminator_width)
 
 
 def train_step(
@@ -166,7 +166,7 @@ def train_step(
       'l2': jnp.square(y_BxHxWx3 - x_BxHxWx3).mean(),
     }
     if config.losses.perceptual:
-      distance_B = tokenizer_losses.perceptual(perceptual_params, x_BxHxWx3, y_BxHxWx3)
+      distance_B = losses.perceptual(perceptual_params, x_BxHxWx3, y_BxHxWx3)
       terms['perceptual'] = distance_B.mean()
     if config.losses.adversarial:
       logits = judge(state.discriminator.params, y_BxHxWx3)
@@ -186,7 +186,7 @@ def train_step(
   if config.losses.adversarial:
 
     def discriminator_loss(params: Any) -> jax.Array:
-      return tokenizer_losses.discriminator_loss(judge(params, x_BxHxWx3), judge(params, y_BxHxWx3))
+      return losses.discriminator_loss(judge(params, x_BxHxWx3), judge(params, y_BxHxWx3))
 
     value, grads = jax.value_and_grad(discriminator_loss)(discriminator.params)
     metrics['discriminator_loss'] = value
@@ -233,7 +233,7 @@ def _reconstruction(
     moments_BxLx2C = kl_vae.to_moments(encoded, tokenizer.patch)
     latents_BxLxC = tokenizers.sample_latents(moments_BxLx2C, key, jnp.arange(batch))
     z_BxhxwxC = kl_vae.from_tokens(latents_BxLxC, tokenizer.patch)
-    kl = tokenizer_losses.kl_divergence(moments_BxLx2C).mean() / x_BxHxWx3[0].size
+    kl = losses.kl_divergence(moments_BxLx2C).mean() / x_BxHxWx3[0].size
     return network(z_BxhxwxC, method='decode'), {'kl': kl}, ()
   z_NxC = encoded.reshape(batch * height * width, -1)
   codes_VxC = jax.lax.stop_gradient(params['codebook'])

@@ -19,9 +19,7 @@ from fluid_jax import errors, flops, loop, metrics, sharding, startup
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import kl_vae, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
-from fluid_jax.train_tokenizer import losses as tokenizer_losses
-from fluid_jax.train_tokenizer import quality
-from fluid_jax.train_tokenizer import step as tokenizer_step
+from fluid_jax.train_tokenizer import losses, quality, step
 
 _NUM_SHOWN = 8  # images in a grid of reconstructions
 
@@ -49,11 +47,11 @@ def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> i
   sharding.check_divides(
     mesh, config.train.batch_size, 'images', 'set train.batch_size to a multiple of the devices'
   )
-  program = tokenizer_step.build(config, mesh)
+  program = step.build(config, mesh)
   perceptual = {}
   if config.losses.perceptual:
     replicated = NamedSharding(mesh, PartitionSpec())
-    perceptual = tokenizer_losses.load_perceptual(*paths, replicated)
+    perceptual = losses.load_perceptual(*paths, replicated)
   metrics.log(f'checking the data of {config.data.task} ...', jax.process_index() == 0)
   _open_stream(config, mesh, 'validation', shuffle=False).close()
   make_metric(config.train.metric)
@@ -123,7 +121,7 @@ def _open_stream(
 
 def _reconstructions(
   config: tokenizer_config.Config,
-  program: tokenizer_step.TokenizerProgram,
+  program: step.TokenizerProgram,
   mesh: Mesh,
   params: Any,
   split: str,
@@ -140,9 +138,9 @@ def _reconstructions(
 
 def evaluate(
   config: tokenizer_config.Config,
-  program: tokenizer_step.TokenizerProgram,
+  program: step.TokenizerProgram,
   mesh: Mesh,
-  state: tokenizer_step.TokenizerState,
+  state: step.TokenizerState,
 ) -> dict[str, float]:
   """Metrics of the validation split, for raw and averaged weights.
 
@@ -179,7 +177,7 @@ def evaluate(
 
 def _kl_bits(moments_BxLx2C: np.ndarray) -> float:
   with jax.transfer_guard('allow'):
-    return float(tokenizer_losses.kl_divergence(moments_BxLx2C).mean()) / math.log(2)
+    return float(losses.kl_divergence(moments_BxLx2C).mean()) / math.log(2)
 
 
 def make_metric(name: str) -> Any:
@@ -201,9 +199,9 @@ def make_metric(name: str) -> Any:
 
 def sample_images(
   config: tokenizer_config.Config,
-  program: tokenizer_step.TokenizerProgram,
+  program: step.TokenizerProgram,
   mesh: Mesh,
-  state: tokenizer_step.TokenizerState,
+  state: step.TokenizerState,
 ) -> dict[str, np.ndarray]:
   """A grid of the first validation images, above their reconstructions."""
   batches = _reconstructions(config, program, mesh, state.ema_params, 'validation')
@@ -215,9 +213,9 @@ def sample_images(
 
 def export(
   config: tokenizer_config.Config,
-  program: tokenizer_step.TokenizerProgram,
+  program: step.TokenizerProgram,
   mesh: Mesh,
-  state: tokenizer_step.TokenizerState,
+  state: step.TokenizerState,
   path: pathlib.Path,
 ) -> None:
   """Writes the averaged weights to `path`.
@@ -254,7 +252,7 @@ def export(
 
 def describe(config: tokenizer_config.Config) -> str:
   """The text that `--validate_only` prints."""
-  shapes = jax.eval_shape(functools.partial(tokenizer_step.init, config))
+  shapes = jax.eval_shape(functools.partial(step.init, config))
   counts = {'tokenizer': shapes.params}
   if shapes.discriminator:
     counts['discriminator'] = shapes.discriminator.params
