@@ -88,7 +88,9 @@ setuptools.setup(
     'test': [
       'flask-cors>=6',
       'flask>=3.1',
+      'ipykernel>=7.4',
       'moto[s3]>=5.2',
+      'nbclient>=0.11',
       'pytest-xdist>=3.8',
       'pytest>=9.2',
       'qwix>=0.1.8',

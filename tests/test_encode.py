@@ -184,7 +184,7 @@ def test_mismatches_are_rejected_in_one_sentence(make_config, encoding, tmp_path
   rejects(r'text_features of shape \[12, 24\]', train.encoder_digests, wider, {})
   # Images where encoded examples are expected, and the reverse.
   raw = dataclasses.replace(on_encoded, data=config.data)
-  rejects('give images, text_ids and the config', train.open_stream, raw, mesh, 'train')
+  rejects('have images, text_ids, but the config', train.open_stream, raw, mesh, 'train')
   on_images = dataclasses.replace(config, data=on_encoded.data)
   rejects('give image_moments, text_features', train.open_stream, on_images, mesh, 'train')
   # The config has nothing to encode.

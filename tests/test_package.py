@@ -1,7 +1,9 @@
 """What is installed, and what importing it costs."""
 
+import ast
+import functools
+import graphlib
 import importlib
-import pathlib
 import re
 import subprocess
 import sys
@@ -35,9 +37,74 @@ for name in {MODULES}:
   commands.run_ok('-c', script)
 
 
-def test_no_file_is_longer_than_500_lines():
-  lengths = {str(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob('*.py')}
-  assert {path: length for path, length in lengths.items() if length > 500} == {}
+# ---- Structure ----
+
+
+def source_files():
+  return {
+    str(path.relative_to(commands.ROOT).with_suffix('')).replace('/', '.'): path
+    for path in PACKAGE.rglob('*.py')
+  }
+
+
+def imports_of(path, lazy=True):
+  """Modules of ours that a file imports; with `lazy`, those in functions too."""
+  tree = ast.parse(path.read_text())
+  nodes = ast.walk(tree) if lazy else tree.body
+  found, modules = set(), source_files()
+  for node in nodes:
+    if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('fluid_jax'):
+      for alias in node.names:
+        name = f'{node.module}.{alias.name}'
+        found.add(name if name in modules or f'{name}.__init__' in modules else node.module)
+    elif isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names if alias.name.startswith('fluid_jax.')}
+  return found
+
+
+def test_no_module_is_longer_than_450_lines():
+  lengths = {name: len(path.read_text().splitlines()) for name, path in source_files().items()}
+  assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_no_function_is_longer_than_80_lines_but_the_training_loop():
+  long = {
+    f'{name}.{node.name}'
+    for name, path in source_files().items()
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 80
+  }
+  assert long <= {'fluid_jax.loop.run'}
+
+
+def test_modules_import_in_one_direction():
+  """Nothing imports main, packages keep their order, and there is no cycle."""
+  allowed = {'fluid_jax.models': ('fluid_jax.models',)}
+  forbidden = {
+    'fluid_jax.encoders': ('fluid_jax.data', 'fluid_jax.prepare', 'fluid_jax.train_tokenizer'),
+    'fluid_jax.data': ('fluid_jax.prepare', 'fluid_jax.train_tokenizer'),
+  }
+  graph = {}
+  for name, path in source_files().items():
+    imported = imports_of(path)
+    assert 'fluid_jax.main' not in imported, name
+    for package, prefixes in allowed.items():
+      if name.startswith(f'{package}.'):
+        assert all(module.startswith(prefixes) for module in imported), (name, imported)
+    for package, prefixes in forbidden.items():
+      if name.startswith(f'{package}.'):
+        assert not any(module.startswith(prefixes) for module in imported), (name, imported)
+    graph[name] = imports_of(path, lazy=False)
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_sources_are_public_ones():
+  """Comments cite the paper or public code, never notes outside the repository."""
+  pattern = re.compile(r'facts? (section )?[0-9]|\(design[:,) ]')
+  for folder in ('fluid_jax', 'configs', 'launch', 'benchmarks', 'docs'):
+    for path in (commands.ROOT / folder).rglob('*'):
+      if path.suffix in ('.py', '.md', '.sh'):
+        assert not pattern.search(path.read_text()), path
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name not in TOKENIZERS])
@@ -62,7 +129,17 @@ def wheel(tmp_path_factory):
   source.mkdir()
   # A copy, for setuptools builds in the source's folder.
   subprocess.run(
-    ['cp', '-r', 'setup.py', 'pyproject.toml', 'LICENSE', 'fluid_jax', source],
+    [
+      'cp',
+      '-r',
+      'setup.py',
+      'pyproject.toml',
+      'LICENSE',
+      'README.md',
+      'fluid_jax',
+      'configs',
+      source,
+    ],
     cwd=commands.ROOT,
     check=True,
   )
@@ -83,9 +160,9 @@ def test_the_wheel_is_complete_and_opens_its_data(wheel, tmp_path):
   assert wheel.name.startswith(f'fluid_jax-{fluid_jax.__version__}-py3-none-any')
   expected = {
     str(path.relative_to(commands.ROOT))
-    for pattern in ('**/*.py', 'data/emoji_set/*', 'encoders/weights/*')
+    for pattern in ('**/*.py', 'py.typed', 'fonts/*', 'data/emoji_set/*', 'encoders/weights/*')
     for path in PACKAGE.glob(pattern)
-  }
+  } | {f'fluid_jax/configs/{path.name}' for path in (commands.ROOT / 'configs').glob('*.*')}
   assert {name for name in names if not name.startswith('fluid_jax-')} == expected
   assert any(re.fullmatch(r'fluid_jax-.*\.dist-info/(licenses/)?LICENSE', name) for name in names)
   assert 'fluid_jax/data/emoji_set/LICENSE.unicode' in names
@@ -101,6 +178,9 @@ for split in ('train', 'validation'):
   assert b'WEBP' in opened[0] and b'WEBP' in opened[len(opened) - 1]
 for path in patches.WEIGHTS.glob('*.safetensors'):
   (patches.load if path.name.startswith('patch_') else trained.read)(path)
+from fluid_jax import cli
+assert 'demo' in cli.config_names()
+assert cli.load_config('demo')['name'] == 'demo'
 from fluid_jax.data import pipeline
 stream = pipeline.Stream(
   'emoji_demo', 'train',
@@ -112,20 +192,34 @@ stream.close()
   commands.run_ok('-I', '-c', script)
 
 
-@pytest.mark.skipif(not (commands.ROOT / 'README.md').exists(), reason='no README')
-def test_the_readme_names_only_flags_that_exist():
-  text = (commands.ROOT / 'README.md').read_text()
-  text = text.replace('\\\n', ' ')
-  used = re.findall(r'python3? -m (fluid_jax[\w.]*)(.*)', text)
-  assert used
+# ---- Documentation ----
+
+DOCUMENTS = sorted([commands.ROOT / 'README.md', *(commands.ROOT / 'docs').glob('*.md')])
+
+
+@functools.cache
+def help_of(module):
+  return commands.run_ok('-m', module, '--help')
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
+def test_documents_use_flags_and_settings_that_exist(path):
+  text = path.read_text().replace('\\\n', ' ')
+  used = re.findall(r'python3? -m (fluid_jax[\w.]*)([^`|#\n]*)', text)
+  assert used or path.name not in ('README.md', 'usage.md')
   for module, rest in used:
-    source = pathlib.Path(commands.ROOT, *module.split('.')).with_suffix('.py').read_text()
-    for word, other in (('main.read_config', 'main'), ('export.main', 'export')):
-      if word in source:  # its flags are defined there
-        source += (commands.ROOT / f'fluid_jax/{other}.py').read_text()
     for flag in re.findall(r'--(?!config\.)(\w+)', rest):
-      defined = rf"""(DEFINE_\w+\(\s*'{flag}'|add_argument\(\s*'--{flag}')"""
-      assert re.search(defined, source), f'{module} has no --{flag}'
-    for path, value in re.findall(r'--config\.([\w.]+)=(\S+)', rest):
-      group, name = path.split('.')
-      assert hasattr(getattr(config_lib.Config(), group), name), (path, value)
+      assert re.search(rf'  (-\w, )?--{flag}\b', help_of(module)), f'{module} has no --{flag}'
+  for group, name in re.findall(r'--config\.(\w+)\.(\w+)=', text):
+    known = [settings() for settings in (config_lib.Config, tokenizer_config.Config)]
+    assert any(hasattr(getattr(c, group, None), name) for c in known), f'{group}.{name}'
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_documents_lead_to_files(path):
+  for target in re.findall(r'\]\((?!https?:|#)([^)#]+)', path.read_text()):
+    assert (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short():
+  assert len((commands.ROOT / 'README.md').read_text().splitlines()) <= 200

@@ -1,0 +1,65 @@
+"""A head and an order from outside the package train, are saved, and sample."""
+
+import json
+
+import commands
+import numpy as np
+import pytest
+
+import fluid_jax
+from fluid_jax import cli, errors
+from fluid_jax import config as config_lib
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run of the command with `--config.model.module=own_model`."""
+  workdir = tmp_path_factory.mktemp('extend')
+  done = commands.run(
+    '-m', 'fluid_jax.main', '--config=tiny', f'--workdir={workdir}', '--config.model.module=own_model',
+    '--config.model.head=gaussian', '--config.model.order=outward', '--config.train.num_steps=40',
+    '--config.train.eval_every=40', '--config.train.checkpoint_every=40',
+    env={'PYTHONPATH': f'{commands.ROOT}:{commands.ROOT / "tests"}'},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  return workdir
+
+
+def test_the_loss_of_an_own_head_falls(workdir):
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  losses = [row['train/loss'] for row in rows if 'train/loss' in row]
+  assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+
+
+def test_an_own_head_and_order_sample(workdir):
+  model = fluid_jax.load(workdir)
+  images, sampled_at = model.sample_arrays(['red heart', 'pizza'], [0], {}, show_progress=False)
+  assert images.shape == (2, 32, 32, 3)
+  assert np.ptp(images.astype(int)) > 20
+  # 16 tokens in 4 steps, the 4 central ones of the 4 x 4 grid first.
+  centre = np.zeros((4, 4), bool)
+  centre[1:3, 1:3] = True
+  for at in sampled_at:
+    assert at[centre.ravel()].max() <= at[~centre.ravel()].min()
+    assert at.max() == 3
+
+
+def test_a_head_of_other_tokens_is_refused():
+  values = cli.load_config('tiny:tokens=discrete')
+  values['model'] |= {'module': 'own_model', 'head': 'gaussian'}
+  with pytest.raises(errors.UserError, match="'gaussian' reads continuous tokens"):
+    config_lib.resolve(values)
+
+
+def test_a_module_that_cannot_be_imported_is_named():
+  values = cli.load_config('tiny')
+  values['model']['module'] = 'absent_module'
+  with pytest.raises(errors.UserError, match="'absent_module' cannot be imported"):
+    config_lib.resolve(values)
+
+
+def test_an_own_order_has_no_values_of_the_paper():
+  values = cli.load_config('tiny')
+  values['model'] |= {'module': 'own_model', 'order': 'outward'}
+  sampling = config_lib.resolve(values).sampling
+  assert (sampling.guidance_scale, sampling.temperature) == (1.0, 1.0)
