@@ -25,8 +25,7 @@ from jax._src import (
 )
 
 import fluid_jax
-from fluid_jax import config as config_lib
-from fluid_jax import errors
+from fluid_jax import errors, settings
 
 # Of these JAX itself reads only the first.
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -146,7 +145,7 @@ def check_consistent(facts: Mapping[str, Any]) -> None:
     lines = [
       f'{line} on process {other}'
       for other, theirs in others.items()
-      for line in config_lib.differences(facts, theirs)
+      for line in settings.differences(facts, theirs)
     ]
     put('differences', lines)
   found = get('differences')

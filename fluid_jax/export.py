@@ -37,7 +37,7 @@ FIELDS = {'ema': 'ema_params', 'raw': 'params'}  # of the state, by the name of 
 FILE_BYTES = 4 << 30  # of parameters in a file, unless a single one is larger
 
 # Of those whose parameters have digests too, the names of these.
-_PART = {'image.tokenizer': 'image', 'text.t5_path': 'text'}
+_PART = {'image.tokenizer_path': 'image', 'text.t5_path': 'text'}
 _MODEL, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _TOKENIZER, _CONFIG = 'tokenizer.safetensors', 'config.json'
 
@@ -75,8 +75,9 @@ def write(
     folder.mkdir(parents=True)
     try:
       if _own_tokenizer(config):
-        saved['image'] |= {'tokenizer': _copy_tokenizer(config, folder, _TOKENIZER)}
-        encoders['image.tokenizer'] = weights_lib.digests(str(folder / _TOKENIZER))
+        _copy_tokenizer(config, folder)
+        saved['image'] |= {'tokenizer_path': _TOKENIZER}
+        encoders['image.tokenizer_path'] = weights_lib.digests(str(folder / _TOKENIZER))
       model = _write_model(checkpointer, found, FIELDS[weights], wanted[FIELDS[weights]], folder)
       content = {
         'weights': weights,
@@ -147,24 +148,20 @@ def _write_model(
 
 def _references(config: config_lib.Config) -> dict[str, str]:
   """By setting, the path of each encoder's weights or vocabulary."""
-  found = {'image.tokenizer': tokenizers.path_of(config)}
+  found = {'image.tokenizer_path': tokenizers.path_of(config)}
   if config.has_t5:
     found |= {'text.t5_path': config.text.t5_path, 'text.vocabulary': config.text.vocabulary}
   return {name: path for name, path in found.items() if path}
 
 
 def _own_tokenizer(config: config_lib.Config) -> str:
-  """The path in image.tokenizer if its file is the user's, not what others publish; else ''."""
-  path = tokenizers.path_of(config)
-  of_user = {f'{prefix}{path}' for prefix in ('', 'trained:', 'prepared:trained:')}
-  return path if config.image.tokenizer in of_user else ''
+  """The tokenizer's file if the user made it; '' if it ships with the package or is public."""
+  return config.image.tokenizer_path if config.image.tokenizer in ('patch', 'trained') else ''
 
 
-def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path, named: str) -> str:
-  """Copies the user's tokenizer into a folder; returns image.tokenizer with `named` as its path."""
-  path = _own_tokenizer(config)
-  shutil.copyfile(path, folder / _TOKENIZER)
-  return config.image.tokenizer.removesuffix(path) + named
+def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path) -> None:
+  """Copies the user's tokenizer into a folder."""
+  shutil.copyfile(_own_tokenizer(config), folder / _TOKENIZER)
 
 
 # ---- in ----
@@ -227,10 +224,9 @@ def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]
   for name, path in _references(sharding.config_here(content['config'])).items():
     group, key = name.split('.')
     value, found = content['config'][group][key], path
-    if name not in moved and value.endswith(path):  # else it is a file of this package
+    if name not in moved and value == path:  # otherwise it is a file of this package
       beside = directory.absolute() / pathlib.Path(path).name
-      found = str(beside) if beside.exists() else path
-      content['config'][group][key] = value.removesuffix(path) + found
+      content['config'][group][key] = found = str(beside) if beside.exists() else path
     recorded = content['encoders'].get(name)
     if recorded is None:
       continue  # what prepared the examples was not there when the model was trained
@@ -323,8 +319,8 @@ def read_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   if _own_tokenizer(config):
     with _written(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-      named = str(workdir.absolute() / _TOKENIZER)
-      saved['image']['tokenizer'] = _copy_tokenizer(config, workdir, named)
+      _copy_tokenizer(config, workdir)
+      saved['image']['tokenizer_path'] = str(workdir.absolute() / _TOKENIZER)
   with checkpoint.Checkpointer(checkpoints, keep=1, config=saved) as checkpointer:
     checkpointer.save(content['step'], state, {'step': content['step']})
   return content['step']

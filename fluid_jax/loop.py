@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, distributed, errors, flops, metrics, sharding
-from fluid_jax import config as config_lib
+from fluid_jax import checkpoint, distributed, errors, flops, metrics, settings, sharding
 from fluid_jax.data import pipeline, tasks
 
 # What may differ when a workdir is taken up again: nothing that changes the trained parameters.
@@ -204,7 +203,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
       old = json.loads(path.read_text())
-      changed = config_lib.differences(old, config)
+      changed = settings.differences(old, config)
       refused = [line for line in changed if not line.startswith(RESUMABLE)]
       if refused:
         raise errors.UserError(

@@ -109,8 +109,8 @@ def open_stream(
     stream.close()
     raise errors.UserError(
       f'examples of task {config.data.task!r} give {", ".join(stream.arrays)} and the config reads '
-      f'{", ".join(wanted)}: set image.tokenizer to a network for pictures or to prepared for '
-      "what it made, and text.source to 'bytes' or 't5' for texts or to 'features' for theirs."
+      f'{", ".join(wanted)}: set image.prepared=False for images or True for outputs of a '
+      "tokenizer, and text.source to 'bytes' or 't5' for captions or 'features' for text features."
     )
   return stream
 

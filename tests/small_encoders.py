@@ -14,11 +14,14 @@ NETWORKS = {
 _TEXT = {'text.source': 't5', 'text.t5_size': 'small', 'text.feature_dim': 24}
 IN_THE_STEP = {
   'continuous': _TEXT
-  | {'image.tokenizer': 'sd_vae:vae.safetensors', 'image.size': 16, 'image.channels': 16},
+  | {'image.tokenizer': 'sd_vae', 'image.tokenizer_path': 'vae.safetensors'}
+  | {'image.prepared': False, 'image.size': 16, 'image.channels': 16},
   'discrete': _TEXT
-  | {'image.tokenizer': 'amused_vq:vq', 'image.size': 16, 'image.vocab_size': 50}
-  | {'model.tokens': 'discrete'},
+  | {'image.tokenizer': 'amused_vq', 'image.tokenizer_path': 'vq', 'image.prepared': False}
+  | {'image.size': 16, 'image.vocab_size': 50, 'model.tokens': 'discrete'},
 }
+# Changes of these to examples that another network prepared, with nothing to decode them.
+PREPARED = {'image.tokenizer': '', 'image.tokenizer_path': '', 'image.prepared': True}
 
 
 def random_params(config):

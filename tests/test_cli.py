@@ -136,8 +136,45 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
     ([TINY, '--config.model.head_width=-1'], 'model.head_width is negative'),
     ([TINY, '--config.optimizer.b2=1.0'], 'optimizer.b2 is 1.0; it must be in [0, 1)'),
     (
-      [TINY, '--config.image.tokenizer=prepared', "--config.train.sample_prompts=('a',)"],
+      [
+        TINY,
+        '--config.image.tokenizer=',
+        '--config.image.prepared=True',
+        "--config.train.sample_prompts=('a',)",
+      ],
       'train.sample_prompts needs a decoder',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=sd_vae:vae.safetensors'],
+      'write --config.image.tokenizer=sd_vae --config.image.tokenizer_path=vae.safetensors '
+      '--config.image.prepared=False.',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=prepared:sd_vae:a:b'],
+      'tokenizer=sd_vae --config.image.tokenizer_path=a:b --config.image.prepared=True.',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=prepared'],
+      'write --config.image.tokenizer= --config.image.tokenizer_path= --config.image.prepared=True',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=my/pca.safetensors'],
+      'write --config.image.tokenizer=patch --config.image.tokenizer_path=my/pca.safetensors',
+    ),
+    ([TINY, '--config.image.tokenizer=sd_vea'], 'llamagen_vq (did you mean sd_vae?)'),
+    (
+      [TINY, '--config.image.tokenizer='],
+      "image.prepared is False, but image.tokenizer is ''; choose one of patch, trained, sd_vae",
+    ),
+    ([TINY, '--config.image.prepared=True'], "image.tokenizer='patch' runs in the training step"),
+    (
+      [
+        TINY,
+        '--config.image.tokenizer=',
+        '--config.image.prepared=True',
+        '--config.image.tokenizer_path=a',
+      ],
+      "image.tokenizer_path is 'a', but image.tokenizer is ''",
     ),
     ([f'{TINY}:order=spiral'], 'choose one of random, raster'),
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),

@@ -105,7 +105,7 @@ def test_a_set_holds_what_the_encoders_make(encoding, tmp_path, tokens):
   # A stream of the set gives what the model reads, and the step takes it.
   outside = dataclasses.replace(
     config,
-    image=dataclasses.replace(config.image, tokenizer='prepared:' + config.image.tokenizer),
+    image=dataclasses.replace(config.image, prepared=True),
     text=dataclasses.replace(config.text, source='features'),
     data=dataclasses.replace(config.data, task=str(tmp_path), languages=()),
   )
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
 
   outside = changed(
     data={'task': str(tmp_path), 'languages': ()},
-    image={'tokenizer': 'prepared'},
+    image={'tokenizer': '', 'prepared': True},
     text={'source': 'features'},
   )
   mesh = sharding.make_mesh(config, jax.devices()[:1])
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_config, encoding, tmp
   refused('give image_moments, text_features', train.open_stream, inside, mesh, 'train')
   # Nothing to encode.
   out = str(tmp_path / 'other')
-  refused("'prepared' is no network", encode.encode, outside, out)
+  refused('image.prepared is True, but', encode.encode, outside, out)
   refused("source='features' is what", encode.encode, changed(text={'source': 'features'}), out)
   refused('codes have no mean', encode.measure, encoding('discrete')[0], 10)
   pictures = {'task': f'{commands.ROOT}/fluid_jax/data/emoji_set'}
@@ -283,10 +283,11 @@ def test_processes_tell_downloads_apart_by_their_ends(tmp_path, make_config, voc
 
   def facts(path):
     settings = {'text.source': 't5', 'text.t5_path': str(path), 'text.vocabulary': vocabulary}
-    return frozen.file_facts(make_config(settings | {'image.tokenizer': f'prepared:sd_vae:{path}'}))
+    settings |= {'image.tokenizer': 'sd_vae', 'image.tokenizer_path': str(path)}
+    return frozen.file_facts(make_config(settings))
 
   for paths in ((first, second), (first.parent, second.parent)):
     one, other = map(facts, paths)
-    assert one.keys() == {'image.tokenizer', 'text.t5_path', 'text.vocabulary'}
+    assert one.keys() == {'image.tokenizer_path', 'text.t5_path', 'text.vocabulary'}
     assert {name for name in one if one[name] != other[name]} == one.keys() - {'text.vocabulary'}
   assert facts(tmp_path / 'none')['text.t5_path'] == 'missing'

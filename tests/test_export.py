@@ -148,7 +148,7 @@ def test_the_config_names_everything_with_its_digest(trained, whole):
   assert content['versions']['jax'] == jax.__version__
   assert content['files'] == {'model.safetensors': sha256(whole / 'model.safetensors')}
   shipped = patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'
-  assert content['encoders'] == {'image.tokenizer': {shipped.name: sha256(shipped)}}
+  assert content['encoders'] == {'image.tokenizer_path': {shipped.name: sha256(shipped)}}
 
 
 def test_large_models_are_split_over_files_with_an_index(trained, tmp_path, monkeypatch):
@@ -208,16 +208,16 @@ def test_pictures_are_the_same_from_workdir_export_and_import(trained, whole, tm
 # ---- tokenizers and encoders ----
 
 
-@pytest.mark.parametrize('prefix', ['', 'trained:'])
-def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
+@pytest.mark.parametrize('name', ['patch', 'trained'])
+def test_an_own_tokenizer_goes_along(name, trained, tmp_path):
   own = tmp_path / 'mine.safetensors'
-  if prefix:
+  if name == 'trained':
     network = kl_vae.KLVAE(autoencoder.Shape(8, (1,), 1, 16, 16, pixel_patch=8))
     made = nn.unbox(network.network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     trained_files.save(network, made['params'], own, {})
   else:
     shutil.copyfile(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors', own)
-  config = make_config(image__tokenizer=f'{prefix}{own}')
+  config = make_config(image__tokenizer=name, image__tokenizer_path=str(own))
   state = trained[2]
   save(tmp_path / 'run', config, state.params, state.ema_params)
   out, moved = tmp_path / 'out', tmp_path / 'moved'
@@ -225,15 +225,15 @@ def test_an_own_tokenizer_goes_along(prefix, trained, tmp_path):
   own.unlink()
   out.rename(moved)
   loaded = sample.load_workdir(moved)[0]
-  assert loaded.image.tokenizer == f'{prefix}{moved}/tokenizer.safetensors'
+  assert loaded.image.tokenizer_path == f'{moved}/tokenizer.safetensors'
   frozen.load(loaded, sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
-  assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}
+  assert content['encoders'] == {'image.tokenizer_path': {'tokenizer.safetensors': digest}}
   # An import has its own copy, too.
   export.read_into(moved, tmp_path / 'new')
   imported = sample.load_workdir(tmp_path / 'new')[0]
-  assert imported.image.tokenizer == f'{prefix}{tmp_path}/new/tokenizer.safetensors'
+  assert imported.image.tokenizer_path == f'{tmp_path}/new/tokenizer.safetensors'
   assert sha256(tmp_path / 'new/tokenizer.safetensors') == digest
   data = (moved / 'tokenizer.safetensors').read_bytes()
   (moved / 'tokenizer.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -254,7 +254,8 @@ def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, r
   ):
     (public / name).write_text(f'the bytes of {name}')
   config = make_config(
-    image__size=64, image__tokenizer=f'sd_vae:{public}/vae.safetensors', text__source='t5',
+    image__size=64, image__tokenizer='sd_vae',
+    image__tokenizer_path=f'{public}/vae.safetensors', text__source='t5',
     text__t5_size='small', text__feature_dim=512, text__t5_path=str(t5x),
     text__vocabulary=f'{public}/spiece.model',
   )  # fmt: skip
@@ -264,11 +265,11 @@ def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, r
   export.write(tmp_path / 'run', out)
   assert {path.name for path in out.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
   assert json.loads((out / 'config.json').read_text())['encoders'] == {
-    'image.tokenizer': {'vae.safetensors': sha256(public / 'vae.safetensors')},
+    'image.tokenizer_path': {'vae.safetensors': sha256(public / 'vae.safetensors')},
     'text.t5_path': {name: sha256(t5x / name) for name in ('checkpoint', 'target.w/0')},
     'text.vocabulary': {'spiece.model': sha256(public / 'spiece.model')},
   }
-  assert sample.load_workdir(out)[0].image.tokenizer == config.image.tokenizer
+  assert sample.load_workdir(out)[0].image == config.image
 
   # Elsewhere: nothing is at its path, but beside the parameters.
   elsewhere = public.rename(tmp_path / 'elsewhere')
@@ -278,7 +279,7 @@ def test_public_networks_are_named_with_their_digests_and_not_copied(tmp_path, r
   for name in ('vae.safetensors', 'spiece.model', 'checkpoint_7'):
     (out / name).symlink_to(elsewhere / name)
   loaded = sample.load_workdir(out)[0]
-  assert loaded.image.tokenizer == f'sd_vae:{out}/vae.safetensors'
+  assert loaded.image.tokenizer_path == f'{out}/vae.safetensors'
   assert (loaded.text.t5_path, loaded.text.vocabulary) == (
     f'{out}/checkpoint_7',
     f'{out}/spiece.model',
@@ -299,7 +300,10 @@ def test_encoders_with_digests_may_come_in_another_file(tmp_path, random_params)
     (tmp_path / name).mkdir()
     (tmp_path / name / 'vae.safetensors').write_text(name)
   config = make_config(
-    image__size=64, image__tokenizer=f'sd_vae:{tmp_path}/vae/vae.safetensors', text__source='bytes'
+    image__size=64,
+    image__tokenizer='sd_vae',
+    image__tokenizer_path=f'{tmp_path}/vae/vae.safetensors',
+    text__source='bytes',
   )
   params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config))
   digests = {'image': 'ab' * 32}
@@ -307,9 +311,9 @@ def test_encoders_with_digests_may_come_in_another_file(tmp_path, random_params)
   export.write(tmp_path / 'run', tmp_path / 'out')
   shutil.rmtree(tmp_path / 'vae')
   for place in (tmp_path / 'run', tmp_path / 'out'):
-    moved = {'image.tokenizer': f'sd_vae:{tmp_path}/other/vae.safetensors'}
+    moved = {'image.tokenizer_path': f'{tmp_path}/other/vae.safetensors'}
     found, found_digests, _, _ = sample.load_workdir(place, 'ema', None, moved)
-    assert found.image.tokenizer == moved['image.tokenizer']
+    assert found.image.tokenizer_path == moved['image.tokenizer_path']
     assert found_digests == digests
   assert 'put it at one of the two' in refused(5, sample.load_workdir, tmp_path / 'out')
   (tmp_path / 'out/vae.safetensors').symlink_to(tmp_path / 'other/vae.safetensors')
@@ -406,7 +410,7 @@ def test_other_tensors_are_refused(copy):
 
 def test_another_shipped_tokenizer_is_refused(copy):
   name = 'patch_pca_32px_8x8_16.safetensors'
-  sign(copy, lambda content: content['encoders'].update({'image.tokenizer': {name: 'ab12'}}))
+  sign(copy, lambda content: content['encoders'].update({'image.tokenizer_path': {name: 'ab12'}}))
   message = refused(5, sample.load_workdir, copy)
   assert f'{name} of SHA-256 {sha256(patches.WEIGHTS / name)}, but' in message
   assert f'made with {name} of SHA-256 ab12' in message

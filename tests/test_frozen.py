@@ -119,7 +119,7 @@ def test_encoding_in_the_step_is_as_if_prepared(make_config, small_networks, tok
   settings = small_encoders.IN_THE_STEP[tokens] | {'optimizer.accumulation_steps': parts}
   config = make_config(settings)
   outside = make_config(
-    settings | {'text.source': 'features', 'image.tokenizer': 'prepared', 'image.size': 16}
+    settings | small_encoders.PREPARED | {'text.source': 'features', 'image.size': 16}
   )
   encoders, batch = small_encoders.random_params(config), inputs(config)
   results = []
@@ -160,14 +160,14 @@ def test_encoders_of_other_shapes_are_refused(make_config, small_networks):
   with pytest.raises(errors.UserError, match=r'--config\.text\.feature_dim=24'):
     frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | {'text.feature_dim': 512}))
   for changed in ({'image.size': 32}, {'image.channels': 8}, {'model.tokens': 'discrete'}):
-    with pytest.raises(errors.UserError, match='tokenizer sd_vae makes tokens of 16 channels'):
+    with pytest.raises(errors.UserError, match='sd_vae makes continuous tokens of 16 channels'):
       frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | changed))
 
 
 def test_a_vocabulary_of_another_size_is_refused(
   make_config, small_networks, vocabulary, monkeypatch, tmp_path
 ):
-  settings = small_encoders.IN_THE_STEP['continuous'] | {'image.tokenizer': 'prepared'}
+  settings = small_encoders.IN_THE_STEP['continuous'] | small_encoders.PREPARED
   config = make_config(settings)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   with pytest.raises(errors.UserError, match="needs T5's weights"):
@@ -209,7 +209,8 @@ def test_other_encoders_than_the_model_was_trained_with_are_refused(
 def test_flops_are_those_of_the_layers(make_config):
   config = make_config(
     {'text.source': 't5', 'text.t5_size': 'base', 'text.feature_dim': 768, 'text.length': 20}
-    | {'image.tokenizer': 'sd_vae', 'image.size': 64, 'image.channels': 16}
+    | {'image.tokenizer': 'sd_vae', 'image.prepared': False, 'image.size': 64}
+    | {'image.channels': 16}
   )
   found = frozen.forward_flops(config)
   length, width, hidden, depth = 20, 768, 2048, 12
@@ -232,5 +233,5 @@ def test_flops_are_those_of_the_layers(make_config):
   ends = conv(64, 3, 128) + conv(8, 512, 8) + 64 * 8 * 8
   assert found['image'] == 2 * (blocks + middle + ends)
   # What is prepared costs nothing, and neither do bytes.
-  prepared = make_config({'image.tokenizer': 'prepared', 'text.source': 'bytes'})
+  prepared = make_config(small_encoders.PREPARED | {'text.source': 'bytes'})
   assert frozen.forward_flops(prepared) == {'image': 0, 'text': 0}

@@ -85,7 +85,8 @@ def run() -> int:
     if images is None:
       raise errors.UserError(
         f'examples of {config.data.task} are prepared and nothing here decodes them: name the '
-        'network, as in --config.image.tokenizer=prepared:sd_vae:vae.safetensors.'
+        'tokenizer, as in --config.image.tokenizer=sd_vae '
+        '--config.image.tokenizer_path=vae.safetensors.'
       )
     count = _NUM_PICTURES.value
     try:

@@ -43,10 +43,10 @@ class Sampler:
     Raises:
       UserError: nothing here makes pictures of the tokens.
     """
-    if config.image.tokenizer == 'prepared':
+    if not config.image.tokenizer:
       raise errors.UserError(
-        'this model draws tokens of a network that it was not trained with: name the one that '
-        'prepared them, as in --tokenizer=sd_vae:vae.safetensors.'
+        'the config of this model names no tokenizer to decode images: name the one that prepared '
+        'its examples, as in --tokenizer=sd_vae --tokenizer_path=vae.safetensors.'
       )
     self.config = config
     self._encoders = encoders
@@ -167,7 +167,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--guidance_schedule', choices=('linear', 'constant'))
   parser.add_argument('--temperature', type=float, help="of the noise; 0 is the paper's")
   parser.add_argument('--weights', choices=('ema', 'raw'), default='ema')
-  parser.add_argument('--tokenizer', help='NAME:PATH instead of the one trained with')
+  parser.add_argument('--tokenizer', help='image.tokenizer, if the config has none')
+  parser.add_argument('--tokenizer_path', help="the tokenizer's file, if it has moved")
   parser.add_argument('--t5_path', help='instead of the one trained with')
   parser.add_argument('--vocabulary', help="T5's, instead of the one trained with")
   parser.add_argument('--step', type=int, help='checkpoint to use; the newest by default')
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise errors.UserError(f'--{name}={path} does not end in {suffix}: name it so.')
   moved = {
     'image.tokenizer': args.tokenizer,
+    'image.tokenizer_path': args.tokenizer_path,
     'text.t5_path': args.t5_path,
     'text.vocabulary': args.vocabulary,
   }

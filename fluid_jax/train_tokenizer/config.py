@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from fluid_jax import config as config_lib
+from fluid_jax import settings
 from fluid_jax.encoders import autoencoder, kl_vae, vq
 
 CHOICES = {
@@ -114,7 +115,7 @@ def base_config() -> ml_collections.ConfigDict:
 
 def resolve(config: Mapping[str, Any]) -> Config:
   """A checked `Config`; raises one UserError that lists every problem, each with its mending."""
-  return config_lib.build(Config, config, _check)
+  return settings.build(Config, config, _check)
 
 
 def _check(c: Config) -> list[str]:

@@ -3,7 +3,8 @@
   python -m fluid_jax.train_tokenizer --config=configs/tokenizer_kl.py --workdir=DIR
 
 It ends with DIR/tokenizer.safetensors, to be given to Fluid as
---config.image.tokenizer=trained:DIR/tokenizer.safetensors.
+--config.image.tokenizer=trained --config.image.prepared=False
+--config.image.tokenizer_path=DIR/tokenizer.safetensors.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import distributed, errors, flops, loop, main, metrics, sharding
 from fluid_jax.data import pipeline
-from fluid_jax.encoders import kl_vae, patches, trained, weights
+from fluid_jax.encoders import kl_vae, latents, patches, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
 from fluid_jax.train_tokenizer import losses as tokenizer_losses
 from fluid_jax.train_tokenizer import step as tokenizer_step
@@ -221,16 +222,11 @@ def write(
   """Writes the averaged weights, with the mean and scale of latents of the training split."""
   network, params = tokenizer_config.make_network(config), state.ema_params
   if isinstance(network, kl_vae.KLVAE):
-    count, first, second = 0, 0.0, 0.0
-    for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train'):
-      mean, log_variance = np.split(moments_BxLx2C.astype(np.float64), 2, axis=-1)
-      count += mean[..., 0].size
-      first += mean.sum((0, 1))
-      second += (mean**2 + np.exp(log_variance)).sum((0, 1))
-    mean_C = first / count
-    scale_C = 1 / np.sqrt(second / count - mean_C**2)
-    found = [tuple(float(f'{v:.6g}') for v in values) for values in (mean_C, scale_C)]
-    network = dataclasses.replace(network, latent_mean=found[0], latent_scale=found[1])
+    sums = [
+      latents.moment_sums(moments_BxLx2C.astype(np.float64))
+      for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train')
+    ]
+    network = dataclasses.replace(network, **latents.statistics(sums))
   params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() == 0:
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
@@ -238,7 +234,8 @@ def write(
     trained.save(network, params, path, facts)
   metrics.log(
     f'wrote {path}; train Fluid on it with\n'
-    f'  --config.image.tokenizer=trained:{path} --config.image.size={config.data.image_size} '
+    f'  --config.image.tokenizer=trained --config.image.tokenizer_path={path} '
+    f'--config.image.prepared=False --config.image.size={config.data.image_size} '
     f'--config.image.num_tokens={config.num_tokens}',
     jax.process_index() == 0,
   )
