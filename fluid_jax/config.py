@@ -42,73 +42,73 @@ _POSITIVE = (
 @dataclasses.dataclass(frozen=True)
 class Image:
   size: int = 256  # pixels per side (paper, caption of figure 4)
-  # Image tokenizer: 'patch' (patch PCA or patch k-means), 'trained' (a network of
-  # fluid_jax.train_tokenizer), a public network ('sd_vae', 'mar_vae', 'amused_vq', 'taming_vq',
-  # 'llamagen_vq'), or '' for none, if nothing decodes prepared examples.
+  # image tokenizer: 'patch' (patch PCA or patch k-means), 'trained' (a network from
+  # fluid_jax.train_tokenizer), a public network ('sd_vae', 'mar_vae', 'amused_vq', 'taming_vq' or
+  # 'llamagen_vq'), or '' for none (training on prepared examples without decoding them)
   tokenizer: str = ''
-  # File of the tokenizer's weights. '' for 'patch' and 'trained': the file that ships with the
-  # package for these shapes.
+  # file of the tokenizer's weights; '' for 'patch' and 'trained': the file that ships with the
+  # package for these shapes
   tokenizer_path: str = ''
   # True: examples hold image_moments or image_codes, which the tokenizer computed beforehand
-  # (fluid_jax.prepare --stage=encode). False: examples hold images, and the tokenizer runs in the
-  # training step.
+  # (fluid_jax.prepare --stage=encode); False: they hold images, and the tokenizer runs in the
+  # training step
   prepared: bool = True
   num_tokens: int = 256  # tokens per image, a square grid (paper)
   channels: int = 16  # channels of a continuous token (paper)
   vocab_size: int = 8192  # codes of a discrete tokenizer (paper)
-  # Mean of the latents: tokens are (latent - latent_mean) x latent_scale. One number, or one per
-  # channel; empty: the tokenizer's own, or 0 without a tokenizer. `fluid_jax.prepare
-  # --stage=measure` prints the values of a data set.
+  # mean of the latents: tokens are (latent - latent_mean) x latent_scale; one number, or one per
+  # channel; empty: the tokenizer's own, or 0 without a tokenizer (fluid_jax.prepare
+  # --stage=measure prints the values of a data set)
   latent_mean: tuple[float, ...] = ()
-  # Scale of the latents, in the same form; empty: the tokenizer's own, or 0.18215 without a
-  # tokenizer (not stated in the paper; Stable Diffusion's value).
+  # scale of the latents, in the same form; empty: the tokenizer's own, or 0.18215 without a
+  # tokenizer (not stated in the paper; Stable Diffusion's value)
   latent_scale: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  # What the model reads: 'bytes' (UTF-8, with a learned embedding), 't5' (features that T5 computes
-  # in the training step), or 'features' (examples hold text_features of a frozen encoder, T5-XXL in
-  # the paper).
+  # what the model reads of captions: 'bytes' (UTF-8, with a learned embedding), 't5' (features that
+  # T5 computes in the training step), or 'features' (text_features in the examples, from a frozen
+  # encoder, which is T5-XXL in the paper)
   source: str = 'features'
-  length: int = 128  # longest caption in ids or feature vectors; the rest is cut (paper)
+  length: int = 128  # maximum ids or feature vectors per caption; the rest is cut (paper)
   feature_dim: int = 4096  # channels of text features (T5-XXL's width)
-  # SentencePiece model of T5, local or gs://. With 'features' only prompts need it.
+  # SentencePiece model of T5, local or gs://; with source 'features', only prompts need it
   vocabulary: str = ''
-  # Weights of T5: safetensors, or a T5X checkpoint, local or gs://. With 'features', they encode
-  # prompts, and training checks that they made the features.
+  # weights of T5: safetensors, or a T5X checkpoint, local or gs://; with source 'features', they
+  # encode prompts, and training checks that they computed the features
   t5_path: str = ''
-  t5_size: str = 'xxl'  # small, base, large, xl or xxl of T5 v1.1; with the prefix mt5_, of mT5
-  # Fraction of training examples whose caption is dropped, for classifier-free guidance (not stated
-  # in the paper; MAR's value).
+  t5_size: str = 'xxl'  # of T5 v1.1: small, base, large, xl or xxl; of mT5: mt5_small to mt5_xxl
+  # fraction of training examples whose caption is dropped, for classifier-free guidance (not stated
+  # in the paper; MAR's value, main_mar.py)
   drop_rate: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   # 'random': bidirectional attention, several tokens per step in a random order; 'raster': causal
-  # attention, row by row (paper, figure 2).
+  # attention, one token per step, row by row (paper, figure 2)
   order: str = 'random'
   # 'continuous': a diffusion head predicts vectors; 'discrete': a softmax predicts codes (paper,
-  # figure 2).
+  # figure 2)
   tokens: str = 'continuous'
   width: int = 768  # channels of the decoder (paper, table of sizes)
   depth: int = 12  # blocks of the decoder (paper, table of sizes)
   num_heads: int = 12  # attention heads (paper, table of sizes)
-  aligner_depth: int = 6  # blocks over the text features; the best of 0, 3 and 6 (paper, table 3)
+  aligner_depth: int = 6  # blocks over the text features; best of 0, 3 and 6 (paper, table 3)
   head_depth: int = 3  # residual blocks of the diffusion head, two layers each (paper: six layers)
   head_width: int = 0  # channels of the diffusion head; 0: the decoder's width (paper)
-  # Noise levels per token and step in the diffusion loss (not stated in the paper; the value of
-  # MAR's README command).
+  # noise levels per token and step in the diffusion loss (not stated in the paper; MAR's value,
+  # README)
   num_noise_draws: int = 4
-  mask_group_size: int = 8  # consecutive examples over which mask ratios are stratified (ours)
-  # What the backward pass recomputes: 'none' (nothing), 'minimal' (all but attention and MLP
-  # products), 'save_attention' (also the MLPs), 'full' (whole blocks), or 'offload' (as 'minimal',
-  # but kept in host memory).
+  mask_group_size: int = 8  # examples over which mask ratios are stratified (our choice)
+  # what the backward pass recomputes: 'none'; 'minimal': all but the products of attention and
+  # MLPs; 'save_attention': those of MLPs too; 'full': complete blocks; 'offload': as 'minimal',
+  # with the products in host memory
   remat: str = 'minimal'
-  dtype: str = 'bfloat16'  # of the computation, or 'float32'; parameters are float32
-  # 'int8': the projections and MLPs of decoder and aligner multiply 8-bit integers in training,
-  # forward and backward (extra [int8]).
+  dtype: str = 'bfloat16'  # dtype of the computation, or 'float32'; parameters are float32
+  # 'int8': in training, the projections and MLPs of decoder and aligner multiply 8-bit integers,
+  # forward and backward (needs the extra [int8])
   quantization: str = 'none'
 
 
@@ -117,42 +117,41 @@ class Data:
   task: str = 'webli'  # seqio task or mixture by name, or the path of a prepared data set
   module: str = ''  # Python module that registers your own task
   languages: tuple[str, ...] = ()  # languages of the captions to train on; empty: all
-  # Largest fraction of corrupt records in a split; training ends beyond it. Up to it, each corrupt
-  # record is replaced by another.
+  # largest fraction of corrupt records in a split, each of which is replaced by another record;
+  # training ends with an error beyond it
   max_corrupt_fraction: float = 0.001
-  # Mirror images with probability 1/2. Captions that mention left or right become wrong.
+  # mirror half of the images; captions that mention left or right become wrong
   random_flip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  name: str = 'adamw'  # as in the paper, or 'adafactor', which needs half the memory
-  learning_rate: float = 1e-4  # peak (paper)
-  # After warm-up: 'constant' (paper, for continuous tokens), or 'cosine' down to 0 at the last step
-  # (paper, for discrete tokens).
+  name: str = 'adamw'  # as in the paper; or 'adafactor', which needs half the memory
+  learning_rate: float = 1e-4  # peak learning rate (paper)
+  # after warm-up: 'constant' (paper, for continuous tokens), or 'cosine', down to 0 at the last
+  # step (paper, for discrete tokens)
   schedule: str = 'constant'
   warmup_steps: int = 65_536  # steps of linear warm-up (paper: 65K)
   b1: float = 0.9  # decay of AdamW's first moment (paper)
   b2: float = 0.95  # decay of AdamW's second moment (paper)
-  # Weight decay (paper) of the layers' matrices; embeddings, biases and norm scales have
-  # none.
+  # weight decay of the layers' matrices (paper); embeddings, biases and norm scales have none
   weight_decay: float = 0.02
   clip_norm: float = 3.0  # largest global gradient norm (not stated in the paper; MAR's value)
-  # Decay of the average of the weights (paper), which warms up as
-  # min(ema_decay, (1 + step) / (10 + step)).
+  # decay of the average of the weights (paper), warmed up as
+  # min(ema_decay, (1 + step) / (10 + step))
   ema_decay: float = 0.9999
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptimizer(Optimizer):
-  accumulation_steps: int = 1  # microbatches per step; the result equals that of the full batch
+  accumulation_steps: int = 1  # microbatches per step; the result equals the full batch's
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  seed: int = 0  # of initialization, data order, masks and noise
+  seed: int = 0  # random seed of initialization, data order, masks and noise
   batch_size: int = 2048  # examples per step over all devices (paper)
-  num_steps: int = 1_000_000  # steps to train for (paper)
+  num_steps: int = 1_000_000  # training steps (paper)
   log_every: int = 100  # steps between training metrics
   eval_every: int = 10_000  # steps between evaluations on the validation split
   sample_every: int = 10_000  # steps between image grids
@@ -167,11 +166,11 @@ class Train(Run):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  # Rules that split parameters over the mesh: 'fsdp' (no tensor axis), 'fsdp_tensor' or
-  # 'multislice' (sharding.PRESETS).
+  # rules that shard parameters over the mesh: 'fsdp' (no tensor axis), 'fsdp_tensor' or
+  # 'multislice'
   preset: str = 'fsdp_tensor'
-  # Devices that hold copies of the parameters; -1: the number of slices, times the shortest side of
-  # a 3-D torus.
+  # devices that hold copies of the parameters; -1: the number of slices, times the shortest side of
+  # a 3-D torus
   replica: int = -1
   fsdp: int = -1  # devices that share the parameters and the batch; -1: all remaining devices
   tensor: int = 1  # devices that share the heads, hidden units and codes of one example
@@ -179,15 +178,15 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  # Autoregressive steps (paper). Raster order always takes one step per token.
+  # autoregressive steps of random order (paper); raster order takes one step per token
   num_steps: int = 64
   num_diffusion_steps: int = 100  # denoising steps per continuous token (paper)
   guidance_scale: float = 0.0  # 1: no guidance; 0: the paper's value for the variant
-  # 'linear': the scale grows with the fraction of tokens that are known (not stated in the paper;
-  # MAR's default); or 'constant'.
+  # 'linear': the scale grows with the fraction of known tokens (not stated in the paper; MAR's
+  # default); or 'constant'
   guidance_schedule: str = 'linear'
-  # Factor of the noise (continuous) or softmax temperature (discrete); 0: the paper's value for the
-  # variant.
+  # factor of the noise (continuous tokens) or softmax temperature (discrete tokens); 0: the paper's
+  # value for the variant
   temperature: float = 0.0
 
 

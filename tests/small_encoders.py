@@ -1,4 +1,4 @@
-"""Encoders of the published kinds, but small, and settings of configs that run them in the step."""
+"""Small encoders of the public kinds, and settings of configs that run them in the step."""
 
 import flax.linen as nn
 import jax
@@ -20,18 +20,18 @@ IN_THE_STEP = {
   | {'image.tokenizer': 'amused_vq', 'image.tokenizer_path': 'vq', 'image.prepared': False}
   | {'image.size': 16, 'image.vocab_size': 50, 'model.tokens': 'discrete'},
 }
-# Changes of these to examples that another network prepared, with nothing to decode them.
+# Changes to these for prepared examples without a tokenizer to decode them.
 PREPARED = {'image.tokenizer': '', 'image.tokenizer_path': '', 'image.prepared': True}
 
 
 def random_params(config):
-  """Parameters of a config's encoders, none of them zero or one."""
+  """Random parameters of a config's encoders, none of them 0 or 1."""
   params = nn.unbox(frozen.make(config).init())
   return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), params)
 
 
 class MeanError:
-  """A measure of a user's own, for `train.metric`."""
+  """A user-defined metric, for `train.metric`."""
 
   def __init__(self):
     self.total = self.count = 0

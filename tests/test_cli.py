@@ -369,7 +369,7 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
   [
     (['--prompt='], 'prompt 1 is empty'),
     (['--prompt=apple', '--prompt=  '], 'prompt 2 is empty'),
-    (['--prompt=' + 'x' * 10_000], 'has 10000 bytes and the model reads 23: shorten it'),
+    (['--prompt=' + 'x' * 10_000], 'has 10000 bytes, but the model reads at most 23: shorten it'),
     (['--prompt=❤️🎉'], 'has no letter or digit'),
     (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),
     (['--prompt=a', '--guidance_scale=101'], 'sampling.guidance_scale is 101.0; choose'),

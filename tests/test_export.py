@@ -173,7 +173,7 @@ def test_large_models_are_split_over_files_with_an_index(trained, tmp_path, monk
   assert recorded == {name: sha256(out / name) for name in ('model.safetensors.index.json', *files)}
   last = (out / files[-1]).read_bytes()
   (out / files[-1]).unlink()
-  assert f'{files[-1]}, which the index names, is missing' in refused(5, sample.load_workdir, out)
+  assert f'{files[-1]} is in the index but does not exist' in refused(5, sample.load_workdir, out)
   (out / files[-1]).write_bytes(last[:-1] + bytes([last[-1] ^ 1]))
   assert f'has {files[-1]} of SHA-256' in refused(5, sample.load_workdir, out)
 
@@ -382,7 +382,7 @@ def test_damaged_exports_are_refused(copy):
   assert f'has model.safetensors of SHA-256 {sha256(model)}' in message
   assert f'made with model.safetensors of SHA-256 {digest}' in message
   model.unlink()
-  assert f'there is no {model}' in refused(5, sample.load_workdir, copy)
+  assert f'{model} does not exist' in refused(5, sample.load_workdir, copy)
   model.write_bytes(before)
   text = config.read_text()
   for damaged in (
@@ -401,7 +401,7 @@ def test_other_tensors_are_refused(copy):
   for changed, words in (
     ({}, 'lacks blocks.mlp.wi.kernel'),
     ({'blocks.mlp.wi.kernel': kernel[:, :-1].copy()}, 'has tensors of other shapes: blocks.mlp.wi'),
-    ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not know: x'),
+    ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not have: x'),
   ):
     safetensors.numpy.save_file(tensors | changed, model)
     sign(copy, lambda content: None)

@@ -28,7 +28,7 @@ def test_ids_are_t5s(vocabulary):
   expected = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1, 0, 0, 0, 0, 0]
   assert ids[0].tolist() == expected
   assert ids[1].tolist() == [71, 1131, 842, 1] + 12 * [0]
-  with pytest.raises(errors.UserError, match='prompt 2 has 10 word pieces and the model reads 7'):
+  with pytest.raises(errors.UserError, match='prompt 2 has 10 word pieces, but the model'):
     text.encode_prompts(
       ['heart', GERMAN], config_lib.Text(source='t5', length=8, vocabulary=vocabulary)
     )
@@ -79,16 +79,16 @@ def test_a_wrong_vocabulary_is_refused(tmp_path, vocabulary):
     assert '\n' not in str(caught.value)
 
   refused('', 'needs its vocabulary')
-  refused(tmp_path / 'none.model', 'there is no vocabulary')
+  refused(tmp_path / 'none.model', 'none.model does not exist')
   broken = tmp_path / 'broken.model'
   broken.write_bytes(pathlib.Path(vocabulary).read_bytes()[:1000])
-  refused(broken, 'is no SentencePiece model')
+  refused(broken, 'is not a SentencePiece model')
   words = tmp_path / 'words.txt'
   words.write_text('red heart\nblue heart\n' * 20)
   sentencepiece.SentencePieceTrainer.train(
     input=str(words), model_prefix=str(tmp_path / 'own'), vocab_size=14, minloglevel=2
   )
-  refused(tmp_path / 'own.model', r'numbers padding, end and unknown \(-1, 2, 0\)')
+  refused(tmp_path / 'own.model', r'has ids \(-1, 2, 0\) for padding, end and unknown')
 
 
 # ---- in the step ----

@@ -426,8 +426,8 @@ def test_a_file_keeps_the_network(tmp_path):
 def test_other_files_are_refused(tmp_path, make_config):
   shipped = sorted(patches.WEIGHTS.glob('patch_pca_64*'))[0]
   for path, complaint in (
-    (tmp_path / 'absent', 'there is no .*absent: mend'),
-    (shipped, 'does not say what network it holds'),
+    (tmp_path / 'absent', 'absent does not exist: check the path'),
+    (shipped, 'does not describe its network'),
   ):
     with pytest.raises(errors.UserError, match=complaint) as caught:
       trained.read(str(path))
