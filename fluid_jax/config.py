@@ -33,10 +33,6 @@ CHOICES = {
   'optimizer.schedule': ('constant', 'cosine'),
   'sampling.guidance_schedule': ('linear', 'constant'),
 }  # fmt: skip
-_POSITIVE = (
-  'optimizer.learning_rate optimizer.clip_norm train.batch_size train.num_steps train.log_every '
-  'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints mesh.tensor'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,74 +262,16 @@ def resolve(config: Mapping[str, Any]) -> Config:
   return dataclasses.replace(resolved, sampling=sampling)
 
 
-def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) -> list[str]:
-  """Problems of settings that have a set of choices, or that must be above 0.
-
-  Args:
-    c: a dataclass of groups of settings.
-    choices: the values of a setting, by its name such as 'model.order'.
-    positive: names, separated by spaces, besides those of `optimizer`, `train` and `mesh`.
-  """
-  problems = []
-  for path, known in choices.items():
-    value = _get(c, path)
-    if value not in known:
-      near = settings.closest(value, known)
-      hint = f' (did you mean {near}?)' if near else ''
-      listed = ', '.join(name for name in known if name)
-      problems.append(f'{path} is {value!r}; choose one of {listed}{hint}.')
-  return problems + [
-    f'{path} is {_get(c, path)}; it must be above 0.'
-    for path in (*_POSITIVE.split(), *positive.split())
-    if not _get(c, path) > 0
-  ]
-
-
-def _get(c: Any, path: str) -> Any:
-  group, name = path.split('.')
-  return getattr(getattr(c, group), name)
-
-
-def check_run(c: Any) -> list[str]:
-  """Problems of `c.data`, `c.optimizer` and `c.mesh`, which all training shares."""
-  problems = []
-  if not 0 <= c.data.max_corrupt_fraction < 1:
-    problems.append(
-      f'data.max_corrupt_fraction is {c.data.max_corrupt_fraction}; it must be in [0, 1), such as '
-      '0.001 for one record in a thousand.'
-    )
-  if not 0 < c.optimizer.ema_decay < 1:
-    problems.append(f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must be in (0, 1).')
-  if not 0 <= c.optimizer.warmup_steps < c.train.num_steps:
-    problems.append(
-      f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
-      f'{c.train.num_steps}; lower it.'
-    )
-  for name in ('b1', 'b2'):
-    value = getattr(c.optimizer, name)
-    if not 0 <= value < 1:
-      problems.append(f'optimizer.{name} is {value}; it must be in [0, 1).')
-  if c.optimizer.weight_decay < 0:
-    problems.append('optimizer.weight_decay is negative; 0 turns it off.')
-  for name in ('replica', 'fsdp'):
-    size = getattr(c.mesh, name)
-    if size != -1 and size <= 0:
-      problems.append(
-        f'mesh.{name} is {size}; set a number of devices, or -1 to choose it from the devices.'
-      )
-  return problems
-
-
 def _check(c: Config) -> list[str]:
   positive = (
     'image.size image.num_tokens image.channels image.vocab_size text.length text.feature_dim '
     'model.width model.depth model.num_heads model.aligner_depth model.head_depth '
     'model.num_noise_draws model.mask_group_size optimizer.accumulation_steps sampling.num_steps'
   )
-  problems = _check_combined_tokenizer(c.image.tokenizer) or check_values(c, CHOICES, positive)
+  problems = _combined_tokenizer(c.image.tokenizer) or settings.check_values(c, CHOICES, positive)
   if problems:
     return problems
-  problems = check_run(c)
+  problems = settings.check_run(c) + _image_problems(c)
 
   def need(holds, message):
     if not holds:
@@ -346,45 +284,14 @@ def _check(c: Config) -> list[str]:
     'set it to a multiple of it, such as '
     f'{c.model.num_heads * round(c.model.width / c.model.num_heads)}.',
   )
-  need(
-    c.grid_size**2 == c.image.num_tokens,
-    f'image.num_tokens {c.image.num_tokens} is not a square; '
-    f'set it to {c.grid_size**2} or {(c.grid_size + 1) ** 2}.',
-  )
-  need(
-    c.image.size % c.grid_size == 0,
-    f'image.size {c.image.size} is not divisible by the {c.grid_size} tokens per side; '
-    'change image.size or image.num_tokens.',
-  )
   parts = c.model.mask_group_size * c.optimizer.accumulation_steps
   need(
     c.train.batch_size % parts == 0,
     f'train.batch_size {c.train.batch_size} is not divisible by model.mask_group_size x '
     f'optimizer.accumulation_steps = {parts}; set it to a multiple.',
   )
-  for name in ('latent_mean', 'latent_scale'):
-    count = len(getattr(c.image, name))
-    need(
-      count in (0, 1, c.image.channels),
-      f'image.{name} has {count} numbers; give one, or {c.image.channels}, one per channel.',
-    )
-  need(all(s > 0 for s in c.image.latent_scale), 'image.latent_scale must be above 0.')
   need(0 <= c.text.drop_rate < 1, f'text.drop_rate is {c.text.drop_rate}; it must be in [0, 1).')
   need(c.model.head_width >= 0, 'model.head_width is negative; 0 selects the width of the decoder.')
-  need(
-    c.image.tokenizer or c.image.prepared,
-    "image.prepared is False, but image.tokenizer is ''; choose one of "
-    f'{", ".join(CHOICES["image.tokenizer"][1:])} to encode images.',
-  )
-  need(
-    c.image.tokenizer != 'patch' or not c.image.prepared,
-    "image.tokenizer='patch' runs in the training step; set image.prepared=False.",
-  )
-  need(
-    c.image.tokenizer or not c.image.tokenizer_path,
-    f"image.tokenizer_path is {c.image.tokenizer_path!r}, but image.tokenizer is ''; name the "
-    'tokenizer as well.',
-  )
   need(
     not c.train.sample_prompts or c.image.tokenizer,
     "train.sample_prompts needs a decoder of images, but image.tokenizer is ''; set it and "
@@ -399,7 +306,48 @@ def _check(c: Config) -> list[str]:
   return problems
 
 
-def _check_combined_tokenizer(value: str) -> list[str]:
+def _image_problems(c: Config) -> list[str]:
+  problems = []
+
+  def need(holds, message):
+    if not holds:
+      problems.append(message)
+
+  need(
+    c.grid_size**2 == c.image.num_tokens,
+    f'image.num_tokens {c.image.num_tokens} is not a square; '
+    f'set it to {c.grid_size**2} or {(c.grid_size + 1) ** 2}.',
+  )
+  need(
+    c.image.size % c.grid_size == 0,
+    f'image.size {c.image.size} is not divisible by the {c.grid_size} tokens per side; '
+    'change image.size or image.num_tokens.',
+  )
+  for name in ('latent_mean', 'latent_scale'):
+    count = len(getattr(c.image, name))
+    need(
+      count in (0, 1, c.image.channels),
+      f'image.{name} has {count} numbers; give one, or {c.image.channels}, one per channel.',
+    )
+  need(all(s > 0 for s in c.image.latent_scale), 'image.latent_scale must be above 0.')
+  need(
+    c.image.tokenizer or c.image.prepared,
+    "image.prepared is False, but image.tokenizer is ''; choose one of "
+    f'{", ".join(CHOICES["image.tokenizer"][1:])} to encode images.',
+  )
+  need(
+    c.image.tokenizer != 'patch' or not c.image.prepared,
+    "image.tokenizer='patch' runs in the training step; set image.prepared=False.",
+  )
+  need(
+    c.image.tokenizer or not c.image.tokenizer_path,
+    f"image.tokenizer_path is {c.image.tokenizer_path!r}, but image.tokenizer is ''; name the "
+    'tokenizer as well.',
+  )
+  return problems
+
+
+def _combined_tokenizer(value: str) -> list[str]:
   """Problems of an image.tokenizer that also holds a path, or 'prepared'."""
   is_prepared = value.partition(':')[0] == 'prepared'
   name, _, path = value.removeprefix('prepared').removeprefix(':').partition(':')

@@ -1,4 +1,4 @@
-"""Makes frozen dataclasses of settings from nested mappings, and compares such mappings."""
+"""Makes, checks and compares settings: frozen dataclasses from nested mappings."""
 
 import dataclasses
 import difflib
@@ -11,6 +11,10 @@ import ml_collections
 from fluid_jax import errors
 
 T = typing.TypeVar('T')
+_POSITIVE = (
+  'optimizer.learning_rate optimizer.clip_norm train.batch_size train.num_steps train.log_every '
+  'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints mesh.tensor'
+)
 
 
 def build(cls: type[T], values: Mapping[str, Any], check: Callable[[T], list[str]]) -> T:
@@ -43,6 +47,64 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ''
     elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
       lines.append(f'{prefix}{key}: {a} -> {b}')
   return lines
+
+
+def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) -> list[str]:
+  """Problems of settings that have a set of choices, or that must be above 0.
+
+  Args:
+    c: a dataclass of groups of settings.
+    choices: the values of a setting, by its name such as 'model.order'.
+    positive: names, separated by spaces, besides those of `optimizer`, `train` and `mesh`.
+  """
+  problems = []
+  for path, known in choices.items():
+    value = _get(c, path)
+    if value not in known:
+      near = closest(value, known)
+      hint = f' (did you mean {near}?)' if near else ''
+      listed = ', '.join(name for name in known if name)
+      problems.append(f'{path} is {value!r}; choose one of {listed}{hint}.')
+  return problems + [
+    f'{path} is {_get(c, path)}; it must be above 0.'
+    for path in (*_POSITIVE.split(), *positive.split())
+    if not _get(c, path) > 0
+  ]
+
+
+def _get(c: Any, path: str) -> Any:
+  group, name = path.split('.')
+  return getattr(getattr(c, group), name)
+
+
+def check_run(c: Any) -> list[str]:
+  """Problems of `c.data`, `c.optimizer` and `c.mesh`, which all training shares."""
+  problems = []
+  if not 0 <= c.data.max_corrupt_fraction < 1:
+    problems.append(
+      f'data.max_corrupt_fraction is {c.data.max_corrupt_fraction}; it must be in [0, 1), such as '
+      '0.001 for one record in a thousand.'
+    )
+  if not 0 < c.optimizer.ema_decay < 1:
+    problems.append(f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must be in (0, 1).')
+  if not 0 <= c.optimizer.warmup_steps < c.train.num_steps:
+    problems.append(
+      f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
+      f'{c.train.num_steps}; lower it.'
+    )
+  for name in ('b1', 'b2'):
+    value = getattr(c.optimizer, name)
+    if not 0 <= value < 1:
+      problems.append(f'optimizer.{name} is {value}; it must be in [0, 1).')
+  if c.optimizer.weight_decay < 0:
+    problems.append('optimizer.weight_decay is negative; 0 turns it off.')
+  for name in ('replica', 'fsdp'):
+    size = getattr(c.mesh, name)
+    if size != -1 and size <= 0:
+      problems.append(
+        f'mesh.{name} is {size}; set a number of devices, or -1 to choose it from the devices.'
+      )
+  return problems
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import random_tensors
 import safetensors.numpy
 
 from fluid_jax import errors
-from fluid_jax.encoders import autoencoder, kl_vae, patches, t5, vq, weights
+from fluid_jax.encoders import autoencoder, kl_vae, latents, patches, t5, vq, weights
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/encoders'
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -191,6 +191,26 @@ def test_sampled_latents_have_the_given_moments():
   np.testing.assert_allclose(sampled.var(0), np.exp(log_variance), rtol=0.05)
 
 
+def test_latents_are_normalized_by_their_statistics():
+  rng = np.random.default_rng(0)
+  moments = rng.normal((1.0, -2.0, -3.0, 0.5), (2.0, 0.5, 0.1, 0.1), (6, 500, 4))
+  valid = np.array([True] * 5 + [False])
+  sums = [latents.moment_sums(moments[:2]), latents.moment_sums(moments[2:], valid[2:])]
+  found = latents.statistics(sums)
+  mean, log_variance = np.split(moments[:5].reshape(-1, 4), 2, axis=-1)
+  variance = np.exp(log_variance).mean(0) + mean.var(0)
+  np.testing.assert_allclose(found['latent_mean'], mean.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(found['latent_scale'], variance**-0.5, rtol=1e-5)
+  in_jax = latents.moment_sums(jnp.asarray(moments, jnp.float32), jnp.asarray(valid))
+  np.testing.assert_allclose(
+    latents.statistics([in_jax])['latent_scale'], found['latent_scale'], rtol=1e-4
+  )
+  normalizer = latents.Normalizer(found['latent_mean'], found['latent_scale'])
+  tokens = normalizer.normalize(mean.astype(np.float32))
+  np.testing.assert_allclose(tokens.mean(0), 0, atol=1e-5)
+  np.testing.assert_allclose(normalizer.denormalize(tokens), mean, atol=1e-5)
+
+
 def test_the_nearest_code_does_not_depend_on_the_block_size():
   rng = np.random.default_rng(0)
   x, codes = rng.normal(size=(3, 50, 8)), rng.normal(size=(70, 8))
@@ -251,7 +271,7 @@ def test_wrong_tensors_are_named(t5_file):
   assert 'encoder.final_layer_norm.weight is 25, but final_norm/scale' in refused(path, shapes)
   query = 'encoder.block.1.layer.0.SelfAttention.q.weight'
   save(tensors | {query: np.ascontiguousarray(tensors[query].T)})
-  assert f'{query} is 24 x 32, but blocks/query' in refused(path, shapes)
+  assert f'{query} is 24 x 32, but each layer of blocks/query' in refused(path, shapes)
   save(tensors | {'encoder.block.3.layer.0.layer_norm.weight': np.ones(24, np.float32)})
   assert 'does not have: encoder.block.3.layer.0.layer_norm.weight' in refused(path, shapes)
   # The decoder of a complete model is ignored.

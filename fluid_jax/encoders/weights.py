@@ -353,7 +353,8 @@ def _check(source: Source, entries: Mapping[str, Entry], leaves: Mapping[str, An
       axes = entry.axes or range(len(wanted))
       fits = max(axes, default=-1) < len(found) and math.prod(found) == math.prod(wanted)
       if not fits or tuple(found[axis] for axis in axes) != wanted:
-        other.append(f'{name} is {_by(found)}, but {path} (one layer) is {_by(wanted)}')
+        part = f'each layer of {path}' if entry.is_stacked else path
+        other.append(f'{name} is {_by(found)}, but {part} is {_by(wanted)}')
   extra = [
     name for name in source.shapes if name not in used and not (ignored and re.match(ignored, name))
   ]

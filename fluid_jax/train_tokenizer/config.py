@@ -123,12 +123,12 @@ def _check(c: Config) -> list[str]:
     'network.width network.num_blocks network.pixel_patch network.channels network.vocab_size '
     'data.image_size losses.discriminator_width'
   )
-  problems = config_lib.check_values(c, CHOICES, positive)
+  problems = settings.check_values(c, CHOICES, positive)
   if not c.network.multipliers or min(c.network.multipliers) < 1:
     problems.append(f'network.multipliers is {c.network.multipliers}; give numbers above 0.')
   if problems:
     return problems
-  problems = config_lib.check_run(c)
+  problems = settings.check_run(c)
   for name, weight in dataclasses.asdict(c.losses).items():
     if isinstance(weight, float) and weight < 0:
       problems.append(f'losses.{name} is {weight}; it must not be below 0.')
