@@ -388,7 +388,7 @@ def test_sample_writes_its_facts_and_a_seed_gives_one_image_in_any_batch(trained
       'the folder of --animation=absent/a.gif does not exist',
     ),
     (['--prompt=a', '--animation=strip'], '--animation=strip does not end in .gif: name it so'),
-    (['--prompt=caf\udce9'], 'prompt 1 is not UTF-8'),
+    (['--prompt=caf\udce9'], 'prompt 1 is not valid UTF-8'),
     (['--prompts_file=absent.txt'], '--prompts_file=absent.txt cannot be read'),
     ([], 'there is no prompt'),
   ],

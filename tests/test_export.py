@@ -400,7 +400,7 @@ def test_other_tensors_are_refused(copy):
   kernel = tensors.pop('blocks.mlp.wi.kernel')
   for changed, words in (
     ({}, 'lacks blocks.mlp.wi.kernel'),
-    ({'blocks.mlp.wi.kernel': kernel[:, :-1].copy()}, 'has tensors of other shapes: blocks.mlp.wi'),
+    ({'blocks.mlp.wi.kernel': kernel[:, :-1].copy()}, 'has tensors of the wrong shape: blocks.mlp.wi'),
     ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not have: x'),
   ):
     safetensors.numpy.save_file(tensors | changed, model)
