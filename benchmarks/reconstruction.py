@@ -33,7 +33,7 @@ def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.nda
   """What comes back of uint8 pictures (N, H, W, 3), and the bits of one."""
   image = {'size': images.shape[1], 'num_tokens': 64, 'channels': 16, 'vocab_size': 1024}
   config = config_lib.resolve(
-    {'image': image | {'tokenizer': tokenizer}, 'model': {'tokens': tokens}}
+    {'image': image | {'tokenizer': tokenizer, 'prepared': False}, 'model': {'tokens': tokens}}
     | {'text': {'source': 'bytes'}}
   )
   network = tokenizers.make(config)
@@ -49,7 +49,7 @@ def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.nda
   moments = network.encode_images(params, images)['image_moments']
   mean_NxLxC, _ = jnp.split(moments, 2, axis=-1)
   nats = float(tokenizer_losses.kl_divergence(moments).mean())
-  decoded = network.decode(params, (mean_NxLxC - network.mean_C) * network.scale_C)
+  decoded = network.decode(params, network.latents.normalize(mean_NxLxC))
   return np.asarray(decoded), f'{bits}, {nats / math.log(2):,.0f} of KL'
 
 

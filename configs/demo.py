@@ -1,4 +1,4 @@
-"""The laptop demo: a small Fluid on part of the embedded emoji pictures, minutes on two cores."""
+"""The demo: a small Fluid on some of the embedded emoji images; minutes on two CPU cores."""
 
 from fluid_jax import config as config_lib
 
@@ -6,7 +6,9 @@ from fluid_jax import config as config_lib
 def get_config(variant: str | None = None):
   config = config_lib.base_config()
   config.name = 'demo'
-  config.image.update(size=64, tokenizer='patch', num_tokens=64, channels=16, vocab_size=1024)
+  config.image.update(
+    size=64, tokenizer='patch', prepared=False, num_tokens=64, channels=16, vocab_size=1024
+  )
   config.text.update(source='bytes', length=48)
   config.model.update(
     width=128,

@@ -1,4 +1,4 @@
-"""Fluid of 34 blocks, width 4096, 64 heads (paper, appendix table of sizes)."""
+"""Fluid with 34 blocks, width 4096 and 64 heads (paper, table of sizes)."""
 
 from fluid_jax import config as config_lib
 

@@ -1,4 +1,4 @@
-"""Fluid 166M (paper, appendix table of sizes): the defaults of fluid_jax/config.py."""
+"""Fluid with 12 blocks, width 768 and 12 heads (paper, table of sizes): the default settings."""
 
 from fluid_jax import config as config_lib
 

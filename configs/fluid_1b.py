@@ -1,4 +1,4 @@
-"""Fluid of 24 blocks, width 1536, 16 heads (paper, appendix table of sizes)."""
+"""Fluid with 24 blocks, width 1536 and 16 heads (paper, table of sizes)."""
 
 from fluid_jax import config as config_lib
 

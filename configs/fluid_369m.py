@@ -1,4 +1,4 @@
-"""Fluid of 16 blocks, width 1024, 16 heads (paper, appendix table of sizes)."""
+"""Fluid with 16 blocks, width 1024 and 16 heads (paper, table of sizes)."""
 
 from fluid_jax import config as config_lib
 

@@ -1,4 +1,4 @@
-"""Fluid of 32 blocks, width 2304, 24 heads (paper, appendix table of sizes)."""
+"""Fluid with 32 blocks, width 2304 and 24 heads (paper, table of sizes)."""
 
 from fluid_jax import config as config_lib
 

@@ -1,4 +1,4 @@
-"""Fluid of 20 blocks, width 1280, 16 heads (paper, appendix table of sizes)."""
+"""Fluid with 20 blocks, width 1280 and 16 heads (paper, table of sizes)."""
 
 from fluid_jax import config as config_lib
 

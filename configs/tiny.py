@@ -1,4 +1,4 @@
-"""The smallest model that has every part: for tests, seconds on a CPU."""
+"""A minimal model with all components, for tests; seconds on a CPU."""
 
 from fluid_jax import config as config_lib
 
@@ -6,7 +6,9 @@ from fluid_jax import config as config_lib
 def get_config(variant: str | None = None):
   config = config_lib.base_config()
   config.name = 'tiny'
-  config.image.update(size=32, tokenizer='patch', num_tokens=16, channels=16, vocab_size=1024)
+  config.image.update(
+    size=32, tokenizer='patch', prepared=False, num_tokens=16, channels=16, vocab_size=1024
+  )
   config.text.update(source='bytes', length=24)
   config.model.update(
     width=32,

@@ -228,10 +228,11 @@ def _config_failed(path: pathlib.Path, error: Exception) -> errors.UserError:
 def describe_settings(settings: type) -> str:
   """One line for each setting of a dataclass of groups: name, default, and its comment."""
   lines = []
+  top = _comments(settings)
   for field in dataclasses.fields(settings):
     group = getattr(settings(), field.name)
     if not dataclasses.is_dataclass(group):
-      lines.append(_setting(field.name, group, ''))
+      lines.append(_setting(field.name, group, top.get(field.name, '')))
       continue
     comments = {}
     for cls in reversed(type(group).__mro__[:-1]):

@@ -28,8 +28,7 @@ import jax
 from jax._src import distributed as jax_distributed
 
 import fluid_jax
-from fluid_jax import config as config_lib
-from fluid_jax import errors
+from fluid_jax import errors, settings
 
 # JAX itself reads only the first of these.
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -154,7 +153,7 @@ def check_consistent(facts: Mapping[str, Any]) -> None:
     lines = [
       f'{line} on process {other}'
       for other, theirs in others.items()
-      for line in config_lib.differences(facts, theirs)
+      for line in settings.differences(facts, theirs)
     ]
     put('differences', lines)
   found = get('differences')

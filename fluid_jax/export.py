@@ -45,7 +45,7 @@ FIELDS = {'ema': 'ema_params', 'raw': 'params'}  # field of the training state b
 FILE_BYTES = 4 << 30  # maximum size of a file, unless a single parameter is larger
 
 # Settings of encoders that have a digest of their parameters: the key of that digest.
-_DIGEST_KEY = {'image.tokenizer': 'image', 'text.t5_path': 'text'}
+_DIGEST_KEY = {'image.tokenizer_path': 'image', 'text.t5_path': 'text'}
 _MODEL, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _TOKENIZER, _CONFIG = 'tokenizer.safetensors', 'config.json'
 
@@ -92,8 +92,9 @@ def write(
     folder.mkdir(parents=True)
     try:
       if _own_tokenizer(config):
-        saved['image'] |= {'tokenizer': _copy_tokenizer(config, folder, _TOKENIZER)}
-        encoders['image.tokenizer'] = weights_lib.digests(str(folder / _TOKENIZER))
+        _copy_tokenizer(config, folder)
+        saved['image'] |= {'tokenizer_path': _TOKENIZER}
+        encoders['image.tokenizer_path'] = weights_lib.digests(str(folder / _TOKENIZER))
       model = _write_model(checkpointer, found, FIELDS[weights], wanted[FIELDS[weights]], folder)
       content = {
         'weights': weights,
@@ -152,24 +153,20 @@ def _write_model(
 
 def _references(config: config_lib.Config) -> dict[str, str]:
   """Returns the path of each encoder's weights or vocabulary by its setting."""
-  found = {'image.tokenizer': tokenizers.path_of(config)}
+  found = {'image.tokenizer_path': tokenizers.path_of(config)}
   if config.has_t5:
     found |= {'text.t5_path': config.text.t5_path, 'text.vocabulary': config.text.vocabulary}
   return {name: path for name, path in found.items() if path}
 
 
 def _own_tokenizer(config: config_lib.Config) -> str:
-  """Returns the path in image.tokenizer if the user trained the tokenizer; otherwise ''."""
-  path = tokenizers.path_of(config)
-  of_user = {f'{prefix}{path}' for prefix in ('', 'trained:', 'prepared:trained:')}
-  return path if config.image.tokenizer in of_user else ''
+  """Returns the path of the tokenizer's file if the user trained it; otherwise ''."""
+  return config.image.tokenizer_path if config.image.tokenizer in ('patch', 'trained') else ''
 
 
-def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path, named: str) -> str:
-  """Copies the user's tokenizer into a folder; returns image.tokenizer with the path `named`."""
-  path = _own_tokenizer(config)
-  shutil.copyfile(path, folder / _TOKENIZER)
-  return config.image.tokenizer.removesuffix(path) + named
+def _copy_tokenizer(config: config_lib.Config, folder: pathlib.Path) -> None:
+  """Copies the user's tokenizer into a folder."""
+  shutil.copyfile(_own_tokenizer(config), folder / _TOKENIZER)
 
 
 # ---- Import ----
@@ -238,10 +235,9 @@ def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]
   for name, path in _references(sharding.config_here(content['config'])).items():
     group, key = name.split('.')
     value, found = content['config'][group][key], path
-    if name not in moved and value.endswith(path):  # otherwise the package contains the file
+    if name not in moved and value == path:  # otherwise the package contains the file
       local = directory.absolute() / pathlib.Path(path).name
-      found = str(local) if local.exists() else path
-      content['config'][group][key] = value.removesuffix(path) + found
+      content['config'][group][key] = found = str(local) if local.exists() else path
     recorded = content['encoders'].get(name)
     if recorded is None:
       continue  # training used prepared examples, without this file
@@ -342,8 +338,8 @@ def import_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
   if _own_tokenizer(config):
     with files.writing(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-      named = str(workdir.absolute() / _TOKENIZER)
-      saved['image']['tokenizer'] = _copy_tokenizer(config, workdir, named)
+      _copy_tokenizer(config, workdir)
+      saved['image']['tokenizer_path'] = str(workdir.absolute() / _TOKENIZER)
   with checkpoint.Checkpointer(checkpoints, keep=1, config=saved) as checkpointer:
     checkpointer.save(content['step'], state, {'step': content['step']})
   return content['step']

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, distributed, errors, files, flops, metrics, sharding
-from fluid_jax import config as config_lib
+from fluid_jax import checkpoint, distributed, errors, files, flops, metrics, settings, sharding
 from fluid_jax.data import pipeline, tasks
 
 # Settings that may change when a run is resumed, because they do not affect the trained parameters.
@@ -248,7 +247,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process
     old = path.read_text() if path.exists() else None
   if old is not None:
     try:
-      changed = config_lib.differences(json.loads(old), config)
+      changed = settings.differences(json.loads(old), config)
     except ValueError as error:
       raise errors.UserError(
         f'{path} is not valid JSON ({error}): delete it or give another --workdir.', errors.CORRUPT

@@ -419,9 +419,9 @@ def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDt
   """
   image, text, by_example = config.image, config.text, sharding.batch_sharding(mesh)
   arrays = {'images': ((image.size, image.size, 3), jnp.uint8)}
-  if config.is_image_prepared and config.is_continuous:
+  if image.prepared and config.is_continuous:
     arrays = {'image_moments': ((image.num_tokens, 2 * image.channels), jnp.float32)}
-  elif config.is_image_prepared:
+  elif image.prepared:
     arrays = {'image_codes': ((image.num_tokens,), jnp.int32)}
   if text.source == 'features':
     arrays['text_features'] = (text.length, text.feature_dim), jnp.bfloat16

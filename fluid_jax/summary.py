@@ -102,7 +102,7 @@ def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
   image, text = config.image, config.text
   rows = []
 
-  def in_step(part: str, **changes: str) -> str:
+  def in_step(part: str, **changes: Any) -> str:
     changed = dataclasses.replace(
       config, **{part: dataclasses.replace(getattr(config, part), **changes)}
     )
@@ -114,10 +114,9 @@ def _encoders(config: config_lib.Config, step_flops: float) -> list[str]:
   on_disk = f'{kind} {_size(image.num_tokens * per_token)}'
   for name, network in tokenizers.NETWORKS.items():
     if tokenizers.fits(config, network):
-      rows.append((name, in_step('image', tokenizer=name), on_disk))
-  own = image.tokenizer.removeprefix('prepared:')
-  if own.partition(':')[0] == 'trained':
-    rows.append(('trained', in_step('image', tokenizer=own), on_disk))
+      rows.append((name, in_step('image', tokenizer=name, prepared=False), on_disk))
+  if image.tokenizer == 'trained':
+    rows.append(('trained', in_step('image', prepared=False), on_disk))
   if t5.SIZES[text.t5_size].width == text.feature_dim and text.source != 'bytes':
     prepared = f'text_features {_size(2 * text.feature_dim)} per token'
     rows.append((f't5 {text.t5_size}', in_step('text', source='t5'), prepared))

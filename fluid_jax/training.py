@@ -132,9 +132,8 @@ def open_stream(
     stream.close()
     raise errors.UserError(
       f'examples of task {config.data.task!r} have {", ".join(stream.arrays)}, but the config '
-      f'reads {", ".join(expected)}: set image.tokenizer to a network for images or to prepared '
-      "for its outputs, and text.source to 'bytes' or 't5' for captions or to 'features' for text "
-      'features.'
+      f'reads {", ".join(expected)}: set image.prepared=False for images or True for outputs of a '
+      "tokenizer, and text.source to 'bytes' or 't5' for captions or 'features' for text features."
     )
   return stream
 

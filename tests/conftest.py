@@ -1,8 +1,9 @@
-"""Shared by the tests: JAX on the CPU, small configs, and parameters without zeros."""
+"""Shared by the tests: JAX on the CPU, small configs, and random parameters."""
 
 import os
 
-# Both before jax is imported. Fake devices wait for each other, so each needs a thread.
+# Both must be set before jax is imported. Each fake device needs a thread of its own, or
+# collectives deadlock.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '16'
 
@@ -22,7 +23,7 @@ from fluid_jax import config as config_lib
 from fluid_jax import step
 from fluid_jax.encoders import t5, tokenizers
 
-# Compiling is most of the tests' time: little optimisation, and a cache (see commands.py).
+# Compiling takes most of the time of the tests: use a cache and little optimization (commands.py).
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(commands.ROOT / '.pytest_cache/xla'))
 
@@ -52,7 +53,7 @@ SMALL = {
 
 @pytest.fixture(scope='session')
 def make_config():
-  """A function from settings by dotted name to a small config; tokens come ready-made."""
+  """A function from settings by dotted name to a small config with prepared tokens."""
 
   def make(settings=()):
     values = collections.defaultdict(dict)
@@ -66,7 +67,7 @@ def make_config():
 
 @pytest.fixture(scope='session')
 def random_params():
-  """A function from a config to NumPy parameters; at initialisation many of them are zero."""
+  """A function from a config to random NumPy parameters; many initial parameters are 0."""
 
   def make(config, seed=0):
     model = step.make_model(config)
@@ -86,11 +87,12 @@ def random_params():
 
 @pytest.fixture(scope='session')
 def reference_head():
-  """The reference's diffusion head on our parameters: (head's params, x, t, cond) -> eps, v."""
+  """The reference's diffusion head with our parameters: (head's params, x, t, cond) -> eps, v."""
 
   def run(head, x, t, cond):
     depth = sum(name.startswith('fc1') for name in head)
-    # Ours makes all shifts, scales and gates by one product: block after block, the last layer's.
+    # Our head computes all shifts, scales and gates by one product: those of each block in turn,
+    # then those of the last layer.
     width = head['modulation']['kernel'].shape[0]
     ends = [*range(3 * width, 3 * width * depth + 1, 3 * width)]
     modulations = [
@@ -112,8 +114,8 @@ def reference_head():
     ]
     params = {**head, 'blocks': blocks, 'final_modulation': modulations[-1]}
     out, v = reference.diffusion_head(x, t, cond, params)
-    # Ours predicts the velocity sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022, appendix D),
-    # from which with x = sqrt(a) x_0 + sqrt(1 - a) eps the noise follows.
+    # Our head predicts the velocity sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022, appendix
+    # D). With x = sqrt(a) x_0 + sqrt(1 - a) eps, this gives the noise.
     alphas_cumprod = np.cumprod(1 - reference.cosine_betas())
     a = reference.at(alphas_cumprod, t)
     return np.sqrt(1 - a) * x + np.sqrt(a) * out, v
@@ -130,7 +132,7 @@ def x64():
 
 @pytest.fixture(scope='session')
 def vocabulary(tmp_path_factory):
-  """The path of T5's vocabulary."""
+  """Path of T5's vocabulary."""
   path = tmp_path_factory.mktemp('t5') / 'sentencepiece.model'
   packed = commands.ROOT / 'tests/golden/t5_vocabulary.model.gz'
   path.write_bytes(gzip.decompress(packed.read_bytes()))
@@ -139,7 +141,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-  """T5 and image tokenizers by their published names, but small."""
+  """Replaces T5 and image tokenizers by small ones of the same names."""
   monkeypatch.setitem(t5.SIZES, 'small', small_encoders.T5)
   for name, network in small_encoders.NETWORKS.items():
     monkeypatch.setitem(tokenizers.NETWORKS, name, network)

@@ -1,4 +1,4 @@
-"""Tensors of networks by name, the same wherever they are made: neither JAX nor PyTorch here."""
+"""Random tensors by name, reproducible with NumPy alone, for JAX and PyTorch networks."""
 
 import math
 import zlib
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def make(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-  """float32 arrays; kernels (out, in, ...) have a gain of 1, and no vector is all 0 or all 1."""
+  """float32 arrays by name: kernels (out, in, ...) have gain 1; no vector is constant."""
   tensors = {}
   for name, shape in shapes.items():
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)

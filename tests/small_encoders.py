@@ -1,4 +1,4 @@
-"""Encoders of the published kinds, but small, and settings of configs that run them in the step."""
+"""Small encoders of the public kinds, and settings of configs that run them in the step."""
 
 import flax.linen as nn
 import jax
@@ -14,21 +14,24 @@ NETWORKS = {
 _TEXT = {'text.source': 't5', 'text.t5_size': 'small', 'text.feature_dim': 24}
 IN_THE_STEP = {
   'continuous': _TEXT
-  | {'image.tokenizer': 'sd_vae:vae.safetensors', 'image.size': 16, 'image.channels': 16},
+  | {'image.tokenizer': 'sd_vae', 'image.tokenizer_path': 'vae.safetensors'}
+  | {'image.prepared': False, 'image.size': 16, 'image.channels': 16},
   'discrete': _TEXT
-  | {'image.tokenizer': 'amused_vq:vq', 'image.size': 16, 'image.vocab_size': 50}
-  | {'model.tokens': 'discrete'},
+  | {'image.tokenizer': 'amused_vq', 'image.tokenizer_path': 'vq', 'image.prepared': False}
+  | {'image.size': 16, 'image.vocab_size': 50, 'model.tokens': 'discrete'},
 }
+# Changes to these for prepared examples without a tokenizer to decode them.
+PREPARED = {'image.tokenizer': '', 'image.tokenizer_path': '', 'image.prepared': True}
 
 
 def random_params(config):
-  """Parameters of a config's encoders, none of them zero or one."""
+  """Random parameters of a config's encoders, none of them 0 or 1."""
   params = nn.unbox(frozen.make(config).init())
   return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), params)
 
 
 class MeanError:
-  """A measure of a user's own, for `train.metric`."""
+  """A user-defined metric, for `train.metric`."""
 
   def __init__(self):
     self.total = self.count = 0

@@ -143,8 +143,45 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
     ([TINY, '--config.model.head_width=-1'], 'model.head_width is negative'),
     ([TINY, '--config.optimizer.b2=1.0'], 'optimizer.b2 is 1.0; it must be in [0, 1)'),
     (
-      [TINY, '--config.image.tokenizer=prepared', "--config.train.sample_prompts=('a',)"],
+      [
+        TINY,
+        '--config.image.tokenizer=',
+        '--config.image.prepared=True',
+        "--config.train.sample_prompts=('a',)",
+      ],
       'train.sample_prompts needs a decoder',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=sd_vae:vae.safetensors'],
+      'write --config.image.tokenizer=sd_vae --config.image.tokenizer_path=vae.safetensors '
+      '--config.image.prepared=False.',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=prepared:sd_vae:a:b'],
+      'tokenizer=sd_vae --config.image.tokenizer_path=a:b --config.image.prepared=True.',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=prepared'],
+      'write --config.image.tokenizer= --config.image.tokenizer_path= --config.image.prepared=True',
+    ),
+    (
+      [TINY, '--config.image.tokenizer=my/pca.safetensors'],
+      'write --config.image.tokenizer=patch --config.image.tokenizer_path=my/pca.safetensors',
+    ),
+    ([TINY, '--config.image.tokenizer=sd_vea'], 'llamagen_vq (did you mean sd_vae?)'),
+    (
+      [TINY, '--config.image.tokenizer='],
+      "image.prepared is False, but image.tokenizer is ''; choose one of patch, trained, sd_vae",
+    ),
+    ([TINY, '--config.image.prepared=True'], "image.tokenizer='patch' runs in the training step"),
+    (
+      [
+        TINY,
+        '--config.image.tokenizer=',
+        '--config.image.prepared=True',
+        '--config.image.tokenizer_path=a',
+      ],
+      "image.tokenizer_path is 'a', but image.tokenizer is ''",
     ),
     ([f'{TINY}:order=spiral'], 'choose one of random, raster'),
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
@@ -366,7 +403,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
   [
     (['--prompt='], 'prompt 1 is empty'),
     (['--prompt=apple', '--prompt=  '], 'prompt 2 is empty'),
-    (['--prompt=' + 'x' * 10_000], 'has 10000 bytes and the model reads 23: shorten it'),
+    (['--prompt=' + 'x' * 10_000], 'has 10000 bytes, but the model reads at most 23: shorten it'),
     (['--prompt=❤️🎉'], 'has no letter or digit'),
     (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),
     (['--prompt=a', '--guidance_scale=101'], 'sampling.guidance_scale is 101.0; choose'),
@@ -385,7 +422,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
       'the folder of --animation=absent/a.gif does not exist',
     ),
     (['--prompt=a', '--animation=strip'], '--animation=strip is not a file name that ends in .gif'),
-    (['--prompt=caf\udce9'], 'prompt 1 is not UTF-8'),
+    (['--prompt=caf\udce9'], 'prompt 1 is not valid UTF-8'),
     (['--prompts_file=absent.txt'], '--prompts_file=absent.txt cannot be read'),
     ([], 'there is no prompt'),
   ],

@@ -1,4 +1,4 @@
-"""PyTorch's pickles: torch.save's own files (golden/make_pickles.py), hostile and broken ones."""
+"""Conversion of PyTorch pickles: those of torch.save (golden/make_pickles.py), and hostile ones."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def out(tmp_path):
 
 
 def refused(path, out, key=None):
-  """The sentence with which a file is refused; nothing is written."""
+  """The error message for a file; nothing may be written."""
   before = sorted(out.parent.iterdir())
   with pytest.raises(errors.UserError) as caught:
     convert.convert(path, out, key)
@@ -36,10 +36,10 @@ def refused(path, out, key=None):
   return str(caught.value)
 
 
-# ---- what torch.save wrote ----
+# ---- files of torch.save ----
 
 
-def test_every_tensor_comes_out_bit_for_bit(out):
+def test_every_tensor_is_copied_bit_for_bit(out):
   line = convert.convert(GOLDEN / 'lightning.ckpt', out)
   expected = dict(np.load(GOLDEN / 'expected.npz'))
   found = safetensors.numpy.load_file(out)
@@ -57,7 +57,7 @@ def test_every_tensor_comes_out_bit_for_bit(out):
   assert out.stat().st_mode == out.with_name('other').stat().st_mode
 
 
-def test_no_torch_is_needed_and_the_command_says_what_it_did(out):
+def test_the_command_needs_no_torch_and_prints_what_it_wrote(out):
   script = f"""
 import sys
 from fluid_jax.encoders import convert
@@ -68,11 +68,11 @@ assert not {{'torch', 'pytorch_lightning'}} & sys.modules.keys()
   assert safetensors.numpy.load_file(out).keys() == {'0.weight', '0.bias', '1.weight', '1.bias'}
 
 
-def test_one_of_several_networks_is_chosen_by_name(out):
+def test_key_selects_one_of_several_networks(out):
   path = GOLDEN / 'two.pth'
   message = refused(path, out)
   assert "has tensors under 'model' (4), 'model_ema' (1), 'step' (1): choose" in message
-  assert "no tensors under 'ema': it has 'model' (4)" in refused(path, out, 'ema')
+  assert "no tensors under 'ema': choose --key from 'model' (4)" in refused(path, out, 'ema')
   convert.convert(path, out, 'model_ema')
   assert safetensors.numpy.load_file(out).keys() == {'0.weight'}
   everything = out.with_name('all.safetensors')
@@ -86,7 +86,7 @@ def test_one_of_several_networks_is_chosen_by_name(out):
 
 
 class Touch:
-  """What any unpickler but ours would run."""
+  """An object whose unpickling runs a command."""
 
   def __init__(self, path):
     self.path = path
@@ -97,7 +97,7 @@ class Touch:
 
 @pytest.fixture
 def stubs(monkeypatch):
-  """Names of torch's that pickle can write; returns torch._utils."""
+  """Stands in for torch, so that pickle can write its names."""
   modules = {name: types.ModuleType(name) for name in ('torch', 'torch._utils')}
   for module, name in (('torch', 'FloatStorage'), ('torch', 'QInt8Storage')):
     setattr(modules[module], name, type(name, (), {'__module__': module}))
@@ -111,7 +111,7 @@ def stubs(monkeypatch):
 
 
 class Tensor:
-  """Is pickled as torch.save does: 6 float32 in data/0."""
+  """Pickled as torch.save pickles a tensor: 6 float32 values in data/0."""
 
   def __init__(self, offset=0, size=(2, 3), stride=(3, 1), key='0', storage='FloatStorage'):
     self.geometry, self.key, self.storage = (offset, size, stride), key, storage
@@ -141,7 +141,7 @@ VALUES = np.arange(6, dtype=np.float32)
 
 
 def archive(path, data_pkl, compression=zipfile.ZIP_STORED, **members):
-  """A file like torch.save's."""
+  """Writes a file like those of torch.save."""
   members = {'data.pkl': data_pkl, 'byteorder': b'little', 'data/0': VALUES.tobytes()} | members
   with zipfile.ZipFile(path, 'w', compression) as file:
     for name, data in members.items():
@@ -153,7 +153,7 @@ def archive(path, data_pkl, compression=zipfile.ZIP_STORED, **members):
 def test_code_in_a_pickle_does_not_run(stubs, tmp_path, out, protocol):
   canary = tmp_path / 'canary'
   pickle.loads(pickle.dumps(Touch(canary), protocol))
-  assert canary.exists()  # it is dangerous
+  assert canary.exists()  # an ordinary unpickler runs it
   canary.unlink()
   payload = pickled({'w': Tensor(), 'callback': Touch(canary)}, protocol)
   line = convert.convert(archive(tmp_path / 'evil.ckpt', payload), out)
@@ -177,11 +177,11 @@ def test_code_in_a_pickle_does_not_run(stubs, tmp_path, out, protocol):
 def test_no_opcode_runs_code(tmp_path, out, payload, monkeypatch):
   monkeypatch.chdir(tmp_path)
   path = archive(tmp_path / 'evil.ckpt', payload)
-  assert 'holds no tensors in dictionaries, but' in refused(path, out)
+  assert 'holds no dictionary of tensors, but' in refused(path, out)
   assert not (tmp_path / 'CANARY').exists()
 
 
-def test_modules_that_a_pickle_names_are_not_imported(tmp_path, out, monkeypatch):
+def test_modules_in_a_pickle_are_not_imported(tmp_path, out, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'evil_on_import.py').write_text(f'open({str(tmp_path / "canary")!r}, "w")')
   path = archive(tmp_path / 'evil.ckpt', b'cevil_on_import\nthing\n.')
@@ -194,11 +194,11 @@ def test_modules_that_a_pickle_names_are_not_imported(tmp_path, out, monkeypatch
   'name',
   ['torch._utils\n_rebuild_tensor_v2', 'torch._utils\n_rebuild_parameter', 'torch\nFloatStorage'],
 )
-def test_what_a_pickle_may_name_cannot_be_changed_by_it(stubs, tmp_path, out, name):
+def test_a_pickle_cannot_change_the_allowed_classes(stubs, tmp_path, out, name):
   path = tmp_path / 'evil.ckpt'
   state = f"c{name}\n(N(dS'__init__'\nNsS'storage'\nNstb.".encode()  # BUILD with slots
   archive(path, state)
-  assert 'data.pkl that does not rebuild tensors' in refused(path, out)
+  assert 'data.pkl in' in refused(path, out)
   archive(path, pickled({'w': Tensor()}))
   convert.convert(path, out)
   np.testing.assert_array_equal(safetensors.numpy.load_file(out)['w'], VALUES.reshape(2, 3))
@@ -221,63 +221,63 @@ def test_what_a_pickle_may_name_cannot_be_changed_by_it(stubs, tmp_path, out, na
 )
 def test_a_tensor_beyond_its_storage_is_refused(stubs, tmp_path, out, tensor):
   path = archive(tmp_path / 'evil.ckpt', pickled({'state_dict': {'w': Tensor(**tensor)}}))
-  assert f"tensor 'w' of {path} has no storage of its size" in refused(path, out)
+  assert f"tensor 'w' of {path} does not fit its storage" in refused(path, out)
 
 
-def test_tensors_of_other_dtypes_are_left_out_and_named(stubs, tmp_path, out):
+def test_tensors_of_unknown_dtypes_are_skipped_and_named(stubs, tmp_path, out):
   tensors = {'w': Tensor(), 'q': Tensor(storage='QInt8Storage')}
   line = convert.convert(archive(tmp_path / 'quantized.ckpt', pickled(tensors)), out)
-  assert line.endswith("without effect were 'torch.QInt8Storage'")
+  assert line.endswith("ignored 'torch.QInt8Storage'")
   assert safetensors.numpy.load_file(out).keys() == {'w'}
 
 
-def test_dictionaries_without_end_and_names_that_clash_are_refused(stubs, tmp_path, out):
+def test_endless_dictionaries_and_duplicate_names_are_refused(stubs, tmp_path, out):
   endless = {'w': Tensor()}
   endless['self'] = endless
   path = archive(tmp_path / 'evil.ckpt', pickled(endless))
-  assert 'is nested too deep' in refused(path, out)
+  assert 'is nested too deeply' in refused(path, out)
   path = archive(tmp_path / 'evil.ckpt', pickled({'a': {'b': {'c': Tensor()}, 'b.c': Tensor()}}))
-  assert 'has tensors of the same name' in refused(path, out)
+  assert 'has tensors without a name or with the same name' in refused(path, out)
 
 
-# ---- files that are something else, or broken ----
+# ---- other and corrupt files ----
 
 
-def test_files_of_other_kinds_are_named(tmp_path, out):
-  assert 'that PyTorch had before 1.6' in refused(GOLDEN / 'legacy.pt', out)
+def test_other_kinds_of_files_are_described(tmp_path, out):
+  assert 'format of PyTorch before 1.6' in refused(GOLDEN / 'legacy.pt', out)
   message = refused(GOLDEN / 'module.pt', out)
   assert 'torch.nn.modules.container.Sequential' in message
   assert 'save the state_dict' in message
   other = tmp_path / 'other.pkl'
   other.write_bytes(pickle.dumps({'w': [1.0]}))
-  assert 'is a pickle, but not one of torch.save' in refused(other, out)
+  assert 'is a pickle, but not from torch.save' in refused(other, out)
   other.write_bytes(b'GIF89a')
-  assert 'is no file of torch.save' in refused(other, out)
-  assert 'not of torch.save' in refused(GOLDEN / 'expected.npz', out)
+  assert 'is not from torch.save' in refused(other, out)
+  assert 'not from torch.save' in refused(GOLDEN / 'expected.npz', out)
   assert 'cannot be read (No such file' in refused(tmp_path / 'absent', out)
   assert 'written on a big-endian' in refused(archive(other, b'N.', byteorder=b'big'), out)
   compressed = archive(other, b'N.', zipfile.ZIP_DEFLATED)
   assert 'was compressed after torch.save' in refused(compressed, out)
 
 
-def test_a_file_cut_anywhere_or_with_a_flipped_bit_is_refused(tmp_path, out):
-  whole = (GOLDEN / 'state_dict.pt').read_bytes()
+def test_truncated_files_and_flipped_bits_are_refused(tmp_path, out):
+  complete = (GOLDEN / 'state_dict.pt').read_bytes()
   path = tmp_path / 'cut.pt'
-  for length in range(2, len(whole), 97):
-    path.write_bytes(whole[:length])
-    assert 'is cut off' in refused(path, out)
+  for length in range(2, len(complete), 97):
+    path.write_bytes(complete[:length])
+    assert 'is truncated' in refused(path, out)
   with zipfile.ZipFile(GOLDEN / 'state_dict.pt') as file:
     weights = file.read('state_dict/data/0')
-  at = whole.index(weights)
-  path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-  assert 'is damaged, for the checksum of state_dict/data/0 does not hold' in refused(path, out)
+  at = complete.index(weights)
+  path.write_bytes(complete[:at] + bytes([complete[at] ^ 1]) + complete[at + 1 :])
+  assert 'is corrupt: the checksum of state_dict/data/0 is wrong' in refused(path, out)
 
 
-def test_where_the_result_cannot_go_is_named(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
   path = GOLDEN / 'state_dict.pt'
   assert 'does not end in .safetensors' in refused(path, tmp_path / 'out.bin')
   (tmp_path / 'there.safetensors').write_text('mine')
-  assert 'is there already' in refused(path, tmp_path / 'there.safetensors')
+  assert 'exists: remove it' in refused(path, tmp_path / 'there.safetensors')
   with pytest.raises(errors.UserError, match='cannot be written') as caught:
     convert.convert(path, tmp_path / 'absent/out.safetensors')
   assert caught.value.exit_code == errors.STORAGE

@@ -441,7 +441,7 @@ from configs import tiny
 tokenizers.NETWORKS.update(small_encoders.NETWORKS)
 encode.PART_EXAMPLES = 64
 values = tiny.get_config().to_dict()
-values['image'].update(size=16, tokenizer='sd_vae:vae')
+values['image'].update(size=16, tokenizer='sd_vae', tokenizer_path='vae')
 values['data'].update(task='emoji_demo', languages=('en',))
 config = config_lib.resolve(values)
 

@@ -106,7 +106,7 @@ def test_an_encoded_set_holds_the_encoders_outputs(encoding, tmp_path, tokens):
   # Training can open the encoded set.
   on_encoded = dataclasses.replace(
     config,
-    image=dataclasses.replace(config.image, tokenizer='prepared:' + config.image.tokenizer),
+    image=dataclasses.replace(config.image, prepared=True),
     text=dataclasses.replace(config.text, source='features'),
     data=dataclasses.replace(config.data, task=str(tmp_path), languages=()),
   )
@@ -167,7 +167,7 @@ def test_mismatches_are_rejected_in_one_sentence(make_config, encoding, tmp_path
 
   on_encoded = changed(
     data={'task': str(tmp_path), 'languages': ()},
-    image={'tokenizer': 'prepared'},
+    image={'tokenizer': '', 'prepared': True},
     text={'source': 'features'},
   )
   mesh = sharding.make_mesh(config, jax.devices()[:1])
@@ -189,7 +189,7 @@ def test_mismatches_are_rejected_in_one_sentence(make_config, encoding, tmp_path
   rejects('give image_moments, text_features', train.open_stream, on_images, mesh, 'train')
   # The config has nothing to encode.
   out = str(tmp_path / 'other')
-  rejects("'prepared' is not a network", encode.encode, on_encoded, out)
+  rejects('image.prepared is True, but', encode.encode, on_encoded, out)
   rejects(
     "source='features' is the result", encode.encode, changed(text={'source': 'features'}), out
   )
@@ -286,10 +286,11 @@ def test_file_facts_differ_if_the_last_bytes_differ(tmp_path, make_config, vocab
 
   def facts(path):
     settings = {'text.source': 't5', 'text.t5_path': str(path), 'text.vocabulary': vocabulary}
-    return frozen.file_facts(make_config(settings | {'image.tokenizer': f'prepared:sd_vae:{path}'}))
+    settings |= {'image.tokenizer': 'sd_vae', 'image.tokenizer_path': str(path)}
+    return frozen.file_facts(make_config(settings))
 
   for paths in ((first, second), (first.parent, second.parent)):
     one, other = map(facts, paths)
-    assert one.keys() == {'image.tokenizer', 'text.t5_path', 'text.vocabulary'}
+    assert one.keys() == {'image.tokenizer_path', 'text.t5_path', 'text.vocabulary'}
     assert {name for name in one if one[name] != other[name]} == one.keys() - {'text.vocabulary'}
   assert facts(tmp_path / 'none')['text.t5_path'] == 'missing'

@@ -1,4 +1,4 @@
-"""Frozen encoders against the libraries that their weights come from (golden/make_encoders.py)."""
+"""Frozen encoders compared with the libraries of their weights (golden/make_encoders.py)."""
 
 import functools
 import json
@@ -15,17 +15,17 @@ import random_tensors
 import safetensors.numpy
 
 from fluid_jax import errors
-from fluid_jax.encoders import autoencoder, kl_vae, patches, t5, vq, weights
+from fluid_jax.encoders import autoencoder, kl_vae, latents, patches, t5, vq, weights
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/encoders'
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-# What bfloat16 changes of these small random networks, measured; without training they amplify it.
+# Measured relative error of bfloat16 in these small networks; random weights amplify it.
 BFLOAT16 = 0.03
 
 
 @pytest.fixture
 def golden(tmp_path):
-  """A function from a golden's name to the folder of its weights and the expected arrays."""
+  """A function from a golden file's name to the folder of its weights and the expected arrays."""
 
   def unpack(name):
     with zipfile.ZipFile(GOLDEN / f'{name}.zip') as archive:
@@ -50,7 +50,7 @@ def t5_shapes(network):
 
 
 def error_of(found, expected):
-  """Largest deviation over the largest value."""
+  """Largest deviation, relative to the largest value."""
   return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
@@ -65,7 +65,7 @@ T5_GOLDENS = {
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', T5_GOLDENS)
-def test_t5_computes_what_its_library_does(golden, name, dtype):
+def test_t5_matches_its_library(golden, name, dtype):
   inside, size = T5_GOLDENS[name]
   folder, expected = golden(name)
   network = t5.Encoder(size, jnp.dtype(dtype))
@@ -77,7 +77,7 @@ def test_t5_computes_what_its_library_does(golden, name, dtype):
   assert not np.asarray(features, np.float32)[~real].any()
 
 
-def test_t5_does_not_see_padding(golden):
+def test_padding_does_not_change_t5_features(golden):
   folder, expected = golden('t5_one_file')
   network = t5.Encoder(T5_GOLDENS['t5_one_file'][1])
   encode = jax.jit(network.apply)
@@ -91,16 +91,16 @@ def test_t5_does_not_see_padding(golden):
   assert np.isfinite(nothing).all()
 
 
-def test_t5_xxl_is_as_large_as_published():
+def test_t5_xxl_has_the_published_parameter_count():
   network = t5.Encoder(t5.SIZES['xxl'], jnp.bfloat16)
   # google/t5-v1_1-xxl's encoder: 24 blocks, the shared embedding, one table of positions.
-  by_hand = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10_240 + 2 * 4096) + 32_128 * 4096 + 32 * 64 + 4096
+  counted = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10_240 + 2 * 4096) + 32_128 * 4096 + 32 * 64 + 4096
   leaves = jax.tree.leaves(t5_shapes(network))
-  assert sum(leaf.size for leaf in leaves) == by_hand == 4_762_310_656
+  assert sum(leaf.size for leaf in leaves) == counted == 4_762_310_656
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype('bfloat16')}
 
 
-# ---- pictures ----
+# ---- images ----
 
 KL_GOLDENS = {
   'kl_vae': autoencoder.Shape(32, (1, 2), 1, 4, 4),
@@ -115,20 +115,20 @@ VQ_GOLDENS = {
 }
 
 
-def picture_shapes(network):
+def image_shapes(network):
   return param_shapes(network, jnp.zeros((1, 16, 16, 3)))
 
 
-def as_pictures(decoded):
+def as_images(decoded):
   return np.clip(np.round((decoded + 1) * 127.5), 0, 255)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', KL_GOLDENS)
-def test_kl_vae_computes_what_its_library_does(golden, name, dtype):
+def test_kl_vae_matches_its_library(golden, name, dtype):
   folder, expected = golden(name)
   vae = kl_vae.KLVAE(KL_GOLDENS[name], dtype=jnp.dtype(dtype))
-  params = vae.load(str(folder), picture_shapes(vae.network))
+  params = vae.load(str(folder), image_shapes(vae.network))
   mean, log_variance = np.split(expected['code'], 2, axis=-1)
   flat = [a.reshape(*a.shape[:1], -1, a.shape[-1]) for a in (mean, log_variance.clip(-30, 20))]
   tolerance = 1e-4 if dtype == 'float32' else BFLOAT16
@@ -140,10 +140,10 @@ def test_kl_vae_computes_what_its_library_does(golden, name, dtype):
 
 
 @pytest.mark.parametrize('name', VQ_GOLDENS)
-def test_vqgan_computes_what_its_library_does(golden, name):
+def test_vqgan_matches_its_library(golden, name):
   folder, expected = golden(name)
   vqgan = vq.VQGAN(*VQ_GOLDENS[name])
-  params = vqgan.load(str(folder), picture_shapes(vqgan.network))
+  params = vqgan.load(str(folder), image_shapes(vqgan.network))
   tokens = jax.jit(vqgan.encode)(params, expected['images'])
   np.testing.assert_array_equal(tokens, expected['tokens'])
   encode, decode = (
@@ -157,19 +157,19 @@ def test_vqgan_computes_what_its_library_does(golden, name):
   assert error_of(decoded, expected['decoded']) < 1e-4
 
 
-def test_pictures_of_tokens_are_those_of_the_library(golden):
-  shape = KL_GOLDENS['kl_vae_mar']  # its pictures are square
+def test_decoded_images_match_the_library(golden):
+  shape = KL_GOLDENS['kl_vae_mar']  # its images are square
   folder, expected = golden('kl_vae_mar')
   for patch in (1, 2):
     vae = kl_vae.KLVAE(shape, patch)
-    params = vae.load(str(folder), picture_shapes(vae.network))
+    params = vae.load(str(folder), image_shapes(vae.network))
     mean, _ = np.split(vae.moments(params, expected['images']), 2, axis=-1)
     assert mean.shape == (2, (8 // patch) ** 2, vae.channels)
     found = vae.decode(params, mean).astype(int)
-    assert np.abs(found - as_pictures(expected['decoded'])).max() <= 1  # rounding of a half
+    assert np.abs(found - as_images(expected['decoded'])).max() <= 1  # rounding of a half
 
 
-def test_tokens_group_latents_in_mars_order():
+def test_tokens_group_latents_in_the_order_of_mar():
   z = np.random.default_rng(0).normal(size=(2, 6, 4, 3)).astype(np.float32)
   tokens = np.asarray(kl_vae.to_tokens(z, 2))
   assert tokens.shape == (2, 6, 12)
@@ -182,19 +182,39 @@ def test_tokens_group_latents_in_mars_order():
   np.testing.assert_array_equal(kl_vae.from_tokens(kl_vae.to_tokens(square, 2), 2), square)
 
 
-def test_sampled_latents_have_the_moments():
+def test_sampled_latents_have_the_given_moments():
   mean, log_variance = np.array([0.5, -2.0]), np.array([0.0, -1.0])
   moments = np.broadcast_to(np.concatenate([mean, log_variance]), (1, 20_000, 4))
   noise = jax.random.normal(jax.random.key(0), (1, 20_000, 2))
-  drawn = np.asarray(kl_vae.sample(moments, noise))[0]
-  np.testing.assert_allclose(drawn.mean(0), mean, atol=0.03)
-  np.testing.assert_allclose(drawn.var(0), np.exp(log_variance), rtol=0.05)
+  sampled = np.asarray(kl_vae.sample(moments, noise))[0]
+  np.testing.assert_allclose(sampled.mean(0), mean, atol=0.03)
+  np.testing.assert_allclose(sampled.var(0), np.exp(log_variance), rtol=0.05)
 
 
-def test_the_nearest_code_is_the_nearest_whatever_the_block():
+def test_latents_are_normalized_by_their_statistics():
+  rng = np.random.default_rng(0)
+  moments = rng.normal((1.0, -2.0, -3.0, 0.5), (2.0, 0.5, 0.1, 0.1), (6, 500, 4))
+  valid = np.array([True] * 5 + [False])
+  sums = [latents.moment_sums(moments[:2]), latents.moment_sums(moments[2:], valid[2:])]
+  found = latents.statistics(sums)
+  mean, log_variance = np.split(moments[:5].reshape(-1, 4), 2, axis=-1)
+  variance = np.exp(log_variance).mean(0) + mean.var(0)
+  np.testing.assert_allclose(found['latent_mean'], mean.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(found['latent_scale'], variance**-0.5, rtol=1e-5)
+  in_jax = latents.moment_sums(jnp.asarray(moments, jnp.float32), jnp.asarray(valid))
+  np.testing.assert_allclose(
+    latents.statistics([in_jax])['latent_scale'], found['latent_scale'], rtol=1e-4
+  )
+  normalizer = latents.Normalizer(found['latent_mean'], found['latent_scale'])
+  tokens = normalizer.normalize(mean.astype(np.float32))
+  np.testing.assert_allclose(tokens.mean(0), 0, atol=1e-5)
+  np.testing.assert_allclose(normalizer.denormalize(tokens), mean, atol=1e-5)
+
+
+def test_the_nearest_code_does_not_depend_on_the_block_size():
   rng = np.random.default_rng(0)
   x, codes = rng.normal(size=(3, 50, 8)), rng.normal(size=(70, 8))
-  codes[40] = codes[12]  # of two equal codes the first
+  codes[40] = codes[12]  # the first of two equal codes counts
   x[0, :20] = codes[40] + 1e-3 * rng.normal(size=(20, 8))
   direct = np.square(x[..., None, :] - codes).sum(-1).argmin(-1)
   for block in (1, 32, 70, 1024):
@@ -206,15 +226,15 @@ def test_the_nearest_code_is_the_nearest_whatever_the_block():
 @pytest.mark.parametrize(
   ('network', 'count'),
   [
-    # Counted in the libraries' own networks: diffusers 0.42, MAR's and LlamaGen's code.
+    # Counted in the networks of diffusers 0.42 and of MAR's and LlamaGen's code.
     (autoencoder.Autoencoder(kl_vae.STABLE_DIFFUSION), 83_653_863),
     (autoencoder.Autoencoder(kl_vae.MAR), 66_456_019),
     (vq.VQAutoencoder(vq.AMUSED, vocab_size=8192), 146_244_675),
     (vq.VQAutoencoder(vq.LLAMAGEN, vocab_size=16_384), 71_883_403),
   ],
 )
-def test_published_shapes_have_the_published_counts(network, count):
-  assert sum(leaf.size for leaf in jax.tree.leaves(picture_shapes(network))) == count
+def test_public_shapes_have_the_public_parameter_counts(network, count):
+  assert sum(leaf.size for leaf in jax.tree.leaves(image_shapes(network))) == count
 
 
 # ---- files ----
@@ -222,7 +242,7 @@ def test_published_shapes_have_the_published_counts(network, count):
 
 @pytest.fixture
 def t5_file(golden):
-  """The path of a small T5, the tensors in it, and the shapes it should have."""
+  """The path of a small T5, the tensors in it, and the expected shapes."""
   folder, _ = golden('t5_one_file')
   path = folder / 'model.safetensors'
   network = t5.Encoder(T5_GOLDENS['t5_one_file'][1])
@@ -238,7 +258,7 @@ def refused(path, shapes):
   return message
 
 
-def test_tensors_that_do_not_fit_are_named(t5_file):
+def test_wrong_tensors_are_named(t5_file):
   path, tensors, shapes = t5_file
   norm = 'encoder.final_layer_norm.weight'
 
@@ -248,36 +268,36 @@ def test_tensors_that_do_not_fit_are_named(t5_file):
   save({name: a for name, a in tensors.items() if name != norm})
   assert f'lacks {norm}' in refused(path, shapes)
   save(tensors | {norm: np.ones(25, np.float32)})
-  assert 'encoder.final_layer_norm.weight is 25 where final_norm/scale' in refused(path, shapes)
+  assert 'encoder.final_layer_norm.weight is 25, but final_norm/scale' in refused(path, shapes)
   query = 'encoder.block.1.layer.0.SelfAttention.q.weight'
   save(tensors | {query: np.ascontiguousarray(tensors[query].T)})
-  assert f'{query} is 24 x 32 where blocks/query' in refused(path, shapes)
+  assert f'{query} is 24 x 32, but each layer of blocks/query' in refused(path, shapes)
   save(tensors | {'encoder.block.3.layer.0.layer_norm.weight': np.ones(24, np.float32)})
-  assert 'does not know: encoder.block.3.layer.0.layer_norm.weight' in refused(path, shapes)
-  # A whole model's decoder is no part of the encoder, and no fault.
+  assert 'does not have: encoder.block.3.layer.0.layer_norm.weight' in refused(path, shapes)
+  # The decoder of a complete model is ignored.
   save(tensors | {'decoder.final_layer_norm.weight': np.ones(24, np.float32)})
   t5.load(str(path), shapes)
 
 
-def test_files_that_are_none_are_refused(t5_file, tmp_path):
+def test_corrupt_and_missing_files_are_refused(t5_file, tmp_path):
   path, _, shapes = t5_file
-  whole = path.read_bytes()
-  path.write_bytes(whole[: len(whole) // 2])
-  assert 'is cut off or no safetensors file' in refused(path, shapes)
-  path.write_bytes(whole[:4])
-  assert 'is cut off or no safetensors file' in refused(path, shapes)
+  complete = path.read_bytes()
+  path.write_bytes(complete[: len(complete) // 2])
+  assert 'is truncated or not a safetensors file' in refused(path, shapes)
+  path.write_bytes(complete[:4])
+  assert 'is truncated or not a safetensors file' in refused(path, shapes)
   for start in (b'\x80\x02}q\x00.', b'PK\x03\x04 and a pickle'):
     path.write_bytes(start)
     assert 'is a PyTorch pickle' in refused(path, shapes)
     command = f'python -m fluid_jax.encoders.convert {path} OUT.safetensors'
     assert command in refused(path, shapes)
-  assert 'there is no' in refused(tmp_path / 'missing.safetensors', shapes)
+  assert 'does not exist' in refused(tmp_path / 'missing.safetensors', shapes)
   empty = tmp_path / 'empty'
   empty.mkdir()
-  assert 'should hold one safetensors file' in refused(empty, shapes)
+  assert 'must hold exactly one safetensors file' in refused(empty, shapes)
 
 
-def test_an_index_that_does_not_hold_is_refused(golden):
+def test_a_wrong_index_is_refused(golden):
   folder, _ = golden('t5_sharded')
   shapes = t5_shapes(t5.Encoder(T5_GOLDENS['t5_sharded'][1]))
   index = folder / 'model.safetensors.index.json'
@@ -285,7 +305,7 @@ def test_an_index_that_does_not_hold_is_refused(golden):
   parts = sorted(set(listed['weight_map'].values()))
   assert len(parts) > 3
   (folder / parts[1]).rename(folder / 'away')
-  assert f'{parts[1]}, which the index names, is missing' in refused(folder, shapes)
+  assert f'{parts[1]} is in the index but does not exist' in refused(folder, shapes)
   (folder / 'away').rename(folder / parts[1])
   listed['weight_map']['encoder.new.weight'] = parts[0]
   index.write_text(json.dumps(listed))
@@ -294,11 +314,11 @@ def test_an_index_that_does_not_hold_is_refused(golden):
   assert 'has no weight_map' in refused(folder, shapes)
 
 
-def test_a_broken_t5x_checkpoint_is_refused(golden):
+def test_a_corrupt_t5x_checkpoint_is_refused(golden):
   folder, _ = golden('t5_t5x')
   shapes = t5_shapes(t5.Encoder(T5_GOLDENS['t5_t5x'][1]))
   step = folder / 'checkpoint_0'
-  with pytest.raises(errors.UserError, match='holds no file named checkpoint'):
+  with pytest.raises(errors.UserError, match='has no file named checkpoint'):
     weights.T5X(str(folder))
   array = step / 'target.encoder.layers_1.mlp.wo.kernel'
   shutil.move(array, folder / 'away')
@@ -308,16 +328,16 @@ def test_a_broken_t5x_checkpoint_is_refused(golden):
   assert 'is not the index of a T5X checkpoint' in refused(step, shapes)
 
 
-def test_an_autoencoder_by_unknown_names_is_refused(tmp_path):
+def test_an_autoencoder_with_unknown_names_is_refused(tmp_path):
   path = tmp_path / 'vae.safetensors'
   safetensors.numpy.save_file({'layer.weight': np.ones(3, np.float32)}, path)
   vae = kl_vae.KLVAE(KL_GOLDENS['kl_vae'])
-  with pytest.raises(errors.UserError, match="no tensors of an autoencoder by diffusers'"):
-    vae.load(str(path), picture_shapes(vae.network))
+  with pytest.raises(errors.UserError, match='does not hold an autoencoder with the tensor names'):
+    vae.load(str(path), image_shapes(vae.network))
 
 
-def test_the_names_of_older_diffusers_are_known(golden):
-  """Under which sd-vae-ft-mse and others of 2022 are published."""
+def test_names_of_older_diffusers_are_read(golden):
+  """sd-vae-ft-mse and other files of 2022 use them."""
   folder, expected = golden('kl_vae_attention')
   path = folder / 'network.safetensors'
   old = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
@@ -330,20 +350,20 @@ def test_the_names_of_older_diffusers_are_known(golden):
   tensors = safetensors.numpy.load_file(path)
   safetensors.numpy.save_file({renamed(name): a for name, a in tensors.items()}, path)
   vae = kl_vae.KLVAE(KL_GOLDENS['kl_vae_attention'])
-  params = vae.load(str(path), picture_shapes(vae.network))
+  params = vae.load(str(path), image_shapes(vae.network))
   encode = jax.jit(functools.partial(vae.network.apply, {'params': params}, method='encode'))
   assert error_of(encode(expected['images'] / 127.5 - 1), expected['code']) < 1e-4
 
 
-def test_a_vae_inside_a_whole_checkpoint_is_found(golden):
+def test_a_vae_inside_a_complete_checkpoint_is_found(golden):
   folder, expected = golden('kl_vae_mar')
   path = folder / 'network.safetensors'
   tensors = safetensors.numpy.load_file(path)
-  whole = {f'first_stage_model.{name}': a for name, a in tensors.items()}
-  whole['model.diffusion_model.out.weight'] = np.ones(3, np.float32)
-  whole['first_stage_model.loss.logvar'] = np.ones(1, np.float32)
-  safetensors.numpy.save_file(whole, path)
+  complete = {f'first_stage_model.{name}': a for name, a in tensors.items()}
+  complete['model.diffusion_model.out.weight'] = np.ones(3, np.float32)
+  complete['first_stage_model.loss.logvar'] = np.ones(1, np.float32)
+  safetensors.numpy.save_file(complete, path)
   vae = kl_vae.KLVAE(KL_GOLDENS['kl_vae_mar'])
-  params = vae.load(str(path), picture_shapes(vae.network))
+  params = vae.load(str(path), image_shapes(vae.network))
   encode = jax.jit(functools.partial(vae.network.apply, {'params': params}, method='encode'))
   assert error_of(encode(expected['images'] / 127.5 - 1), expected['code']) < 1e-4

@@ -148,7 +148,7 @@ def test_config_json_lists_all_files_with_digests(trained, exported):
   assert content['versions']['jax'] == jax.__version__
   assert content['files'] == {'model.safetensors': sha256(exported / 'model.safetensors')}
   shipped = patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'
-  assert content['encoders'] == {'image.tokenizer': {shipped.name: sha256(shipped)}}
+  assert content['encoders'] == {'image.tokenizer_path': {shipped.name: sha256(shipped)}}
 
 
 def test_large_models_are_split_into_files_with_an_index(trained, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_large_models_are_split_into_files_with_an_index(trained, tmp_path, monk
   assert recorded == {name: sha256(out / name) for name in ('model.safetensors.index.json', *files)}
   last = (out / files[-1]).read_bytes()
   (out / files[-1]).unlink()
-  assert f'{files[-1]}, which the index names, is missing' in error_message(
+  assert f'{files[-1]} is in the index but does not exist' in error_message(
     5, sample.load_workdir, out
   )
   (out / files[-1]).write_bytes(last[:-1] + bytes([last[-1] ^ 1]))
@@ -212,16 +212,16 @@ def test_images_from_workdir_export_and_import_are_equal(trained, exported, tmp_
 # ---- Tokenizers and encoders ----
 
 
-@pytest.mark.parametrize('prefix', ['', 'trained:'])
-def test_user_trained_tokenizer_is_copied(prefix, trained, tmp_path):
+@pytest.mark.parametrize('name', ['patch', 'trained'])
+def test_user_trained_tokenizer_is_copied(name, trained, tmp_path):
   own = tmp_path / 'mine.safetensors'
-  if prefix:
+  if name == 'trained':
     network = kl_vae.KLVAE(autoencoder.Shape(8, (1,), 1, 16, 16, pixel_patch=8))
     made = nn.unbox(network.network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     trained_files.save(network, made['params'], own, {})
   else:
     shutil.copyfile(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors', own)
-  config = make_config(image__tokenizer=f'{prefix}{own}')
+  config = make_config(image__tokenizer=name, image__tokenizer_path=str(own))
   state = trained[2]
   save(tmp_path / 'run', config, state.params, state.ema_params)
   out, moved = tmp_path / 'out', tmp_path / 'moved'
@@ -229,15 +229,15 @@ def test_user_trained_tokenizer_is_copied(prefix, trained, tmp_path):
   own.unlink()
   out.rename(moved)
   loaded = sample.load_workdir(moved)[0]
-  assert loaded.image.tokenizer == f'{prefix}{moved}/tokenizer.safetensors'
+  assert loaded.image.tokenizer_path == f'{moved}/tokenizer.safetensors'
   frozen.load(loaded, frozen.make(loaded), sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
-  assert content['encoders'] == {'image.tokenizer': {'tokenizer.safetensors': digest}}
+  assert content['encoders'] == {'image.tokenizer_path': {'tokenizer.safetensors': digest}}
   # An import contains a copy too.
   export.import_into(moved, tmp_path / 'new')
   imported = sample.load_workdir(tmp_path / 'new')[0]
-  assert imported.image.tokenizer == f'{prefix}{tmp_path}/new/tokenizer.safetensors'
+  assert imported.image.tokenizer_path == f'{tmp_path}/new/tokenizer.safetensors'
   assert sha256(tmp_path / 'new/tokenizer.safetensors') == digest
   data = (moved / 'tokenizer.safetensors').read_bytes()
   (moved / 'tokenizer.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -258,7 +258,8 @@ def test_public_encoders_are_listed_with_digests_and_not_copied(tmp_path, random
   ):
     (public / name).write_text(f'the bytes of {name}')
   config = make_config(
-    image__size=64, image__tokenizer=f'sd_vae:{public}/vae.safetensors', text__source='t5',
+    image__size=64, image__tokenizer='sd_vae',
+    image__tokenizer_path=f'{public}/vae.safetensors', text__source='t5',
     text__t5_size='small', text__feature_dim=512, text__t5_path=str(t5x),
     text__vocabulary=f'{public}/spiece.model',
   )  # fmt: skip
@@ -268,11 +269,11 @@ def test_public_encoders_are_listed_with_digests_and_not_copied(tmp_path, random
   export.write(tmp_path / 'run', out)
   assert {path.name for path in out.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
   assert json.loads((out / 'config.json').read_text())['encoders'] == {
-    'image.tokenizer': {'vae.safetensors': sha256(public / 'vae.safetensors')},
+    'image.tokenizer_path': {'vae.safetensors': sha256(public / 'vae.safetensors')},
     'text.t5_path': {name: sha256(t5x / name) for name in ('checkpoint', 'target.w/0')},
     'text.vocabulary': {'spiece.model': sha256(public / 'spiece.model')},
   }
-  assert sample.load_workdir(out)[0].image.tokenizer == config.image.tokenizer
+  assert sample.load_workdir(out)[0].image == config.image
 
   # On another machine the files are next to the parameters instead of at the original paths.
   elsewhere = public.rename(tmp_path / 'elsewhere')
@@ -282,7 +283,7 @@ def test_public_encoders_are_listed_with_digests_and_not_copied(tmp_path, random
   for name in ('vae.safetensors', 'spiece.model', 'checkpoint_7'):
     (out / name).symlink_to(elsewhere / name)
   loaded = sample.load_workdir(out)[0]
-  assert loaded.image.tokenizer == f'sd_vae:{out}/vae.safetensors'
+  assert loaded.image.tokenizer_path == f'{out}/vae.safetensors'
   assert (loaded.text.t5_path, loaded.text.vocabulary) == (
     f'{out}/checkpoint_7',
     f'{out}/spiece.model',
@@ -303,7 +304,10 @@ def test_encoder_with_parameter_digests_may_be_in_another_file(tmp_path, random_
     (tmp_path / name).mkdir()
     (tmp_path / name / 'vae.safetensors').write_text(name)
   config = make_config(
-    image__size=64, image__tokenizer=f'sd_vae:{tmp_path}/vae/vae.safetensors', text__source='bytes'
+    image__size=64,
+    image__tokenizer='sd_vae',
+    image__tokenizer_path=f'{tmp_path}/vae/vae.safetensors',
+    text__source='bytes',
   )
   params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random_params(config))
   digests = {'image': 'ab' * 32}
@@ -311,9 +315,9 @@ def test_encoder_with_parameter_digests_may_be_in_another_file(tmp_path, random_
   export.write(tmp_path / 'run', tmp_path / 'out')
   shutil.rmtree(tmp_path / 'vae')
   for place in (tmp_path / 'run', tmp_path / 'out'):
-    moved = {'image.tokenizer': f'sd_vae:{tmp_path}/other/vae.safetensors'}
+    moved = {'image.tokenizer_path': f'{tmp_path}/other/vae.safetensors'}
     found, found_digests, _, _ = sample.load_workdir(place, 'ema', None, moved)
-    assert found.image.tokenizer == moved['image.tokenizer']
+    assert found.image.tokenizer_path == moved['image.tokenizer_path']
     assert found_digests == digests
   assert 'copy it to one of these paths' in error_message(5, sample.load_workdir, tmp_path / 'out')
   (tmp_path / 'out/vae.safetensors').symlink_to(tmp_path / 'other/vae.safetensors')
@@ -380,7 +384,7 @@ def test_corrupt_exports_are_detected(copy):
   assert f'has model.safetensors with SHA-256 {sha256(model)}' in message
   assert f'made with model.safetensors with SHA-256 {digest}' in message
   model.unlink()
-  assert f'there is no {model}' in error_message(5, sample.load_workdir, copy)
+  assert f'{model} does not exist' in error_message(5, sample.load_workdir, copy)
   model.write_bytes(before)
   text = config.read_text()
   for corrupt in (
@@ -398,8 +402,11 @@ def test_tensors_that_do_not_fit_the_model_are_an_error(copy):
   kernel = tensors.pop('blocks.mlp.wi.kernel')
   for changed, words in (
     ({}, 'lacks blocks.mlp.wi.kernel'),
-    ({'blocks.mlp.wi.kernel': kernel[:, :-1].copy()}, 'has tensors of other shapes: blocks.mlp.wi'),
-    ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not know: x'),
+    (
+      {'blocks.mlp.wi.kernel': kernel[:, :-1].copy()},
+      'has tensors of the wrong shape: blocks.mlp.wi',
+    ),
+    ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not have: x'),
   ):
     safetensors.numpy.save_file(tensors | changed, model)
     sign(copy, lambda content: None)
@@ -408,7 +415,7 @@ def test_tensors_that_do_not_fit_the_model_are_an_error(copy):
 
 def test_different_shipped_tokenizer_is_an_error(copy):
   name = 'patch_pca_32px_8x8_16.safetensors'
-  sign(copy, lambda content: content['encoders'].update({'image.tokenizer': {name: 'ab12'}}))
+  sign(copy, lambda content: content['encoders'].update({'image.tokenizer_path': {name: 'ab12'}}))
   message = error_message(5, sample.load_workdir, copy)
   assert f'{name} with SHA-256 {sha256(patches.WEIGHTS / name)}, but' in message
   assert f'made with {name} with SHA-256 ab12' in message

@@ -28,7 +28,7 @@ def test_ids_are_those_of_t5(vocabulary):
   expected = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5, 1, 0, 0, 0, 0, 0]
   assert ids[0].tolist() == expected
   assert ids[1].tolist() == [71, 1131, 842, 1] + 12 * [0]
-  with pytest.raises(errors.UserError, match='prompt 2 has 10 word pieces and the model reads 7'):
+  with pytest.raises(errors.UserError, match='prompt 2 has 10 word pieces, but the model'):
     text.encode_prompts(
       ['heart', GERMAN], config_lib.Text(source='t5', length=8, vocabulary=vocabulary)
     )
@@ -81,16 +81,16 @@ def test_a_wrong_vocabulary_is_rejected(tmp_path, vocabulary):
     assert '\n' not in str(caught.value)
 
   check_rejected('', 'needs its vocabulary')
-  check_rejected(tmp_path / 'none.model', 'there is no vocabulary')
+  check_rejected(tmp_path / 'none.model', 'none.model does not exist')
   broken = tmp_path / 'broken.model'
   broken.write_bytes(pathlib.Path(vocabulary).read_bytes()[:1000])
-  check_rejected(broken, 'is no SentencePiece model')
+  check_rejected(broken, 'is not a SentencePiece model')
   words = tmp_path / 'words.txt'
   words.write_text('red heart\nblue heart\n' * 20)
   sentencepiece.SentencePieceTrainer.train(
     input=str(words), model_prefix=str(tmp_path / 'own'), vocab_size=14, minloglevel=2
   )
-  check_rejected(tmp_path / 'own.model', r'numbers padding, end and unknown \(-1, 2, 0\)')
+  check_rejected(tmp_path / 'own.model', r'has ids \(-1, 2, 0\) for padding, end and unknown')
 
 
 # ---- in the step ----
@@ -122,7 +122,7 @@ def test_encoding_in_the_step_equals_prepared_outputs(make_config, small_network
   settings = small_encoders.IN_THE_STEP[tokens] | {'optimizer.accumulation_steps': parts}
   config = make_config(settings)
   outside = make_config(
-    settings | {'text.source': 'features', 'image.tokenizer': 'prepared', 'image.size': 16}
+    settings | small_encoders.PREPARED | {'text.source': 'features', 'image.size': 16}
   )
   params, batch = small_encoders.random_params(config), inputs(config)
   results = []
@@ -165,14 +165,14 @@ def test_encoders_of_other_shapes_are_rejected(make_config, small_networks):
   with pytest.raises(errors.UserError, match=r'--config\.text\.feature_dim=24'):
     frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | {'text.feature_dim': 512}))
   for changed in ({'image.size': 32}, {'image.channels': 8}, {'model.tokens': 'discrete'}):
-    with pytest.raises(errors.UserError, match='tokenizer sd_vae makes tokens of 16 channels'):
+    with pytest.raises(errors.UserError, match='sd_vae makes continuous tokens of 16 channels'):
       frozen.make(make_config(small_encoders.IN_THE_STEP['continuous'] | changed))
 
 
 def test_a_vocabulary_of_another_size_is_rejected(
   make_config, small_networks, vocabulary, monkeypatch, tmp_path
 ):
-  settings = small_encoders.IN_THE_STEP['continuous'] | {'image.tokenizer': 'prepared'}
+  settings = small_encoders.IN_THE_STEP['continuous'] | small_encoders.PREPARED
   config = make_config(settings)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   with pytest.raises(errors.UserError, match='needs the weights of T5'):
@@ -214,7 +214,8 @@ def test_sampling_with_other_encoders_than_in_training_is_rejected(
 def test_flops_equal_the_sum_over_layers(make_config):
   config = make_config(
     {'text.source': 't5', 'text.t5_size': 'base', 'text.feature_dim': 768, 'text.length': 20}
-    | {'image.tokenizer': 'sd_vae', 'image.size': 64, 'image.channels': 16}
+    | {'image.tokenizer': 'sd_vae', 'image.prepared': False, 'image.size': 64}
+    | {'image.channels': 16}
   )
   found = frozen.forward_flops(config)
   length, width, hidden, depth = 20, 768, 2048, 12
@@ -237,5 +238,5 @@ def test_flops_equal_the_sum_over_layers(make_config):
   ends = conv(64, 3, 128) + conv(8, 512, 8) + 64 * 8 * 8
   assert found['image'] == 2 * (blocks + middle + ends)
   # Prepared outputs and bytes cost nothing.
-  prepared = make_config({'image.tokenizer': 'prepared', 'text.source': 'bytes'})
+  prepared = make_config(small_encoders.PREPARED | {'text.source': 'bytes'})
   assert frozen.forward_flops(prepared) == {'image': 0, 'text': 0}

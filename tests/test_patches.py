@@ -1,4 +1,4 @@
-"""The patch tokenizers: against NumPy and scikit-image, and what they lose on held-out pictures."""
+"""Patch tokenizers compared with NumPy and scikit-image, and their error on held-out images."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fluid_jax.encoders import patches
 from fluid_jax.train_tokenizer import patches as fit_patches
 from fluid_jax.train_tokenizer import quality
 
-# Measured by scikit-image on the 150 held-out pictures; quantisation costs 3 dB at 64 tokens.
+# PSNR (dB) and SSIM by scikit-image on the 150 held-out images; quantization costs 3 dB.
 SHIPPED = {
   'patch_pca_64px_8x8_16': (25.51, 0.83),
   'patch_kmeans_64px_8x8_1024': (22.24, 0.73),
@@ -27,7 +27,7 @@ def _images(num=6, size=8, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (num, size, size, 3), np.uint8)
 
 
-def test_patches_are_the_squares_of_the_picture_row_by_row():
+def test_patches_are_squares_of_the_image_in_raster_order():
   images = _images()
   x = np.asarray(patches.to_patches(images, 4))
   assert x.shape == (6, 4, 48)
@@ -35,16 +35,16 @@ def test_patches_are_the_squares_of_the_picture_row_by_row():
   np.testing.assert_array_equal(patches.from_patches(x, 4), images)
 
 
-def test_pca_spans_what_singular_vectors_span_and_loses_what_they_lose():
+def test_pca_matches_the_singular_value_decomposition():
   x = np.random.default_rng(1).normal(size=(500, 12)).astype(np.float32) * np.arange(1, 13)
   tokenizer = patches.PatchPCA.fit(x, patch=2, channels=5)
   centred = x - x.mean(0)
   _, _, vectors = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
   basis = tokenizer.basis_CxP
   np.testing.assert_allclose(np.abs(basis @ vectors[:5].T), np.eye(5), atol=1e-4)
-  lost = centred - centred @ vectors[:5].T @ vectors[:5]
+  expected = centred - centred @ vectors[:5].T @ vectors[:5]
   found = centred - centred @ basis.T @ basis
-  np.testing.assert_allclose((found**2).sum(), (lost**2).sum(), rtol=1e-5)
+  np.testing.assert_allclose((found**2).sum(), (expected**2).sum(), rtol=1e-5)
 
 
 def test_latents_have_mean_zero_and_mean_variance_one():
@@ -55,7 +55,7 @@ def test_latents_have_mean_zero_and_mean_variance_one():
   assert tokens.var(0).mean() == pytest.approx(1, rel=1e-3)
 
 
-def test_with_every_channel_nothing_is_lost(tmp_path):
+def test_all_components_reconstruct_the_image(tmp_path):
   images = _images(num=60)
   x = np.asarray(patches.to_patches(images, 2)).reshape(-1, 12)
   tokenizer = patches.PatchPCA.fit(x, patch=2, channels=12)
@@ -66,7 +66,7 @@ def test_with_every_channel_nothing_is_lost(tmp_path):
     assert np.abs(decoded - images).max() <= 1
 
 
-def test_kmeans_takes_the_nearest_code_and_codes_are_means():
+def test_kmeans_selects_the_nearest_code_and_codes_are_means():
   rng = np.random.default_rng(2)
   centres = rng.uniform(-1, 1, (4, 12)).astype(np.float32)
   x = np.repeat(centres, 50, axis=0) + rng.normal(0, 0.01, (200, 12)).astype(np.float32)
@@ -91,7 +91,7 @@ def test_too_few_patches_and_wrong_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('name', SHIPPED)
-def test_shipped_tokenizers_lose_what_is_stated(name, held_out):
+def test_shipped_tokenizers_have_the_stated_error(name, held_out):
   tokenizer = patches.load(patches.WEIGHTS / f'{name}.safetensors')
   held_out = held_out[64 if '64px' in name else 32]
   decoded = np.asarray(tokenizer.decode(tokenizer.encode(held_out)))

@@ -1,1 +1,1 @@
-"""Frozen networks and transforms between pictures, texts and what the decoder sees."""
+"""Frozen text encoders and image tokenizers, and the loading of their public weights."""

@@ -1,8 +1,8 @@
-"""The convolutional encoder and decoder that Stable Diffusion's KL-VAE, MAR's and VQGANs share.
+"""The convolutional autoencoder of Stable Diffusion's and MAR's KL-VAEs and of VQGANs.
 
-VQGAN (arXiv 2012.09841) introduced it; latent diffusion (arXiv 2112.10752) took it over. Published
-files name its tensors in three ways, told apart by the names themselves: diffusers', CompVis' (also
-inside a whole Stable Diffusion checkpoint) and LlamaGen's.
+VQGAN (arXiv 2012.09841) introduced it, and latent diffusion (arXiv 2112.10752) adopted it.
+Published files use one of three sets of tensor names, which this module recognizes: those of
+diffusers, of CompVis (also inside a complete Stable Diffusion checkpoint) and of LlamaGen.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ class Shape:
 
   Attributes:
     width: channels of the first level.
-    multipliers: channels of each level over `width`, from pixels inwards; between two levels the
-      side halves.
-    num_blocks: residual blocks of a level of the encoder; the decoder has one more.
-    latent_channels: between encoder and decoder.
-    code_channels: after the 1 x 1 convolution behind the encoder: of the latents, or of a code.
-    is_gaussian: the encoder gives mean and log variance, twice the channels.
-    encoder_attention, decoder_attention: levels whose blocks are followed by attention.
-    has_mid_attention: whether the innermost two blocks have attention between them.
-    pixel_patch: squares of so many pixels a side are one place of the first level, as channels; 1
-      in the published networks, more in small ones that a CPU trains.
+    multipliers: channels of each level, relative to `width`, from the pixels inwards; each next
+      level has half the height and width.
+    num_blocks: residual blocks per level of the encoder; the decoder has one more.
+    latent_channels: channels between encoder and decoder.
+    code_channels: channels of a latent or code, after the 1 x 1 convolution behind the encoder.
+    is_gaussian: whether the encoder returns mean and log variance, twice the channels.
+    encoder_attention, decoder_attention: levels with attention after each block.
+    has_mid_attention: whether there is attention between the two innermost blocks.
+    pixel_patch: the first level has one position per square of this many pixels per side. The
+      published networks have 1; small networks that a CPU trains have more.
   """
 
   width: int = 128
@@ -51,12 +51,12 @@ class Shape:
 
   @property
   def stride(self) -> int:
-    """Pixels a side for one latent vector."""
+    """Pixels per side of one latent vector."""
     return self.pixel_patch * 2 ** (len(self.multipliers) - 1)
 
 
 def _conv(features: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
-  """A convolution of 3 x 3 pixels whose kernel lies split along what it reads."""
+  """A 3 x 3 convolution whose kernel is sharded along its input channels."""
   return nn.Conv(
     features,
     (3, 3),
@@ -70,19 +70,19 @@ def _conv(features: int, dtype: Any, name: str, **options: Any) -> nn.Conv:
 
 
 def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-  """A convolution of one pixel, as the product that it is."""
+  """A 1 x 1 convolution, computed as a matrix product."""
   init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', None))
   return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def _norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
-  """Group normalization over 32 groups (fewer for other widths), statistics in float32."""
+  """Group normalization over gcd(32, channels) groups, with float32 statistics."""
   groups = math.gcd(32, x.shape[-1])
   return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)(x)
 
 
 class ResidualBlock(nn.Module):
-  """Two convolutions, each behind a norm and a swish."""
+  """Two convolutions, each after a norm and a swish, added to the input."""
 
   features: int
   dtype: Any
@@ -97,7 +97,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-  """Self-attention over all positions with one head."""
+  """Self-attention with one head over all positions."""
 
   dtype: Any
 
@@ -115,7 +115,7 @@ class AttentionBlock(nn.Module):
 
 
 class Level(nn.Module):
-  """Residual blocks of one resolution, each with attention behind it or none."""
+  """Residual blocks at one resolution, each optionally followed by attention."""
 
   features: int
   num_blocks: int
@@ -132,7 +132,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-  """Two residual blocks at the innermost resolution, with attention between them."""
+  """Two residual blocks at the innermost resolution, optionally with attention between them."""
 
   has_attention: bool
   dtype: Any
@@ -146,7 +146,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures in [-1, 1] to latents of `stride` times fewer pixels a side."""
+  """Images in [-1, 1] to latents, one per `stride` x `stride` pixels."""
 
   shape: Shape
   dtype: Any
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
       name = f'level_{level}'
       h = Level(features, shape.num_blocks, has_attention, self.dtype, name=name)(h)
       if level < last:
-        # One row and column of zeros on the far side alone, as the published networks have it.
+        # Zeros only at the bottom and right, as in the published networks.
         padding = ((0, 1), (0, 1))
         resample = _conv(features, self.dtype, f'resample_{level}', strides=2, padding=padding)
         h = resample(h)
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents to pictures, about [-1, 1]; levels are numbered as they are computed."""
+  """Latents to images, about [-1, 1]; levels are numbered from the latents outwards."""
 
   shape: Shape
   dtype: Any
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
 
 
 def _fold(x_BxHxWxC: jax.Array, patch: int) -> jax.Array:
-  """(B, H / patch, W / patch, patch * patch * C)."""
+  """Moves squares of pixels into channels: (B, H / patch, W / patch, patch * patch * C)."""
   batch, height, width, channels = x_BxHxWxC.shape
   x = x_BxHxWxC.reshape(batch, height // patch, patch, width // patch, patch, channels)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, -1)
@@ -205,11 +205,11 @@ def _unfold(x_BxhxwxP: jax.Array, patch: int) -> jax.Array:
 
 
 class Autoencoder(nn.Module):
-  """Encoder and decoder, and the 1 x 1 convolutions on the two sides of the latents.
+  """Encoder, decoder, and a 1 x 1 convolution on each side of the latents.
 
   Attributes:
-    shape: its shape.
-    dtype: of the computation; norms' statistics, softmax and parameters are float32.
+    shape: shape of the autoencoder.
+    dtype: dtype of the computation; norm statistics, softmax and parameters are float32.
   """
 
   shape: Shape
@@ -223,22 +223,22 @@ class Autoencoder(nn.Module):
     self.from_code = _dense(shape.latent_channels, self.dtype, 'from_code')
 
   def encode(self, x_BxHxWx3: jax.Array) -> jax.Array:
-    """(B, H / stride, W / stride, code_channels), or twice the channels: mean, log variance."""
+    """Latents (B, H / stride, W / stride, code_channels), or their mean and log variance."""
     return self.to_code(self.encoder(x_BxHxWx3.astype(self.dtype))).astype(jnp.float32)
 
   def decode(self, z_BxhxwxC: jax.Array) -> jax.Array:
-    """Pictures about [-1, 1], float32."""
+    """Images, about [-1, 1], float32."""
     return self.decoder(self.from_code(z_BxhxwxC.astype(self.dtype))).astype(jnp.float32)
 
   def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
-    """The reconstruction by the mean; creates all parameters."""
+    """The reconstruction from the mean; uses all parameters, for `init`."""
     z, *_ = jnp.split(self.encode(x_BxHxWx3), 2 if self.shape.is_gaussian else 1, axis=-1)
     return self.decode(z)
 
 
-# ---- where the parameters lie in published files ----
+# ---- names of the parameters in published files ----
 
-# What stands for a part of our paths in every layout; each layout adds its own.
+# Patterns of parts of our paths, and their names in every layout; each layout adds its own.
 _COMMON = {
   r'to_code': 'quant_conv',
   r'from_code': 'post_quant_conv',
@@ -248,10 +248,10 @@ _COMPVIS_NAMES = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'proj_out'}
 _DIFFUSERS_NAMES = {
   'norm': 'group_norm', 'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'out': 'to_out.0',
 }  # fmt: skip
-_OLD_NAMES = {'norm': 'group_norm', 'out': 'proj_attn'}  # of diffusers until 2023
+_OLD_NAMES = {'norm': 'group_norm', 'out': 'proj_attn'}  # diffusers until 2023
 
 
-Rules = dict[str, str | Callable[[re.Match[str]], str]]  # by the pattern of a part of a path
+Rules = dict[str, str | Callable[[re.Match[str]], str]]  # from patterns of parts of a path
 
 
 def _diffusers(side: str, is_mid: bool, last: int) -> Rules:
@@ -277,7 +277,7 @@ def _compvis(side: str, is_mid: bool, last: int) -> Rules:
   return {
     r'level_(\d)': level,
     r'resample_(\d)': lambda match: f'{level(match)}.{sampling}.conv',
-    # The middle counts from 1.
+    # The middle is numbered from 1.
     r'attention_(\d)': 'attn_1' if is_mid else r'attn.\1',
     r'block_(\d)': (lambda match: f'block_{int(match[1]) + 1}') if is_mid else r'block.\1',
     r'shortcut': 'nin_shortcut',
@@ -297,7 +297,7 @@ def _llamagen(side: str, is_mid: bool, last: int) -> Rules:
 
 
 def _renamed(path: str, rules: Rules, attention: Mapping[str, str]) -> str:
-  """The parts of a path, each by the rule that fits it, with dots between them."""
+  """A path with each part renamed by the rule that matches it, joined by dots."""
   parts = path.split('/')
   inside = next((i for i, part in enumerate(parts) if part.startswith('attention')), len(parts))
   renamed = []
@@ -311,10 +311,18 @@ def _renamed(path: str, rules: Rules, attention: Mapping[str, str]) -> str:
 def entries(
   source: weights.Source, shape: Shape, shapes: Any
 ) -> tuple[dict[str, weights.Entry], str]:
-  """Where each parameter of an `Autoencoder` lies in `source`, and the prefix of all names there.
+  """Finds the parameters of an `Autoencoder` in a file.
+
+  Args:
+    source: the file.
+    shape: shape of the autoencoder.
+    shapes: tree of its parameters.
+
+  Returns:
+    The entry of each parameter by its path, and the prefix of all names in the file.
 
   Raises:
-    UserError: no layout known here.
+    UserError: the names are not of a known layout (exit code 5).
   """
   known = source.shapes.keys()
   prefix = 'first_stage_model.' if any(n.startswith('first_stage_model.') for n in known) else ''
@@ -327,8 +335,9 @@ def entries(
   layout = next((rest for sign, *rest in layouts if prefix + sign in known), None)
   if layout is None:
     raise errors.UserError(
-      f"{source.path} has no tensors of an autoencoder by diffusers', CompVis' or LlamaGen's "
-      f'names (its first is {min(known, default="none")!r}): give the file of a VAE or VQGAN.',
+      f'{source.path} does not hold an autoencoder with the tensor names of diffusers, CompVis or '
+      f'LlamaGen (its first tensor is {min(known, default="none")!r}): give the file of a VAE or '
+      'VQGAN.',
       errors.CORRUPT,
     )
   rules_of, names = layout

@@ -1,16 +1,17 @@
-"""PyTorch's pickles to safetensors: tensors alone are read, and no code of the file runs.
+"""Converts PyTorch checkpoints to safetensors without running any code in them.
 
   python -m fluid_jax.encoders.convert model.ckpt model.safetensors
 
-Reads what `torch.save` writes since PyTorch 1.6, without PyTorch: a zip of `data.pkl`, which says
-what the tensors are, and of `data/0`, `data/1`, ..., which are their bytes.
+This reads, without PyTorch, the format that `torch.save` has written since PyTorch 1.6: a zip
+archive of `data.pkl`, which describes the tensors, and `data/0`, `data/1`, ..., which hold their
+bytes.
 """
 
-import argparse
 import mmap
 import pathlib
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,18 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from fluid_jax import errors
+from fluid_jax import cli, errors, files
 from fluid_jax.encoders import weights
 
-_MAX_DEPTH = 64  # of dictionaries in each other; one that holds itself has no end
-_LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # torch.save's first bytes before 1.6
+_MAX_DEPTH = 64  # of nested dictionaries; one that contains itself is endless
+_LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # first bytes of torch.save before 1.6
 
 
-# ---- what a pickle may name ----
+# ---- replacements for the classes and functions in a pickle ----
 
 
 class _Inert:
-  """Stands for anything that is no tensor: made, called, filled or set, it does nothing."""
+  """Replaces everything that is not a tensor: creating, calling or setting it does nothing."""
 
   def __new__(cls, *args, **kwargs):
     return super().__new__(cls)
@@ -55,28 +56,28 @@ class _Inert:
 
 
 class _Dict(dict):
-  """An OrderedDict; what PyTorch hangs on it besides its items is dropped."""
+  """Replaces OrderedDict, without the attributes that PyTorch sets on it."""
 
   def __setstate__(self, state):
     pass
 
 
 class _Storage(NamedTuple):
-  """Bytes in the archive: the member `data/<key>`, and the dtype's name."""
+  """Bytes in the archive, the member `data/<key>`, with the name of their dtype."""
 
   dtype: str
   key: str
 
 
 class _Tensor(_Inert):
-  """torch._utils._rebuild_tensor_v2's arguments: where the elements lie in a storage."""
+  """Replaces torch._utils._rebuild_tensor_v2: the place of the elements in a storage."""
 
   def __init__(self, storage=None, offset=0, size=(), stride=(), *rest):
     self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
 
 
 class _TypedTensor(_Tensor):
-  """_rebuild_tensor_v3's: of a storage without a dtype."""
+  """Replaces _rebuild_tensor_v3, whose storage has no dtype."""
 
   def __init__(self, storage=None, offset=0, size=(), stride=(), grad=None, hooks=None, dtype=''):
     if isinstance(storage, _Storage) and isinstance(dtype, str):
@@ -85,20 +86,20 @@ class _TypedTensor(_Tensor):
 
 
 class _Parameter(_Inert):
-  """_rebuild_parameter: a tensor, and whether it is trained."""
+  """Replaces _rebuild_parameter: returns the tensor."""
 
   def __new__(cls, tensor=None, *rest):
     return tensor
 
 
 class _FromType(_Inert):
-  """_rebuild_from_type_v2, of a tensor with attributes: the classes above, called as it says."""
+  """Replaces _rebuild_from_type_v2, for tensors with attributes: calls one of the above."""
 
   def __new__(cls, rebuild, kind, arguments, state):
     return rebuild(*arguments)
 
 
-# Names alone stand for dtypes: nothing that pickle does changes a string.
+# dtypes are represented by their names, because a pickle cannot change a string.
 _DTYPES = {
   'Double': 'float64',
   'Float': 'float32',
@@ -125,7 +126,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Imports nothing: a name is one of `_ALLOWED`, or an `_Inert` and noted in `dropped`."""
+  """Imports nothing: a name is in `_ALLOWED`, or becomes `_Inert` and is listed in `dropped`."""
 
   def __init__(self, file: Any):
     super().__init__(file, encoding='utf-8')
@@ -141,7 +142,7 @@ class _Unpickler(pickle.Unpickler):
   def persistent_load(self, pid: Any) -> Any:
     kind, dtype, key, *_ = pid
     if (kind, type(dtype), type(key)) != ('storage', str, str):
-      return _Inert()  # of a dtype that is not allowed
+      return _Inert()  # the dtype is not allowed
     return _Storage(dtype, key)
 
 
@@ -152,30 +153,30 @@ class Checkpoint:
   """The tensors of a `torch.save` file.
 
   Attributes:
-    root: what was saved: nested dictionaries and lists, of which tensors are of use.
-    dropped: names of the classes and functions in it that stayed without effect.
+    root: the saved object: nested dictionaries and lists with tensors.
+    dropped: names of the classes and functions in the file that were ignored.
   """
 
   def __init__(self, path: pathlib.Path):
-    """Reads what there is; bytes of tensors stay in the file until they are asked for.
+    """Reads the structure of a file; the bytes of tensors are read later.
 
     Raises:
-      UserError: it is none of PyTorch's, of a kind that is not read, or damaged.
+      UserError: the file is missing, corrupt, or not of a format that can be read (exit code 5).
     """
     self.path = path
     try:
       self._archive = zipfile.ZipFile(path)
     except OSError as error:
       raise errors.UserError(
-        f'{path} cannot be read ({error.strerror}): give a file.', errors.CORRUPT
+        f'{path} cannot be read ({error.strerror}): check the path.', errors.CORRUPT
       ) from error
     except zipfile.BadZipFile as error:
-      raise errors.UserError(f'{path} {_what_it_is(path)}', errors.CORRUPT) from error
+      raise errors.UserError(f'{path} {_describe(path)}', errors.CORRUPT) from error
     names = [name for name in self._archive.namelist() if name.endswith('/data.pkl')]
     if len(names) != 1:
       raise errors.UserError(
-        f'{path} is a zip archive, but not of torch.save, which has one data.pkl in a folder: give '
-        'the file of the weights.',
+        f'{path} is a zip archive, but not from torch.save, which writes one data.pkl in a folder: '
+        'give the file of the weights.',
         errors.CORRUPT,
       )
     folder = names[0].removesuffix('data.pkl')
@@ -191,22 +192,22 @@ class Checkpoint:
   def _check_members(self) -> None:
     if any(info.compress_type != zipfile.ZIP_STORED for info in self._archive.infolist()):
       raise errors.UserError(
-        f'{self.path} was compressed after torch.save, which never does: give the original file.',
+        f'{self.path} was compressed after torch.save wrote it: give the original file.',
         errors.CORRUPT,
       )
     try:
-      broken = self._archive.testzip()
+      corrupt = self._archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-      broken = f'an entry ({error})'
-    if broken:
+      corrupt = f'an entry ({error})'
+    if corrupt:
       raise errors.UserError(
-        f'{self.path} is damaged, for the checksum of {broken} does not hold: download it again.',
+        f'{self.path} is corrupt: the checksum of {corrupt} is wrong; download it again.',
         errors.CORRUPT,
       )
     order = self._members.get('byteorder')  # absent before PyTorch 2.1
     if order is not None and self._archive.read(order) != b'little':
       raise errors.UserError(
-        f'{self.path} was written on a big-endian machine: save it again on another.',
+        f'{self.path} was written on a big-endian machine: save it again on a little-endian one.',
         errors.CORRUPT,
       )
 
@@ -215,20 +216,24 @@ class Checkpoint:
       unpickler = _Unpickler(file)
       try:
         return unpickler.load(), unpickler.dropped
-      except Exception as error:  # bytes of no meaning can raise nearly any
+      except Exception as error:  # corrupt pickles can raise nearly any exception
         raise errors.UserError(
-          f'{self.path} holds a data.pkl that does not rebuild tensors ({error!r}): take another '
-          'copy, or the safetensors of the model.',
+          f'data.pkl in {self.path} cannot be read ({error!r}): use another copy, or a '
+          'safetensors file of the model.',
           errors.CORRUPT,
         ) from error
 
   def read(self, name: str, tensor: _Tensor) -> np.ndarray:
-    """The tensor's elements, in the file's memory where they lie there in order."""
+    """The elements of a tensor, as a read-only view of the mapped file.
+
+    Raises:
+      UserError: the tensor does not fit its storage (exit code 5).
+    """
     try:
       dtype = jnp.dtype(tensor.storage.dtype)
       info = self._members[f'data/{tensor.storage.key}']
       offset, size, stride = int(tensor.offset), tuple(tensor.size), tuple(tensor.stride)
-      # The member's name and extra field, of lengths that its own header says, come before it.
+      # The member's local header ends with a name and an extra field of variable length.
       lengths = struct.unpack_from('<HH', self._bytes, info.header_offset + 26)
       start = info.header_offset + 30 + sum(lengths)
       flat = np.frombuffer(self._bytes, dtype, info.file_size // dtype.itemsize, start)
@@ -239,45 +244,51 @@ class Checkpoint:
       return np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise errors.UserError(
-        f'tensor {name!r} of {self.path} has no storage of its size ({error!r}): take another '
-        'copy, or the safetensors of the model.',
+        f'tensor {name!r} of {self.path} does not fit its storage ({error!r}): use another copy, '
+        'or a safetensors file of the model.',
         errors.CORRUPT,
       ) from error
 
 
-def _what_it_is(path: pathlib.Path) -> str:
-  """The rest of a sentence about a file that is no zip archive."""
+def _describe(path: pathlib.Path) -> str:
+  """A predicate for a file that is not a zip archive, for an error message."""
   with path.open('rb') as file:
     start = file.read(len(_LEGACY))
   if start == _LEGACY:
     return (
-      'is of the format that PyTorch had before 1.6, which is not read here: open it where you '
-      'trust it with torch.load(PATH, weights_only=True), and torch.save it again.'
+      'has the format of PyTorch before 1.6, which cannot be read here: if you trust it, read it '
+      'with torch.load(PATH, weights_only=True) and write it again with torch.save.'
     )
   if start.startswith(b'PK'):
-    return 'is cut off, as its table of contents is missing: download it again.'
+    return 'is truncated: its table of contents is missing; download it again.'
   if start[:1] == b'\x80':
-    return 'is a pickle, but not one of torch.save: nothing in it is read.'
-  return 'is no file of torch.save: give a .pt, .pth or .ckpt file.'
+    return 'is a pickle, but not from torch.save: give a .pt, .pth or .ckpt file.'
+  return 'is not from torch.save: give a .pt, .pth or .ckpt file.'
 
 
 def tensors(node: Any, prefix: str = '', depth: int = 0) -> Iterator[tuple[str, _Tensor]]:
-  """(name, tensor) of what lies in nested dictionaries and lists, keys joined with '.'."""
+  """(name, tensor) pairs in nested dictionaries and lists; names are keys joined with '.'."""
   if isinstance(node, _Tensor):
-    if isinstance(node.storage, _Storage):  # else its dtype is none of ours, and noted as dropped
+    if isinstance(node.storage, _Storage):  # otherwise its dtype is not allowed, and in `dropped`
       yield prefix, node
   elif isinstance(node, dict | list | tuple):
     if depth == _MAX_DEPTH:
-      raise errors.UserError(f'{prefix[:80]!r}... is nested too deep to hold weights.')
+      raise errors.UserError(
+        f'{prefix[:80]!r}... is nested too deeply to hold weights: give the file of the weights.'
+      )
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
       yield from tensors(value, f'{prefix}.{key}' if prefix else str(key), depth + 1)
 
 
 def choose(checkpoint: Checkpoint, key: str | None) -> dict[str, _Tensor]:
-  """The tensors by name: of the entry `key`, of all if it is '.', of the one that has any if None.
+  """The tensors to convert, by name.
+
+  Args:
+    checkpoint: the file.
+    key: an entry of the saved dictionary; '.': all entries; None: the only entry with tensors.
 
   Raises:
-    UserError: there are several such entries, none, or not this one; or names clash.
+    UserError: there is no such entry, several have tensors and `key` is None, or names clash.
   """
   root, path = checkpoint.root, checkpoint.path
   entries = root if isinstance(root, dict) else {}
@@ -285,15 +296,15 @@ def choose(checkpoint: Checkpoint, key: str | None) -> dict[str, _Tensor]:
   found = {name: part for name, part in found.items() if part}
   listed = ', '.join(f'{name!r} ({len(part)})' for name, part in found.items())
   if not found:
-    kinds = ', '.join(map(repr, sorted(checkpoint.dropped)[:3])) or 'numbers and texts'
+    kinds = ', '.join(map(repr, sorted(checkpoint.dropped)[:3])) or 'numbers and strings'
     raise errors.UserError(
-      f'{path} holds no tensors in dictionaries, but {kinds}: save the state_dict of the model.',
+      f'{path} holds no dictionary of tensors, but {kinds}: save the state_dict of the model.',
       errors.CORRUPT,
     )
   if key not in (None, '.') and key not in found:
-    raise errors.UserError(f'{path} has no tensors under {key!r}: it has {listed}.')
+    raise errors.UserError(f'{path} has no tensors under {key!r}: choose --key from {listed}.')
   if key is None and all(part[0][0] == '' for part in found.values()):
-    key = '.'  # the tensors of a network, not entries with networks
+    key = '.'  # the entries are tensors, not networks
   if key is None and len(found) > 1:
     raise errors.UserError(
       f'{path} has tensors under {listed}: choose with --key=NAME, or --key=. for all of them.'
@@ -301,7 +312,10 @@ def choose(checkpoint: Checkpoint, key: str | None) -> dict[str, _Tensor]:
   chosen = list(tensors(root)) if key == '.' else found[key or next(iter(found))]
   by_name = dict(chosen)
   if len(by_name) < len(chosen) or '' in by_name:
-    raise errors.UserError(f'{path} has tensors of the same name, or without one.', errors.CORRUPT)
+    raise errors.UserError(
+      f'{path} has tensors without a name or with the same name: save the state_dict of the model.',
+      errors.CORRUPT,
+    )
   return by_name
 
 
@@ -309,47 +323,56 @@ def choose(checkpoint: Checkpoint, key: str | None) -> dict[str, _Tensor]:
 
 
 def convert(path: pathlib.Path, out: pathlib.Path, key: str | None = None) -> str:
-  """Writes the tensors of `path` to a safetensors file; returns a line about it.
+  """Writes the tensors of `path` to a safetensors file.
 
-  Host memory holds what does not lie in order in the file; the rest goes from file to file.
+  Host memory holds only tensors that are not contiguous; others are copied from file to file.
+
+  Args:
+    path: file from `torch.save`.
+    out: safetensors file, which must not exist.
+    key: see `choose`.
+
+  Returns:
+    A line that says what was written.
 
   Raises:
-    UserError: `path` cannot be read, see above, or `out` not be written (exit code 6).
+    UserError: `path` cannot be read, or `out` cannot be written (exit code 6).
   """
   if out.suffix != '.safetensors':
-    raise errors.UserError(f'{out} does not end in .safetensors: name it so.')
+    raise errors.UserError(f'{out} does not end in .safetensors: change its name.')
   if out.exists():
-    raise errors.UserError(f'{out} is there already: remove it, or name another.')
+    raise errors.UserError(f'{out} exists: remove it, or choose another name.')
   checkpoint = Checkpoint(path)
   arrays = {name: checkpoint.read(name, t) for name, t in choose(checkpoint, key).items()}
   temporary = out.with_name(f'{out.name}.tmp')
   try:
-    weights.save(arrays, temporary, {'format': 'pt'})
-    temporary.rename(out)
-  except (OSError, MemoryError, safetensors.SafetensorError) as error:
+    with files.writing(out, (MemoryError, safetensors.SafetensorError)):
+      weights.save(arrays, temporary, {'format': 'pt'})
+      temporary.rename(out)
+  finally:
     temporary.unlink(missing_ok=True)
-    raise errors.UserError(
-      f'{out} cannot be written ({error}): make room, or give another place.', errors.STORAGE
-    ) from error
   line = f'wrote {len(arrays)} tensors to {out}'
   if checkpoint.dropped:
-    line += f'; without effect were {", ".join(map(repr, sorted(checkpoint.dropped)))}'
+    line += f'; ignored {", ".join(map(repr, sorted(checkpoint.dropped)))}'
   return line
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog='python -m fluid_jax.encoders.convert',
-    description='Copies the tensors of a PyTorch checkpoint to safetensors, and runs none of its '
-    'code.',
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = cli.Parser(
+    'python -m fluid_jax.encoders.convert',
+    'Copies the tensors of a PyTorch checkpoint to a safetensors file.\nNo code in the checkpoint '
+    'runs, and PyTorch is not needed.',
   )
-  parser.add_argument('path', type=pathlib.Path, help='a .pt, .pth, .ckpt or .pkl of torch.save')
-  parser.add_argument('out', type=pathlib.Path, help='the .safetensors file to write')
+  parser.add_argument('path', type=pathlib.Path, help='.pt, .pth, .ckpt or .pkl file of torch.save')
+  parser.add_argument('out', type=pathlib.Path, help='.safetensors file to write')
   parser.add_argument(
-    '--key', help="entry to take, such as state_dict or model_ema; '.' for all; the only by default"
+    '--key',
+    help="entry of the checkpoint to convert, such as state_dict or model_ema; '.' for all "
+    '(default: the only one with tensors)',
   )
-  args = parser.parse_args(argv)
+  args = parser.read(sys.argv[1:] if argv is None else argv)
   print(convert(args.path, args.out, args.key))
+  return 0
 
 
 if __name__ == '__main__':

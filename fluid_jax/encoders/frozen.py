@@ -87,7 +87,7 @@ def forward_flops(config: config_lib.Config) -> dict[str, float]:
   """
   encoders, found = make(config), {'image': 0.0, 'text': 0.0}
   params = nn.unbox(jax.eval_shape(encoders.init))
-  if isinstance(encoders.image, tokenizers.NetworkTokenizer) and not config.is_image_prepared:
+  if isinstance(encoders.image, tokenizers.NetworkTokenizer) and not config.image.prepared:
     side = config.image.size
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     found['image'] = flops.traced_flops(encoders.image.encode_images, params['image'], images)
@@ -100,7 +100,7 @@ def forward_flops(config: config_lib.Config) -> dict[str, float]:
 def file_facts(config: config_lib.Config) -> dict[str, str]:
   """Fingerprints of the files that the config names, for comparison between processes."""
   paths = {
-    'image.tokenizer': tokenizers.path_of(config),
+    'image.tokenizer_path': tokenizers.path_of(config),
     'text.t5_path': config.text.t5_path,
     'text.vocabulary': config.text.vocabulary,
   }

@@ -1,7 +1,8 @@
-"""KL-regularised autoencoders: pictures to the moments of continuous tokens, and back.
+"""KL-regularized autoencoders: images to the moments of continuous tokens, and back.
 
-Stable Diffusion's (8 pixels a latent, 4 channels, of which 2 x 2 make a token of 16: facts 2) and
-MAR's KL-16 (16 pixels, 16 channels) by their shapes.
+Stable Diffusion's KL-VAE (arXiv 2112.10752) has one latent of 4 channels per 8 x 8 pixels; 2 x 2
+latents make one token of 16 channels, as in the paper. MAR's KL-16 (MAR, models/vae.py) has one
+latent of 16 channels per 16 x 16 pixels.
 """
 
 import dataclasses
@@ -16,20 +17,20 @@ STABLE_DIFFUSION = autoencoder.Shape()
 MAR = autoencoder.Shape(
   multipliers=(1, 1, 2, 2, 4), latent_channels=16, code_channels=16, encoder_attention=(4,)
 )
-# Of whole checkpoints: the discriminator, and the averages of training.
+# Tensors of complete checkpoints to ignore: the discriminator and averages of the weights.
 _OTHERS = r'(?:.*\.)?loss\.|model_ema\.'
 
 
 @dataclasses.dataclass(frozen=True)
 class KLVAE:
-  """Functions of its parameters; `patch` x `patch` latents make a token.
+  """A KL-VAE, as functions of its parameters.
 
   Attributes:
-    shape: of the autoencoder, with `is_gaussian`.
-    patch: latents a side of a token.
-    dtype: of the computation.
-    latent_mean, latent_scale: what brings latents to mean 0 and variance 1, (latent - mean) x
-      scale; one number, or one for each channel of a token.
+    shape: shape of the autoencoder; `is_gaussian` must be set.
+    patch: latents per side of a token.
+    dtype: dtype of the computation.
+    latent_mean, latent_scale: (latent - mean) x scale has mean 0 and variance 1; one number, or one
+      per channel of a token.
   """
 
   shape: autoencoder.Shape
@@ -40,7 +41,7 @@ class KLVAE:
 
   @property
   def channels(self) -> int:
-    """Of a token."""
+    """Channels of a token."""
     return self.shape.code_channels * self.patch**2
 
   @property
@@ -48,39 +49,39 @@ class KLVAE:
     return autoencoder.Autoencoder(self.shape, self.dtype)
 
   def moments(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
-    """moments_BxLx2C float32 of uint8 pictures: means, then log variances in [-30, 20]."""
+    """moments_BxLx2C float32 of uint8 images: means, then log variances in [-30, 20]."""
     x_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
     encoded = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
     return to_moments(encoded, self.patch)
 
   def decode(self, params: Any, latents_BxLxC: jax.Array) -> jax.Array:
-    """images_BxHxWx3 uint8 of unscaled latents on a square grid."""
+    """images_BxHxWx3 uint8 of latents (not normalized) on a square grid."""
     z_BxhxwxC = from_tokens(latents_BxLxC, self.patch)
     x_BxHxWx3 = self.network.apply({'params': params}, z_BxhxwxC, method='decode')
     return jnp.clip(jnp.round((x_BxHxWx3 + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
   def load(self, path: str, shapes: Any) -> Any:
-    """Parameters from safetensors by diffusers' or CompVis' names; see `weights.load`."""
+    """Reads safetensors with the names of diffusers or CompVis; see `weights.load`."""
     source = weights.Safetensors(path)
     found, prefix = autoencoder.entries(source, self.shape, shapes)
     return weights.load(source, found, shapes, f'(?!{prefix})|{_OTHERS}' if prefix else _OTHERS)
 
 
 def sample(moments_BxLx2C: jax.Array, noise_BxLxC: jax.Array) -> jax.Array:
-  """latents_BxLxC drawn from moments by standard normal noise."""
+  """Sampled latents_BxLxC, from moments and standard normal noise."""
   mean_BxLxC, log_variance_BxLxC = jnp.split(moments_BxLx2C, 2, axis=-1)
   return mean_BxLxC + jnp.exp(0.5 * log_variance_BxLxC) * noise_BxLxC
 
 
 def to_moments(encoded_Bxhxwx2C: jax.Array, patch: int) -> jax.Array:
-  """moments_BxLx2C of what the encoder gives: means, then log variances in [-30, 20]."""
+  """moments_BxLx2C of the encoder's output: means, then log variances in [-30, 20]."""
   mean, log_variance = jnp.split(encoded_Bxhxwx2C, 2, axis=-1)
   parts = (mean, jnp.clip(log_variance, -30, 20))
   return jnp.concatenate([to_tokens(part, patch) for part in parts], axis=-1)
 
 
 def to_tokens(z_BxhxwxC: jax.Array, patch: int) -> jax.Array:
-  """tokens_BxLx(C P P): squares of latents, in MAR's order (channel, row, column)."""
+  """tokens_BxLx(C P P): P x P latents each, in MAR's order (channel, row, column)."""
   batch, height, width, channels = z_BxhxwxC.shape
   z = z_BxhxwxC.reshape(batch, height // patch, patch, width // patch, patch, channels)
   return z.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels * patch**2)

@@ -20,7 +20,7 @@ WEIGHTS = pathlib.Path(__file__).parent / 'weights'
 
 
 def to_patches(images_BxHxWx3: jax.Array, patch: int) -> jax.Array:
-  """x_BxLxP in [-1, 1] of uint8 pictures; P = patch * patch * 3, rows of the grid first."""
+  """x_BxLxP in [-1, 1] of uint8 images: P = patch * patch * 3, patches in raster order."""
   batch, height, width, _ = images_BxHxWx3.shape
   x = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
   x = x.reshape(batch, height // patch, patch, width // patch, patch, 3)
@@ -38,7 +38,14 @@ def from_patches(x_BxLxP: jax.Array, patch: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchPCA:
-  """Each patch's first principal components, scaled to mean 0 and a mean variance of 1."""
+  """The first principal components of each patch, scaled to mean 0 and mean variance 1.
+
+  Attributes:
+    patch: pixels per side of a patch.
+    center_P: mean patch.
+    basis_CxP: principal components.
+    latent_mean_C, latent_scale_C: tokens are (projections - mean) / scale.
+  """
 
   name: ClassVar[str] = 'patch_pca'
   patch: int
@@ -52,7 +59,7 @@ class PatchPCA:
     return self.basis_CxP.shape[0]
 
   def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
-    """tokens_BxLxC float32 of uint8 pictures."""
+    """tokens_BxLxC float32 of uint8 images."""
     x_BxLxP = to_patches(images_BxHxWx3, self.patch) - self.center_P
     return (x_BxLxP @ self.basis_CxP.T - self.latent_mean_C) / self.latent_scale_C
 
@@ -63,15 +70,16 @@ class PatchPCA:
 
   @classmethod
   def fit(cls, x_NxP: np.ndarray, patch: int, channels: int) -> 'PatchPCA':
-    """From patches in [-1, 1]."""
+    """Fits x_NxP, patches in [-1, 1]."""
     center_P = x_NxP.mean(0)
     covariance_PxP = np.cov(x_NxP, rowvar=False, dtype=np.float64)
     _, vectors_PxP = np.linalg.eigh(covariance_PxP)
     basis_CxP = vectors_PxP[:, ::-1][:, :channels].T.astype(np.float32)
-    basis_CxP *= np.sign(basis_CxP.sum(1, keepdims=True))  # eigenvectors come with either sign
+    basis_CxP *= np.sign(basis_CxP.sum(1, keepdims=True))  # the sign of an eigenvector is arbitrary
     z_NxC = (x_NxP - center_P) @ basis_CxP.T
-    # Between whitening, which would give the faintest component the weight of the first, and one
-    # scale for all, at which the diffusion would hide it: deviations go by their square root.
+    # A compromise: whitening would give the weakest component the same weight as the first, and one
+    # scale for all would leave it below the noise. Dividing by this scale leaves each component the
+    # square root of its relative deviation.
     deviation_C = z_NxC.std(0)
     latent_scale_C = np.sqrt(deviation_C * deviation_C.mean())
     return cls(patch, center_P, basis_CxP, z_NxC.mean(0), latent_scale_C)
@@ -79,7 +87,12 @@ class PatchPCA:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchKMeans:
-  """The index of the nearest of `size` patches."""
+  """The index of the nearest patch of a codebook.
+
+  Attributes:
+    patch: pixels per side of a patch.
+    codebook_VxP: patches in [-1, 1].
+  """
 
   name: ClassVar[str] = 'patch_kmeans'
   patch: int
@@ -90,7 +103,7 @@ class PatchKMeans:
     return self.codebook_VxP.shape[0]
 
   def encode(self, images_BxHxWx3: jax.Array) -> jax.Array:
-    """tokens_BxL int32 of uint8 pictures."""
+    """tokens_BxL int32 of uint8 images."""
     return nearest(to_patches(images_BxHxWx3, self.patch), self.codebook_VxP)
 
   def decode(self, tokens_BxL: jax.Array) -> jax.Array:
@@ -99,7 +112,7 @@ class PatchKMeans:
 
   @classmethod
   def fit(cls, x_NxP: np.ndarray, patch: int, vocab_size: int, steps: int = 30) -> 'PatchKMeans':
-    """Lloyd's algorithm from random distinct patches; codes without a patch start anew."""
+    """Lloyd's algorithm from random distinct patches; unused codes are replaced by new ones."""
     rng = np.random.default_rng(0)
     distinct = np.unique(x_NxP, axis=0)
     if len(distinct) < vocab_size:
@@ -122,11 +135,10 @@ class PatchKMeans:
 
 
 def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 1024) -> jax.Array:
-  """Index (...,) int32 of the code nearest to `x` (..., C); of equally near ones the first.
+  """Index (...,) int32 of the code nearest to `x` (..., C); the first of equally near codes.
 
-  In float32 whatever the hardware's products are by default, and `block` codes at a time, so that
-  the scores of all need not lie in memory together. Blocks are of codes and not of `x`, whose
-  examples may lie on many devices.
+  Products are computed in float32 on all hardware. Memory holds the distances to only `block` codes
+  at a time. Codes are split into blocks, not `x`, whose examples may be spread over many devices.
   """
   size = codes_VxC.shape[0]
   num_blocks = -(-size // block)
@@ -154,26 +166,36 @@ def nearest(x: jax.Array, codes_VxC: jax.Array, block: int = 1024) -> jax.Array:
 
 
 def shipped_path(kind: str, image_size: int, patch: int, size: int) -> pathlib.Path:
-  """The file that ships with the package for these shapes; UserError with those there are."""
+  """The file that ships with the package for these shapes.
+
+  Args:
+    kind: 'patch_pca', 'patch_kmeans', 'kl_vae' or 'vqgan'.
+    image_size: pixels per side of an image.
+    patch: pixels per side of a token.
+    size: number of channels or codes.
+
+  Raises:
+    UserError: there is none; the message lists the files that ship.
+  """
   path = WEIGHTS / f'{kind}_{image_size}px_{patch}x{patch}_{size}.safetensors'
   if not path.exists():
-    there = ', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors')))
+    shipped = ', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors')))
     raise errors.UserError(
-      f'no tokenizer {path.stem} ships with fluid_jax ({there}): fit one with python -m '
-      'fluid_jax.train_tokenizer.patches and give its path as image.tokenizer, or train one '
-      "with python -m fluid_jax.train_tokenizer and give 'trained:PATH'."
+      f'no tokenizer {path.stem} ships with fluid_jax ({shipped}): fit one with python -m '
+      'fluid_jax.train_tokenizer.patches or train one with python -m fluid_jax.train_tokenizer, '
+      'and set image.tokenizer_path to its file.'
     )
   return path
 
 
 def save(tokenizer: PatchPCA | PatchKMeans, path: pathlib.Path) -> None:
-  """Writes safetensors, half precision for the patches (their error is far below 1/255)."""
+  """Writes safetensors; patches in half precision, whose error is far below 1/255."""
   arrays = {
     field.name: np.asarray(getattr(tokenizer, field.name))
     for field in dataclasses.fields(tokenizer)
     if field.name != 'patch'
   }
-  # safetensors writes the buffer of an array as it lies in memory, transposed or not.
+  # safetensors writes the memory of an array, which must therefore be in C order.
   half = {
     key: np.ascontiguousarray(array, np.float16 if array.ndim == 2 else np.float32)
     for key, array in arrays.items()
@@ -184,7 +206,11 @@ def save(tokenizer: PatchPCA | PatchKMeans, path: pathlib.Path) -> None:
 
 @functools.cache
 def load(path: str | pathlib.Path) -> PatchPCA | PatchKMeans:
-  """The tokenizer in a safetensors file."""
+  """Reads a tokenizer from a safetensors file.
+
+  Raises:
+    UserError: the file is missing or not a patch tokenizer (exit code 5).
+  """
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       meta = file.metadata() or {}

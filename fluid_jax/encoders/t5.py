@@ -1,7 +1,7 @@
-"""The encoder of T5 v1.1 (arXiv 1910.10683, 2002.05202), frozen: text ids to features.
+"""The frozen encoder of T5 v1.1 (arXiv 1910.10683, 2002.05202): text ids to features.
 
-Gated GELU, relative position buckets shared by all blocks, RMS norm, no biases, no scaling of the
-attention's logits. mT5's encoders are the same network with a larger vocabulary.
+It has gated GELU, relative position buckets that all blocks share, RMS norm, no biases, and no
+scaling of the attention logits. The encoders of mT5 are the same with a larger vocabulary.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ MAX_DISTANCE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Shape of an encoder; `width` is that of its features."""
+  """Shape of an encoder; `width` is also the number of feature channels."""
 
   width: int
   mlp_width: int
@@ -39,7 +39,7 @@ _V1_1 = {
   'xl': Size(2048, 5120, 24, 32),
   'xxl': Size(4096, 10_240, 24, 64),
 }
-# By the names of the published checkpoints: T5 v1.1's, and mT5's.
+# Sizes of T5 v1.1 and of mT5, by the names of the published checkpoints.
 SIZES = {
   **_V1_1,
   **{f'mt5_{n}': dataclasses.replace(size, vocab_size=250_112) for n, size in _V1_1.items()},
@@ -47,7 +47,7 @@ SIZES = {
 
 
 def position_buckets(length: int) -> np.ndarray:
-  """buckets_TxT int32 of a query (row) and a key: by distance, exact up to 8, then by logarithm."""
+  """buckets_TxT int32 for a query (row) and a key: distances below 8, then logarithmic ranges."""
   distance_TxT = np.arange(length)[None, :] - np.arange(length)[:, None]
   half = NUM_BUCKETS // 2
   exact = half // 2
@@ -62,7 +62,7 @@ def position_buckets(length: int) -> np.ndarray:
 
 
 def _param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, init: Any):
-  """A parameter in the dtype of the computation: frozen, so it needs no other."""
+  """A parameter in the dtype of the computation; frozen weights need no higher precision."""
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.dtype)
 
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
       y = dense(name, h_BxTxE, joined, ('embed', 'joined_kv'), deviation)
       return y.reshape(*y.shape[:2], size.num_heads, size.head_dim)
 
-    # Deviations are those that the published weights started from: logits are not scaled.
+    # T5's initialization, in which the queries' deviation replaces the scaling of logits.
     by_width, by_joined = size.width**-0.5, joined**-0.5
     h = RMSNorm(self.dtype, name='norm_attention')(x_BxTxE)
     q_BxTxHxK = heads('query', h, (size.width * size.head_dim) ** -0.5)
@@ -122,8 +122,8 @@ class Encoder(nn.Module):
   """Text ids to features.
 
   Attributes:
-    size: its shape.
-    dtype: of computation and parameters. Norms' statistics and softmax are float32.
+    size: shape of the encoder.
+    dtype: dtype of computation and parameters; norm statistics and softmax are float32.
   """
 
   size: Size
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """features_BxTxE of ids; those where the mask is False are zero and change no other."""
+    """features_BxTxE; where the mask is False they are 0, and do not affect others."""
     size = self.size
     shape, normal = (size.vocab_size, size.width), nn.initializers.normal(1.0)
     embedding_VxE = _param(self, 'embedding', shape, ('vocab', 'embed'), normal)
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
       self, 'relative_bias', (NUM_BUCKETS, size.num_heads), (None, 'joined_kv'), normal
     )
     bias_HxTxT = bias_KxH[position_buckets(ids_BxT.shape[1])].transpose(2, 0, 1)
-    lowest = jnp.finfo(jnp.float32).min  # not -inf: a text without a token has no key
+    lowest = jnp.finfo(jnp.float32).min  # finite: softmax also of a text without tokens
     hidden_Bx1x1xT = jnp.where(mask_BxT, 0, lowest)[:, None, None, :]
     bias_BxHxTxT = jnp.maximum(bias_HxTxT.astype(jnp.float32) + hidden_Bx1x1xT, lowest)
     blocks = nn.scan(
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
     return jnp.where(mask_BxT[..., None], x_BxTxE, 0)
 
 
-# ---- where the parameters lie in published files ----
+# ---- names of the parameters in published files ----
 
 _HF = 'encoder.block.{}.layer.'
 HUGGING_FACE = {
@@ -188,15 +188,15 @@ T5X = {
   **{f'blocks/{n}': weights.Entry(f'{_T5X}mlp/{n}/kernel') for n in ('wi_0', 'wi_1', 'wo')},
   'final_norm/scale': weights.Entry('encoder/encoder_norm/scale'),
 }
-# Of whole models: the decoder, and the same embedding again.
+# Tensors of complete models to ignore: the decoder, and copies of the embedding.
 _OTHERS = r'decoder[./]|lm_head|encoder\.embed_tokens\.weight$'
 
 
 def load(path: str, shapes: Any) -> Any:
-  """Parameters of an `Encoder` from Hugging Face's safetensors or a T5X checkpoint directory.
+  """Reads the parameters of an `Encoder` from Hugging Face safetensors or a T5X checkpoint.
 
   Args:
-    path: a safetensors file, its index, a directory of either, or T5X's `.../checkpoint_N`.
+    path: a safetensors file, its index, a directory with either, or T5X's `.../checkpoint_N`.
     shapes: tree of ShapeDtypeStructs with shardings.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Texts to ids, without TensorFlow: bytes or SentencePiece, as seqio's vocabularies number them."""
+"""Prompts to ids without TensorFlow: bytes or SentencePiece, with the same ids as seqio's."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,17 +10,29 @@ from etils import epath
 from fluid_jax import config as config_lib
 from fluid_jax import errors
 
-EOS = 1  # of both; 0 pads, 2 is unknown
+EOS = 1  # in both vocabularies; 0 is padding, 2 is unknown
 FIRST_BYTE = 3
-VOCAB_SIZE = FIRST_BYTE + 256  # of bytes
+VOCAB_SIZE = FIRST_BYTE + 256  # of the byte vocabulary
 
 
 def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarray:
-  """text_ids_BxT int32, ended by EOS and padded with 0; UserError for a prompt that is no text."""
+  """Ids of prompts.
+
+  Args:
+    prompts: B prompts.
+    config: selects the vocabulary and T.
+
+  Returns:
+    text_ids_BxT int32, with EOS at the end and 0 as padding.
+
+  Raises:
+    UserError: a prompt is empty, too long, or has no letter or digit; or prompts cannot be encoded
+      with this config.
+  """
   if config.source == 'features' and not config.t5_path:
     raise errors.UserError(
-      'this model reads features of a frozen text encoder, not prompts: give text.t5_path and '
-      'text.vocabulary if it is T5.'
+      'this model reads features of a frozen text encoder, and the config names none to encode '
+      'prompts: set text.t5_path and text.vocabulary if it is T5.'
     )
   encode, unit = _byte_ids, 'bytes'
   if config.source != 'bytes':
@@ -30,25 +42,25 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
     ids = _ids(f'prompt {row + 1}', prompt, encode)
     if len(ids) > config.length:
       raise errors.UserError(
-        f'prompt {row + 1} has {len(ids) - 1} {unit} and the model reads {config.length - 1}: '
-        'shorten it.'
+        f'prompt {row + 1} has {len(ids) - 1} {unit}, but the model reads at most '
+        f'{config.length - 1}: shorten it.'
       )
     ids_BxT[row, : len(ids)] = ids
   return ids_BxT
 
 
-def _ids(what: str, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
+def _ids(name: str, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
   if not prompt.strip():
-    raise errors.UserError(f'{what} is empty: name what to draw, such as "red heart".')
+    raise errors.UserError(f'{name} is empty: describe an image, such as "red heart".')
   if not any(character.isalnum() for character in prompt):
     raise errors.UserError(
-      f'{what}, {prompt[:20]!r}, has no letter or digit, and the model learned from names: '
-      'describe it in words.'
+      f'{name}, {prompt[:20]!r}, has no letter or digit, but the model was trained on words: '
+      'describe the image in words.'
     )
   try:
     return [*encode(prompt), EOS]
   except UnicodeEncodeError as error:
-    raise errors.UserError(f'{what} is not UTF-8: write it anew.') from error
+    raise errors.UserError(f'{name} is not valid UTF-8: type it again.') from error
 
 
 def _byte_ids(text: str) -> list[int]:
@@ -57,31 +69,34 @@ def _byte_ids(text: str) -> list[int]:
 
 @functools.cache
 def load_pieces(path: str) -> sentencepiece.SentencePieceProcessor:
-  """A vocabulary of T5's kind: T5's own, mT5's or umT5's `.model` file, local or `gs://`.
+  """The SentencePiece vocabulary of T5, mT5 or umT5.
+
+  Args:
+    path: a `.model` file, local or `gs://`.
 
   Raises:
-    UserError: no such file, no SentencePiece, or one that numbers its special pieces otherwise.
+    UserError: the file is missing, is not a SentencePiece model, or has other special ids than T5.
   """
   if not path:
     raise errors.UserError(
-      "T5 needs its vocabulary's file: give text.vocabulary, such as "
+      'T5 needs its vocabulary: set text.vocabulary, for example to '
       'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model.'
     )
   file = epath.Path(path)
   if not file.exists():
-    raise errors.UserError(f'there is no vocabulary {path}: mend text.vocabulary.')
+    raise errors.UserError(f'vocabulary {path} does not exist: check text.vocabulary.')
   try:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
   except RuntimeError as error:
     raise errors.UserError(
-      f'{path} is no SentencePiece model: take the .model file published with the encoder.',
+      f'{path} is not a SentencePiece model: use the .model file published with the encoder.',
       errors.CORRUPT,
     ) from error
   found = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
   if found != (0, EOS, 2):
     raise errors.UserError(
-      f"{path} numbers padding, end and unknown {found}, where T5's kind has (0, 1, 2): take the "
-      '.model file that was published with the encoder.',
+      f'{path} has ids {found} for padding, end and unknown, but T5 needs (0, 1, 2): use the '
+      '.model file published with the encoder.',
       errors.CORRUPT,
     )
   return pieces

@@ -1,6 +1,6 @@
-"""Files of the networks that `train_tokenizer` trained, which say themselves what they are.
+"""Files of tokenizers from `train_tokenizer`: safetensors that also describe their network.
 
-Safetensors by our own names, in half precision, with the network's shape in the header.
+Tensors have the names of our parameters and half precision; the header holds the network's shape.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import safetensors
 
-from fluid_jax import errors
+from fluid_jax import errors, files
 from fluid_jax.encoders import autoencoder, kl_vae, vq, weights
 
 _HEADER = 'fluid_jax_tokenizer'
@@ -23,10 +23,16 @@ KINDS = {kl_vae.KLVAE: 'kl_vae', vq.VQGAN: 'vqgan'}
 def save(
   network: kl_vae.KLVAE | vq.VQGAN, params: Any, path: pathlib.Path, facts: Mapping[str, Any]
 ) -> None:
-  """Writes a network; `facts`, JSON values, lie in the header beside its shape.
+  """Writes a network.
+
+  Args:
+    network: its shape.
+    params: its parameters.
+    path: the file.
+    facts: JSON values to keep in the header.
 
   Raises:
-    UserError: the file cannot be written.
+    UserError: the file cannot be written (exit code 6).
   """
   described = {
     field.name: getattr(network, field.name)
@@ -38,26 +44,22 @@ def save(
     jax.tree_util.keystr(where, simple=True, separator='/'): np.asarray(leaf, np.float16)
     for where, leaf in jax.tree.leaves_with_path(params)
   }
-  # One entry, for safetensors writes several in any order, and a file should have one digest.
+  # Safetensors writes several entries in any order; with one, equal networks have equal digests.
   header = {'kind': KINDS[type(network)], 'network': described, 'facts': facts}
   temporary = path.with_suffix('.tmp')
-  try:
+  with files.writing(path, (safetensors.SafetensorError,)):
     weights.save(arrays, temporary, {_HEADER: json.dumps(header)})
     temporary.replace(path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise errors.UserError(
-      f'{path} cannot be written ({error}): make room, or give a folder of yours.', errors.STORAGE
-    ) from error
 
 
 def read(path: str) -> kl_vae.KLVAE | vq.VQGAN:
   """The network that a file describes, without its parameters.
 
   Raises:
-    UserError: there is none, or it is not of `train_tokenizer`.
+    UserError: the file is missing, or is not from `train_tokenizer` (exit code 5).
   """
   if not pathlib.Path(path).is_file():
-    raise errors.UserError(f'there is no {path}: mend the path of the weights.', errors.CORRUPT)
+    raise errors.UserError(f'{path} does not exist: check the path of the weights.', errors.CORRUPT)
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       header = json.loads((file.metadata() or {})[_HEADER])
@@ -66,8 +68,8 @@ def read(path: str) -> kl_vae.KLVAE | vq.VQGAN:
     return kind(autoencoder.Shape(**_with_tuples(described.pop('shape'))), **described)
   except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
     raise errors.UserError(
-      f'{path} does not say what network it holds ({error!r}): give a tokenizer.safetensors that '
-      'fluid_jax.train_tokenizer wrote.',
+      f'{path} does not describe its network ({error!r}): give a tokenizer.safetensors from '
+      'fluid_jax.train_tokenizer.',
       errors.CORRUPT,
     ) from error
 
@@ -77,7 +79,7 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str, shapes: Any) -> Any:
-  """Its parameters, see `weights.load`."""
+  """The parameters in a file; see `weights.load`."""
   names = [
     jax.tree_util.keystr(where, simple=True, separator='/')
     for where, _ in jax.tree.leaves_with_path(shapes)

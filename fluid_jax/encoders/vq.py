@@ -1,4 +1,4 @@
-"""VQGANs (arXiv 2012.09841): pictures to the indices of their nearest codes, and back."""
+"""VQGANs (arXiv 2012.09841): images to the indices of their nearest codes, and back."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fluid_jax.encoders import autoencoder, patches, weights
 
-# 16 pixels a token. Of those that are public, aMUSEd's has the 8192 codes of the paper (facts 2).
+# One token per 16 x 16 pixels. aMUSEd's has 8192 codes, as many as the paper's, whose own VQGAN is
+# not public.
 AMUSED = autoencoder.Shape(
   multipliers=(1, 2, 2, 4, 6), latent_channels=64, code_channels=64, is_gaussian=False,
   has_mid_attention=False,
@@ -19,7 +20,7 @@ TAMING = autoencoder.Shape(
   encoder_attention=(4,), decoder_attention=(4,),
 )  # fmt: skip
 LLAMAGEN = dataclasses.replace(TAMING, code_channels=8)
-# Of whole checkpoints: the discriminator, and counters of training.
+# Tensors of complete checkpoints to ignore: the discriminator, counters, averages of the weights.
 _OTHERS = r'loss\.|quantize\.codebook_used$|model_ema\.'
 
 
@@ -37,19 +38,19 @@ class VQAutoencoder(autoencoder.Autoencoder):
     )
 
   def __call__(self, x_BxHxWx3: jax.Array) -> jax.Array:
-    """The reconstruction by the nearest codes; creates all parameters."""
+    """The reconstruction from the nearest codes; uses all parameters, for `init`."""
     return self.decode(self.codebook[patches.nearest(self.encode(x_BxHxWx3), self.codebook)])
 
 
 @dataclasses.dataclass(frozen=True)
 class VQGAN:
-  """Functions of its parameters.
+  """A VQGAN, as functions of its parameters.
 
   Attributes:
-    shape: of the autoencoder, without `is_gaussian`.
+    shape: shape of the autoencoder; `is_gaussian` must not be set.
     vocab_size: number of codes.
-    is_normalized: whether directions are compared, not points: LlamaGen's.
-    dtype: of the computation.
+    is_normalized: whether encodings and codes are scaled to unit length, as in LlamaGen.
+    dtype: dtype of the computation.
   """
 
   shape: autoencoder.Shape
@@ -62,7 +63,7 @@ class VQGAN:
     return VQAutoencoder(self.shape, self.dtype, vocab_size=self.vocab_size)
 
   def encode(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
-    """tokens_BxL int32 of uint8 pictures."""
+    """tokens_BxL int32 of uint8 images."""
     x_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 127.5 - 1
     z_BxhxwxC = self.network.apply({'params': params}, x_BxHxWx3, method='encode')
     if self.is_normalized:
@@ -82,7 +83,7 @@ class VQGAN:
     return _unit(params['codebook']) if self.is_normalized else params['codebook']
 
   def load(self, path: str, shapes: Any) -> Any:
-    """Parameters from safetensors by any of the three ways of naming; see `weights.load`."""
+    """Reads safetensors with the names of diffusers, CompVis or LlamaGen; see `weights.load`."""
     source = weights.Safetensors(path)
     inner = {name: part for name, part in shapes.items() if name != 'codebook'}
     found, prefix = autoencoder.entries(source, self.shape, inner)

@@ -1,8 +1,8 @@
-"""Reads public checkpoints of frozen networks: safetensors, and T5X's own.
+"""Reads public checkpoints of frozen networks: safetensors and T5X checkpoints.
 
-A network names its tensors by a table: for each of its parameters the tensor of the file (one a
-layer where layers are stacked) and how its axes lie there. Loading reads, slice by slice, only what
-this process's devices hold, so that host memory stays near one parameter.
+Each network has a table that maps its parameters to tensors of the file (one per layer where layers
+are stacked) and gives the order of their axes. Each process reads only the slices that its devices
+hold, so that host memory stays near the size of one parameter.
 """
 
 import concurrent.futures
@@ -33,25 +33,25 @@ class Source(Protocol):
   """Tensors by name, read in slices.
 
   Attributes:
-    path: where they are, for messages.
-    shapes: of every tensor.
+    path: the file or directory, for messages.
+    shapes: shape of each tensor.
   """
 
   path: str
   shapes: Mapping[str, tuple[int, ...]]
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a tensor, in the dtype of the file."""
+    """A slice of a tensor, in the dtype of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Where a parameter lies in a file.
+  """The tensor of a parameter in a file.
 
   Attributes:
-    name: of its tensor, with {} for the layer's number if layers are stacked along axis 0.
-    axes: for each of its axes (those of one layer) the axis of the tensor; None: in order. Axes
-      of the tensor that are not named have length 1, as in the 1 x 1 convolutions of projections.
+    name: name of the tensor, with {} for the layer's number if layers are stacked along axis 0.
+    axes: the tensor's axis for each axis of the parameter (of one layer); None: in order. Other
+      axes of the tensor have length 1, as in projections stored as 1 x 1 convolutions.
   """
 
   name: str
@@ -63,7 +63,7 @@ class Entry:
 
 
 def transposed(name: str) -> Entry:
-  """A Dense kernel that PyTorch keeps as (out, in)."""
+  """The entry of a Dense kernel, which PyTorch stores as (out, in)."""
   return Entry(name, (1, 0))
 
 
@@ -77,7 +77,7 @@ class Safetensors:
     """Opens a file, an index (`*.index.json`), or a directory with one of the two.
 
     Raises:
-      UserError: there is none, a file is cut or no safetensors, or the index does not hold.
+      UserError: a file is missing, truncated or not safetensors, or the index is wrong.
     """
     self.path = path
     where, index = _find(epath.Path(path))
@@ -90,7 +90,7 @@ class Safetensors:
     }
     for name in sorted((index or {}).keys() - self._file_of.keys()):
       raise errors.UserError(
-        f'{where} lists {name!r}, which {index[name]} does not hold: download both again.',
+        f'{where} lists {name!r}, but {index[name]} does not hold it: download both again.',
         errors.CORRUPT,
       )
     self.shapes = {
@@ -103,8 +103,8 @@ class Safetensors:
       start = file.read(4)
     if start.startswith(_PICKLES):
       raise errors.UserError(
-        f'{path} is a PyTorch pickle, which can run any code when it is read: take the same '
-        "model's safetensors, or convert its tensors, and nothing else of it, with "
+        f'{path} is a PyTorch pickle, which can run any code when it is loaded: use a safetensors '
+        'file of the same model, or copy only its tensors with '
         f'python -m fluid_jax.encoders.convert {path} OUT.safetensors.',
         errors.CORRUPT,
       )
@@ -112,7 +112,8 @@ class Safetensors:
       return safetensors.safe_open(str(path), 'numpy')
     except safetensors.SafetensorError as error:
       raise errors.UserError(
-        f'{path} is cut off or no safetensors file ({error}): download it again.', errors.CORRUPT
+        f'{path} is truncated or not a safetensors file ({error}): download it again.',
+        errors.CORRUPT,
       ) from error
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -120,20 +121,20 @@ class Safetensors:
 
 
 class T5X:
-  """A directory that T5X's checkpointer wrote: a msgpack index, and a zarr array a tensor."""
+  """A checkpoint directory of T5X: a msgpack index, and a zarr array per tensor."""
 
   def __init__(self, path: str):
     """Reads the index of a local or `gs://` directory, such as `.../checkpoint_1100000`.
 
     Raises:
-      UserError: there is none, or it is broken.
+      UserError: the index is missing or corrupt.
     """
     self.path = path
     index_path = epath.Path(path) / 'checkpoint'
     if not index_path.exists():
       raise errors.UserError(
-        f'{path} holds no file named checkpoint, the index of a T5X checkpoint: give the '
-        'directory of one step, such as .../checkpoint_1100000.',
+        f'{path} has no file named checkpoint, the index of a T5X checkpoint: give the directory '
+        'of one step, such as .../checkpoint_1100000.',
         errors.CORRUPT,
       )
     try:
@@ -150,9 +151,9 @@ class T5X:
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     leaf = self._leaves[name]
-    if not isinstance(leaf, dict):  # small ones lie in the index itself
+    if not isinstance(leaf, dict):  # small tensors are stored in the index
       return leaf[index]
-    # Before tensorstore 0.1.14 the path stood beside the store's description, not in it.
+    # Before tensorstore 0.1.14, the path was not part of the kvstore entry.
     inner = leaf['kvstore'].get('path') or leaf['path']
     bucket = re.fullmatch('gs://([^/]+)/(.*)', self.path)
     if bucket:
@@ -173,9 +174,10 @@ class T5X:
 
 
 def fingerprint(path: str) -> str:
-  """Digest of a file's size, beginning and end, or of those of a directory's files.
+  """Digest of a file's name, size, beginning and end, or of those of a directory's files.
 
-  Enough to tell two downloads apart before much is read; `frozen.digests` tells two networks apart.
+  It distinguishes two downloads quickly; `frozen.digests` compares all parameters. 'missing' if the
+  path does not exist.
   """
   where, digest, part = epath.Path(path), hashlib.sha256(), 1 << 16
   if not where.exists():
@@ -193,14 +195,14 @@ def fingerprint(path: str) -> str:
 def save(
   arrays: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-  """Writes a safetensors file, with the rights that other new files have (its own are 0600).
+  """Writes a safetensors file with the usual permissions; safetensors itself would set 0600.
 
   Raises:
-    OSError or SafetensorError: it cannot be written.
+    OSError or SafetensorError: the file cannot be written.
   """
   path.touch()
   mode = path.stat().st_mode
-  # safetensors writes the buffer of an array as it lies in memory, transposed or not.
+  # safetensors writes the memory of an array, which must therefore be in C order.
   arrays = {name: np.asarray(array, order='C') for name, array in arrays.items()}
   safetensors.numpy.save_file(arrays, path, metadata)
   path.chmod(mode)
@@ -212,46 +214,53 @@ def is_t5x(path: str) -> bool:
 
 
 def _find(path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
-  """A safetensors file, or an index and which file of it holds which tensor."""
+  """A safetensors file, or an index and its mapping from tensors to files."""
   if path.is_dir():
     found = sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
     if len(found) != 1:
       listed = ', '.join(file.name for file in found) or 'none'
       raise errors.UserError(
-        f'{path} should hold one safetensors file, or one index of several; it has {listed}: '
-        'give the path of the file.',
+        f'{path} must hold exactly one safetensors file or index, but has {listed}: give the '
+        'path of the file.',
         errors.CORRUPT,
       )
     path = found[0]
   if not path.exists():
-    raise errors.UserError(f'there is no {path}: mend the path of the weights.', errors.CORRUPT)
+    raise errors.UserError(f'{path} does not exist: check the path of the weights.', errors.CORRUPT)
   if not path.name.endswith('.json'):
     return path, None
   try:
     return path, dict(json.loads(path.read_text())['weight_map'])
   except (ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
-      f'{path} is no index of safetensors files (it has no weight_map): download it again.',
+      f'{path} is not an index of safetensors files (it has no weight_map): download it again.',
       errors.CORRUPT,
     ) from error
 
 
 def _files(where: epath.Path, index: Mapping[str, str] | None) -> list[epath.Path]:
-  """What `_find` found, and the files that the index names; UserError if one is missing."""
+  """The file that `_find` returned, and those that its index names.
+
+  Raises:
+    UserError: a file is missing.
+  """
   files = [where, *(where.parent / name for name in sorted(set((index or {}).values())))]
   for file in files:
     if not file.exists():
       raise errors.UserError(
-        f'{file}, which the index names, is missing: download it too.', errors.CORRUPT
+        f'{file} is in the index but does not exist: download it as well.', errors.CORRUPT
       )
   return files
 
 
 def digests(path: str) -> dict[str, str]:
-  """By its name the SHA-256 of each file that `path`, of any kind above, stands for.
+  """SHA-256 of each file of the weights at `path`, by file name.
+
+  Args:
+    path: a file, index or directory, as `Safetensors` and `T5X` accept it.
 
   Raises:
-    UserError: one is missing, or there is none.
+    UserError: a file is missing.
   """
   if is_t5x(path):
     root = epath.Path(path)
@@ -267,7 +276,7 @@ def digests(path: str) -> dict[str, str]:
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-  """All files in a folder and those in it, sorted; epath has no recursive glob."""
+  """All files below a folder, sorted; epath has no recursive glob."""
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       yield from _walk(path)
@@ -284,7 +293,7 @@ def _digest(path: epath.Path) -> str:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = ''):
-  """(name, leaf) of a T5X index; a leaf is an array or a tensorstore's description."""
+  """(name, leaf) pairs of a T5X index; a leaf is an array or a tensorstore spec."""
   for key, value in tree.items():
     if isinstance(value, dict) and not {'driver', 'kvstore', 'metadata'} <= value.keys():
       yield from _flatten(value, f'{prefix}{key}/')
@@ -301,19 +310,19 @@ def load(
   shapes: Any,
   ignored: str = '',
 ) -> Any:
-  """The parameters of a network, read from `source` where their devices are.
+  """Reads the parameters of a network onto their devices.
 
   Args:
     source: the file.
-    entries: for each leaf of `shapes` by its path ('blocks/mlp/wo/kernel'), where it lies.
+    entries: the tensor of each leaf of `shapes`, by its path such as 'blocks/mlp/wo/kernel'.
     shapes: tree of ShapeDtypeStructs with shardings.
-    ignored: regular expression of the names of tensors that belong to other networks.
+    ignored: regular expression for tensors of other networks in the same file.
 
   Returns:
     A tree of jax.Arrays like `shapes`, converted to its dtypes.
 
   Raises:
-    UserError: tensors are missing, of another shape, or belong to nothing here.
+    UserError: tensors are missing, unknown, or have the wrong shape (exit code 5).
   """
   leaves, tree = jax.tree.flatten_with_path(shapes)
   leaves = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
@@ -324,7 +333,7 @@ def load(
 
 
 def _names(entry: Entry, shape: Sequence[int]) -> list[str]:
-  """Of the tensors of a parameter."""
+  """Names of the tensors of a parameter."""
   if not entry.is_stacked:
     return [entry.name]
   return [entry.name.format(layer) for layer in range(shape[0])]
@@ -344,20 +353,20 @@ def _check(source: Source, entries: Mapping[str, Entry], leaves: Mapping[str, An
       axes = entry.axes or range(len(wanted))
       fits = max(axes, default=-1) < len(found) and math.prod(found) == math.prod(wanted)
       if not fits or tuple(found[axis] for axis in axes) != wanted:
-        other.append(f'{name} is {_by(found)} where {path} of one layer is {_by(wanted)}')
+        part = f'each layer of {path}' if entry.is_stacked else path
+        other.append(f'{name} is {_by(found)}, but {part} is {_by(wanted)}')
   extra = [
     name for name in source.shapes if name not in used and not (ignored and re.match(ignored, name))
   ]
   for problem, found in (
     ('lacks', missing),
-    ('has tensors of other shapes:', other),
-    ('has tensors that this network does not know:', extra),
+    ('has tensors of the wrong shape:', other),
+    ('has tensors that this network does not have:', extra),
   ):
     if found:
-      more = f' and {len(found) - 3} more' if len(found) > 3 else ''
       raise errors.UserError(
-        f'{source.path} {problem} {", ".join(found[:3])}{more}; is it the network that the config '
-        'names, whole?',
+        f'{source.path} {problem} {errors.and_more(found, separator=", ")}: check that it is the '
+        'complete file of the network in the config.',
         errors.CORRUPT,
       )
 
@@ -370,7 +379,7 @@ def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.
   names = _names(entry, leaf.shape)
 
   def read_one(name: str, index: Sequence[slice]) -> np.ndarray:
-    """A slice, in our order of axes, of one tensor."""
+    """A slice of one tensor, with our order of axes."""
     axes = entry.axes or tuple(range(len(index)))
     there = [slice(0, 1)] * len(source.shapes[name])
     for axis, part in zip(axes, index, strict=True):
@@ -390,7 +399,7 @@ def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.
     def fill(row: int) -> None:
       result[row] = read_one(names[layers[row]], index[1:])
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds one layer's tensor
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each thread holds one layer
       list(pool.map(fill, range(len(layers))))
     return result
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fluid_jax import config as config_lib
 from fluid_jax import distributed, errors, metrics, sharding, startup
 from fluid_jax.data import examples, pipeline, sources, tasks
-from fluid_jax.encoders import frozen, tokenizers
+from fluid_jax.encoders import frozen, latents, tokenizers
 from fluid_jax.prepare import record_writer
 
 PART_EXAMPLES = 1024  # per shard; about 160 MB with T5-XXL features of 20 tokens per text
@@ -38,11 +38,15 @@ class Encode:
         config has nothing to encode.
     """
     image = tokenizers.make(config)
-    if config.is_image_prepared or not isinstance(image, tokenizers.NetworkTokenizer):
+    if config.image.prepared:
       raise errors.UserError(
-        f'image.tokenizer={config.image.tokenizer!r} is not a network that encodes images: give '
-        'a network and its weights, as in sd_vae:vae.safetensors '
-        f'({", ".join(tokenizers.NETWORKS)}).'
+        'image.prepared is True, but --stage=encode reads images: set '
+        '--config.image.prepared=False.'
+      )
+    if not isinstance(image, tokenizers.NetworkTokenizer):
+      raise errors.UserError(
+        f'image.tokenizer={config.image.tokenizer!r} needs no preparation: set it to a network '
+        f'({", ".join(tokenizers.NETWORKS)} or trained) and image.tokenizer_path to its file.'
       )
     if config.text.source == 'features':
       raise errors.UserError(
@@ -119,14 +123,7 @@ def _encode(
       arrays['text_features'] = features_BxTxE.astype(jnp.bfloat16)
   sums = {}
   if 'image_moments' in arrays:
-    mean_BxLxC, log_variance_BxLxC = jnp.split(arrays['image_moments'], 2, axis=-1)
-    weight_Bx1x1 = batch['valid'][:, None, None].astype(jnp.float32)
-    second_BxLxC = jnp.square(mean_BxLxC) + jnp.exp(log_variance_BxLxC)
-    sums = {
-      'count': weight_Bx1x1.sum() * mean_BxLxC.shape[1],
-      'first': (weight_Bx1x1 * mean_BxLxC).sum((0, 1)),
-      'second': (weight_Bx1x1 * second_BxLxC).sum((0, 1)),
-    }
+    sums = latents.moment_sums(arrays['image_moments'], batch['valid'])
     arrays['image_moments'] = arrays['image_moments'].astype(jnp.float16)
   return arrays, sums
 
@@ -137,31 +134,9 @@ def _local(array: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def statistics(sums: list[dict[str, Any]]) -> dict[str, list[float]]:
-  """Computes the statistics that normalise sampled latents to mean 0 and variance 1.
-
-  Args:
-    sums: of each batch, the number of tokens (`count`), and the sums over tokens of the first and
-      second moment of each channel (`first` and `second`, [C]).
-
-  Returns:
-    `latent_mean` and `latent_scale`, the reciprocal standard deviation, per channel.
-  """
-  total = {
-    name: sum(np.asarray(part[name], np.float64) for part in sums)
-    for name in ('count', 'first', 'second')
-  }
-  mean_C = total['first'] / total['count']
-  scale_C = 1 / np.sqrt(total['second'] / total['count'] - mean_C**2)
-  return {
-    'latent_mean': [float(f'{value:.6g}') for value in mean_C],
-    'latent_scale': [float(f'{value:.6g}') for value in scale_C],
-  }
-
-
-def as_flags(found: dict[str, list[float]]) -> list[str]:
-  """Returns the command-line flags that set `statistics`."""
-  return [f"--config.image.{name}='{tuple(values)}'" for name, values in found.items()]
+def as_flags(found: dict[str, tuple[float, ...]]) -> list[str]:
+  """Flags that set the latent mean and scale."""
+  return [f"--config.image.{name}='{values}'" for name, values in found.items()]
 
 
 def check_processes(config: config_lib.Config) -> None:
@@ -175,8 +150,8 @@ def check_processes(config: config_lib.Config) -> None:
     distributed.check_consistent(facts | {'encoders': frozen.file_facts(config)})
 
 
-def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[float]]:
-  """Measures the latents of the first `num_examples` training examples, see `statistics`.
+def measure(config: config_lib.Config, num_examples: int) -> dict[str, tuple[float, ...]]:
+  """Measures `latents.statistics` of the first `num_examples` training examples.
 
   Raises:
     UserError: see `Encode`; or the tokens are discrete.
@@ -192,7 +167,7 @@ def measure(config: config_lib.Config, num_examples: int) -> dict[str, list[floa
     sums.append(part)
     progress(len(sums) * encode.batch_size)
   stream.close()
-  return statistics(sums)
+  return latents.statistics(sums)
 
 
 def encode(config: config_lib.Config, out: str) -> list[str]:
@@ -227,7 +202,7 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
     'arrays': arrays,
     'encoders': program.digests,
     'encoded_by': {
-      'image': f'{config.image.tokenizer.partition(":")[0]} at {config.image.size} pixels',
+      'image': f'{config.image.tokenizer} at {config.image.size} pixels',
       'text': f't5 {text.t5_size}' if text.source == 't5' else 'none',
     },
     'source': {
@@ -245,15 +220,17 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
   numbers = {split: _encode_split(program, parts, split) for split in task.splits}
   distributed.barrier('encode_finished')
   sums = [entry['sums'] for _, entry in parts.entries('train') if entry['sums']]
-  found = statistics(sums) if config.is_continuous and sums else {}
+  found = latents.statistics(sums) if config.is_continuous and sums else {}
   if jax.process_index() == 0:
     parts.close(numbers, **found)
   others = ['--config.text.source=features'] if text.source == 't5' else []
   if config.data.languages:  # one text of each example is stored, without its language
     others.append("--config.data.languages='()'")
-  tokenizer = f'--config.image.tokenizer=prepared:{config.image.tokenizer}'
+  image = [f'--config.image.tokenizer={config.image.tokenizer}', '--config.image.prepared=True']
+  if config.image.tokenizer_path:
+    image.append(f'--config.image.tokenizer_path={config.image.tokenizer_path}')
   path = out if '/' in out else f'./{out}'  # a name without / would be that of a task
-  return [f'--config.data.task={path}', tokenizer, *others, *as_flags(found)]
+  return [f'--config.data.task={path}', *image, *others, *as_flags(found)]
 
 
 def _encode_split(program: Encode, parts: record_writer.Writer, split: str) -> range:

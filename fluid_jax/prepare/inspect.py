@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if decoded is None:
       raise errors.UserError(
         f'the examples of {config.data.task} are encoded and the config names no network to decode '
-        'them: name it, as in --config.image.tokenizer=prepared:sd_vae:vae.safetensors.'
+        'them: name it, as in --config.image.tokenizer=sd_vae '
+        '--config.image.tokenizer_path=vae.safetensors.'
       )
     count = args.num_images
     with files.writing(out):

@@ -49,10 +49,10 @@ class Sampler:
     Raises:
       UserError: the config has no network that decodes the tokens.
     """
-    if config.image.tokenizer == 'prepared':
+    if not config.image.tokenizer:
       raise errors.UserError(
-        'this model samples tokens of a network that is not part of its config: name the one that '
-        'prepared them, as in --tokenizer=sd_vae:vae.safetensors.'
+        'the config of this model names no tokenizer to decode images: name the one that prepared '
+        'its examples, as in --tokenizer=sd_vae --tokenizer_path=vae.safetensors.'
       )
     self.config = config
     self._encoder_params = encoder_params

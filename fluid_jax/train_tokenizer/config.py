@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from fluid_jax import config as config_lib
+from fluid_jax import settings
 from fluid_jax.encoders import autoencoder, kl_vae, vq
 
 CHOICES = {
@@ -122,7 +123,7 @@ def resolve(config: Mapping[str, Any]) -> Config:
   Raises:
     UserError: lists every problem and how to fix it.
   """
-  return config_lib.build(Config, config, _check)
+  return settings.build(Config, config, _check)
 
 
 def _check(c: Config) -> list[str]:
@@ -130,12 +131,12 @@ def _check(c: Config) -> list[str]:
     'network.width network.num_blocks network.pixel_patch network.channels network.vocab_size '
     'data.image_size losses.discriminator_width'
   )
-  problems = config_lib.check_values(c, CHOICES, positive)
+  problems = settings.check_values(c, CHOICES, positive)
   if not c.network.multipliers or min(c.network.multipliers) < 1:
     problems.append(f'network.multipliers is {c.network.multipliers}; give numbers above 0.')
   if problems:
     return problems
-  problems = config_lib.check_run(c)
+  problems = settings.check_run(c)
   for name, weight in dataclasses.asdict(c.losses).items():
     if isinstance(weight, float) and weight < 0:
       problems.append(f'losses.{name} is {weight}; it must not be below 0.')

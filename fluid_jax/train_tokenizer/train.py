@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import errors, flops, loop, metrics, sharding, startup
 from fluid_jax.data import pipeline
-from fluid_jax.encoders import kl_vae, trained, weights
+from fluid_jax.encoders import kl_vae, latents, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
 from fluid_jax.train_tokenizer import losses, quality, step
 
@@ -227,16 +227,11 @@ def export(
   network, params = tokenizer_config.make_network(config), state.ema_params
   if isinstance(network, kl_vae.KLVAE):
     metrics.log('measuring the latents of the training split ...', is_main_process)
-    count, first, second = 0, 0.0, 0.0
-    for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train'):
-      mean, log_variance = np.split(moments_BxLx2C.astype(np.float64), 2, axis=-1)
-      count += mean[..., 0].size
-      first += mean.sum((0, 1))
-      second += (mean**2 + np.exp(log_variance)).sum((0, 1))
-    mean_C = first / count
-    scale_C = 1 / np.sqrt(second / count - mean_C**2)
-    found = [tuple(float(f'{v:.6g}') for v in values) for values in (mean_C, scale_C)]
-    network = dataclasses.replace(network, latent_mean=found[0], latent_scale=found[1])
+    sums = [
+      latents.moment_sums(moments_BxLx2C.astype(np.float64))
+      for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train')
+    ]
+    network = dataclasses.replace(network, **latents.statistics(sums))
   params = multihost_utils.process_allgather(params, tiled=True)
   if is_main_process:
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
@@ -244,7 +239,8 @@ def export(
     trained.save(network, params, path, facts)
   metrics.log(
     f'wrote {path}; to train Fluid on its tokens, use\n'
-    f'  --config.image.tokenizer=trained:{path} --config.image.size={config.data.image_size} '
+    f'  --config.image.tokenizer=trained --config.image.tokenizer_path={path} '
+    f'--config.image.prepared=False --config.image.size={config.data.image_size} '
     f'--config.image.num_tokens={config.num_tokens}',
     is_main_process,
   )

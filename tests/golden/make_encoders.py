@@ -1,7 +1,8 @@
-"""Writes tests/golden/encoders: what the reference libraries compute with small random networks.
+"""Writes tests/golden/encoders: outputs of the reference libraries for small random networks.
 
-Of T5, which is small, an archive holds the file that the library saved too. Of autoencoders it
-holds the names and shapes of their tensors, whose values are those of `random_tensors.make`.
+Each archive holds inputs and expected outputs. Those of T5 also hold the weights that the library
+saved. Those of autoencoders hold the names and shapes of the tensors, whose values
+`random_tensors.make` computes.
 
   pip install torch transformers diffusers
   python tests/golden/make_encoders.py --mar=MAR/models/vae.py \\
@@ -9,9 +10,9 @@ holds the names and shapes of their tensors, whose values are those of `random_t
       --taming=taming-transformers/taming/modules/diffusionmodules/model.py
   python tests/golden/make_encoders.py --t5x=T5X   # with fluid_jax's own packages, without torch
 
-These are checkouts of LTH14/mar, FoundationVision/LlamaGen, CompVis/taming-transformers and
-google-research/t5x.
-T5X's dependencies that are on no registry, and gin, are replaced by mocks: nothing here calls them.
+The paths are in checkouts of LTH14/mar, FoundationVision/LlamaGen, CompVis/taming-transformers and
+google-research/t5x. Mocks replace the dependencies of T5X that are not on PyPI, and gin; nothing
+here calls them.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import random_tensors  # noqa: E402
 
 
 def pack(name: str, folder: pathlib.Path | None = None, **arrays: np.ndarray) -> None:
-  """One archive of the expected arrays, and of what a library saved in `folder`."""
+  """Writes an archive of the expected arrays and of the files in `folder`."""
   folder = folder or pathlib.Path(tempfile.mkdtemp())
   np.savez_compressed(folder / 'expected.npz', **arrays)
   OUT.mkdir(exist_ok=True)
@@ -60,7 +61,7 @@ def t5(name: str, shard_size: str, lengths: list[int], **shape: int) -> None:
   model = transformers.T5EncoderModel(config).eval()
   with torch.no_grad():
     for parameter in model.parameters():
-      if parameter.ndim == 1:  # away from 1, where a wrong one would not show
+      if parameter.ndim == 1:  # norm scales of 1 would hide errors
         parameter.add_(0.2 * torch.randn_like(parameter))
       parameter.copy_(parameter.to(torch.bfloat16).float())
   folder = pathlib.Path(tempfile.mkdtemp())
@@ -73,7 +74,7 @@ def t5(name: str, shard_size: str, lengths: list[int], **shape: int) -> None:
 
 
 def fill(model) -> np.ndarray:
-  """Gives a network its values; the names and shapes of its tensors as JSON."""
+  """Sets the weights of a network; returns the names and shapes of its tensors as JSON."""
   import torch
 
   shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -84,12 +85,12 @@ def fill(model) -> np.ndarray:
 
 
 def last(array) -> np.ndarray:
-  """Channels last."""
+  """Moves channels to the last axis."""
   return array.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def pictures(height: int, width: int):
-  """Bytes, and the [-1, 1] that a network gets."""
+def random_images(height: int, width: int):
+  """Random images as uint8, and as tensors in [-1, 1] for a network."""
   import torch
 
   images = np.random.default_rng(2).integers(0, 256, (2, height, width, 3), np.uint8)
@@ -106,7 +107,7 @@ def kl_vae(name: str, height: int, width: int, attention_levels: tuple[int, ...]
     down_block_types=down, up_block_types=['UpDecoderBlock2D' for _ in levels], **shape
   )
   shapes = fill(model)
-  images, x = pictures(height, width)
+  images, x = random_images(height, width)
   with torch.no_grad():
     moments = model.encode(x).latent_dist
     decoded = model.decode(moments.mean).sample
@@ -124,7 +125,7 @@ def vqgan(name: str, height: int, width: int, **shape) -> None:
     **shape,
   )
   shapes = fill(model)
-  images, x = pictures(height, width)
+  images, x = random_images(height, width)
   with torch.no_grad():
     code = model.encode(x).latents
     _, _, (_, _, tokens) = model.quantize(code)
@@ -143,7 +144,7 @@ def imported(path: str):
 
 
 def mar(path: str) -> None:
-  """CompVis' names, with attention in the encoder alone."""
+  """CompVis' names, with attention only in the encoder."""
   import torch
 
   module = imported(path)
@@ -153,7 +154,7 @@ def mar(path: str) -> None:
   model.decoder = module.Decoder(**shape)
   model.quant_conv, model.post_quant_conv = (torch.nn.Conv2d(n, n, 1) for n in (12, 6))
   shapes = fill(model)
-  images, x = pictures(16, 16)
+  images, x = random_images(16, 16)
   with torch.no_grad():
     code = model.quant_conv(model.encoder(x))
     decoded = model.decoder(model.post_quant_conv(code[:, :6]))
@@ -170,7 +171,7 @@ def llamagen(path: str) -> None:
   model.quant_conv, model.post_quant_conv = torch.nn.Conv2d(16, 8, 1), torch.nn.Conv2d(8, 16, 1)
   model.quantize = module.VectorQuantizer(40, 8, 0.25, 0.0, True, True)
   shapes = fill(model)
-  images, x = pictures(16, 16)
+  images, x = random_images(16, 16)
   with torch.no_grad():
     code = model.quant_conv(model.encoder(x))
     quantized, _, (_, _, tokens) = model.quantize(code)
@@ -181,7 +182,7 @@ def llamagen(path: str) -> None:
 
 
 def taming(path: str) -> None:
-  """CompVis' names, with attention in encoder and decoder; the code is not quantized here."""
+  """CompVis' names, with attention in encoder and decoder; the code is not quantized."""
   import torch
 
   module = imported(path)
@@ -195,7 +196,7 @@ def taming(path: str) -> None:
   model.quantize = torch.nn.Module()
   model.quantize.embedding = torch.nn.Embedding(50, 6)
   shapes = fill(model)
-  images, x = pictures(16, 16)
+  images, x = random_images(16, 16)
   with torch.no_grad():
     code = model.quant_conv(model.encoder(x))
     distances = torch.cdist(code.flatten(2).mT, model.quantize.embedding.weight.expand(2, -1, -1))
@@ -207,7 +208,7 @@ def taming(path: str) -> None:
 
 
 class Mocks:
-  """Finds what T5X imports but does not need here."""
+  """Import hook that replaces modules which T5X imports but does not need here."""
 
   def find_spec(self, name, path=None, target=None):
     if name.split('.')[0] in ('airio', 'gin', 'jestimator', 'fiddle'):
@@ -223,7 +224,7 @@ class Mocks:
 
 
 def t5x(path: str) -> None:
-  """A whole encoder and decoder, by T5X's own network and checkpointer."""
+  """An encoder and decoder, from T5X's own network and checkpointer."""
   import jax
   import jax.numpy as jnp
 
@@ -243,7 +244,7 @@ def t5x(path: str) -> None:
     )
   )  # fmt: skip
   ids, mask = texts(90, [30, 11])
-  ids *= mask  # T5X masks what is 0
+  ids *= mask  # T5X masks ids of 0
   ids += (ids == 0) & mask
   rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
   variables = model.init(rngs, ids, ids, ids, enable_dropout=False)
@@ -261,7 +262,7 @@ def t5x(path: str) -> None:
   checkpoints.Checkpointer(
     state, partitioning.PjitPartitioner(num_partitions=1), str(folder), save_dtype=jnp.bfloat16
   ).save(state)
-  next(folder.iterdir()).rename(folder / 'checkpoint_0')  # its name came from a mock
+  next(folder.iterdir()).rename(folder / 'checkpoint_0')  # a mock had set its name
   features = model.apply({'params': params}, ids, enable_dropout=False, method=model.encode)
   pack('t5_t5x', folder, ids=ids, mask=mask, features=np.asarray(features))
 

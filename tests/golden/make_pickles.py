@@ -1,4 +1,4 @@
-"""Writes tests/golden/pickles: what torch.save makes of tensors, and the tensors' values.
+"""Writes tests/golden/pickles: files of torch.save, and the values of their tensors.
 
 pip install torch numpy
 python tests/golden/make_pickles.py
@@ -17,7 +17,7 @@ OUT = pathlib.Path(__file__).parent / 'pickles'
 
 
 def lightning():
-  """An instance of a class that only the library that wrote a checkpoint has."""
+  """An instance of a class that exists only in the library that wrote the checkpoint."""
   module = types.ModuleType('pytorch_lightning')
   sys.modules['pytorch_lightning'] = module
 
@@ -36,24 +36,24 @@ def values(dtype):
 
 
 def network():
-  """Tensors of every dtype and kind that is read."""
+  """Tensors of every supported dtype and layout."""
   kinds = 'float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64'
   tensors = collections.OrderedDict((kind, values(getattr(torch, kind))) for kind in kinds.split())
-  whole = values(torch.float32) / 7
+  base = values(torch.float32) / 7
   tensors |= {
     'bool': values(torch.float32) % 3 == 0,
-    'transposed': whole.t(),
-    'part': whole[1:3, 2:5],
-    'every_other': whole[:, ::2],
-    'expanded': whole[:1].expand(3, 6),
+    'transposed': base.t(),
+    'part': base[1:3, 2:5],
+    'every_other': base[:, ::2],
+    'expanded': base[:1].expand(3, 6),
     'scalar': torch.tensor(2.5),
     'empty': torch.zeros(0, 3),
-    'parameter': torch.nn.Parameter(whole + 1),
+    'parameter': torch.nn.Parameter(base + 1),
   }
   tensors['bfloat16_transposed'] = values(torch.bfloat16).t()
-  tensors['with_attribute'] = whole + 2
+  tensors['with_attribute'] = base + 2
   tensors['with_attribute'].note = 'kept beside the tensor'
-  tensors['trained_with_attribute'] = torch.nn.Parameter(whole + 3)
+  tensors['trained_with_attribute'] = torch.nn.Parameter(base + 3)
   tensors['trained_with_attribute'].note = 'kept beside the tensor'
   return tensors
 
@@ -81,7 +81,7 @@ def main():
   arrays = {}
   for name, tensor in expected.items():
     tensor = tensor.detach().contiguous()
-    is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy alone has none
+    is_bfloat16 = tensor.dtype == torch.bfloat16  # NumPy has no bfloat16
     arrays[name] = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
   np.savez_compressed(OUT / 'expected.npz', **arrays)
 

@@ -2,10 +2,9 @@
 
   python tests/golden/make_vocabulary.py stable_diffusion_cpp_python-0.4.7.tar.gz
 
-The original, gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model, cannot be had from a
-package registry; this source package holds the same pieces, scores and normalization as Hugging
-Face's tokenizer.json, inside a C++ header. The training settings, which encoding does not read, are
-left out.
+The original is gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model. This source package
+on PyPI holds the same pieces, scores and normalization as Hugging Face's tokenizer.json, in a C++
+header. Training settings, which do not affect encoding, are left out.
 """
 
 import base64

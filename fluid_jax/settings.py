@@ -1,0 +1,146 @@
+"""Makes, checks and compares settings: frozen dataclasses from nested mappings."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from fluid_jax import errors
+
+T = typing.TypeVar('T')
+_POSITIVE = (
+  'optimizer.learning_rate optimizer.clip_norm train.batch_size train.num_steps train.log_every '
+  'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints mesh.tensor'
+)
+
+
+def build(cls: type[T], values: Mapping[str, Any], check: Callable[[T], list[str]]) -> T:
+  """Makes a dataclass of groups of settings from nested values.
+
+  Args:
+    cls: the dataclass; its fields are settings or dataclasses of settings.
+    values: nested values by name; settings that are absent keep their defaults.
+    check: returns the problems of settings that have the right types.
+
+  Raises:
+    UserError: a value is wrong; the message has one line per problem.
+  """
+  problems: list[str] = []
+  built = _build(cls, values, '', problems)
+  if not problems:
+    problems += check(built)
+  if problems:
+    raise errors.UserError('\n'.join(f'config: {problem}' for problem in problems))
+  return built
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
+  """Lines 'a.b: old -> new' for the values in which two nested mappings differ."""
+  lines = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key, 'absent'), new.get(key, 'absent')
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += differences(a, b, f'{prefix}{key}.')
+    elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+      lines.append(f'{prefix}{key}: {a} -> {b}')
+  return lines
+
+
+def check_values(c: Any, choices: Mapping[str, tuple[str, ...]], positive: str) -> list[str]:
+  """Problems of settings that have a set of choices, or that must be above 0.
+
+  Args:
+    c: a dataclass of groups of settings.
+    choices: the values of a setting, by its name such as 'model.order'.
+    positive: names, separated by spaces, besides those of `optimizer`, `train` and `mesh`.
+  """
+  problems = []
+  for path, known in choices.items():
+    value = _get(c, path)
+    if value not in known:
+      near = closest(value, known)
+      hint = f' (did you mean {near}?)' if near else ''
+      listed = ', '.join(name for name in known if name)
+      problems.append(f'{path} is {value!r}; choose one of {listed}{hint}.')
+  return problems + [
+    f'{path} is {_get(c, path)}; it must be above 0.'
+    for path in (*_POSITIVE.split(), *positive.split())
+    if not _get(c, path) > 0
+  ]
+
+
+def _get(c: Any, path: str) -> Any:
+  group, name = path.split('.')
+  return getattr(getattr(c, group), name)
+
+
+def check_run(c: Any) -> list[str]:
+  """Problems of `c.data`, `c.optimizer` and `c.mesh`, which all training shares."""
+  problems = []
+  if not 0 <= c.data.max_corrupt_fraction < 1:
+    problems.append(
+      f'data.max_corrupt_fraction is {c.data.max_corrupt_fraction}; it must be in [0, 1), such as '
+      '0.001 for one record in a thousand.'
+    )
+  if not 0 < c.optimizer.ema_decay < 1:
+    problems.append(f'optimizer.ema_decay is {c.optimizer.ema_decay}; it must be in (0, 1).')
+  if not 0 <= c.optimizer.warmup_steps < c.train.num_steps:
+    problems.append(
+      f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
+      f'{c.train.num_steps}; lower it.'
+    )
+  for name in ('b1', 'b2'):
+    value = getattr(c.optimizer, name)
+    if not 0 <= value < 1:
+      problems.append(f'optimizer.{name} is {value}; it must be in [0, 1).')
+  if c.optimizer.weight_decay < 0:
+    problems.append('optimizer.weight_decay is negative; 0 turns it off.')
+  for name in ('replica', 'fsdp'):
+    size = getattr(c.mesh, name)
+    if size != -1 and size <= 0:
+      problems.append(
+        f'mesh.{name} is {size}; set a number of devices, or -1 to choose it from the devices.'
+      )
+  return problems
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+  """The known word most similar to `word`, or '' if none is similar."""
+  return next(iter(difflib.get_close_matches(word, known, n=1)), '')
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+  types = typing.get_type_hints(cls)
+  for key in values:
+    if key not in types:
+      near = closest(key, types)
+      hint = f'did you mean {prefix}{near}?' if near else f'choose one of {", ".join(types)}.'
+      problems.append(f'{prefix}{key} is not a setting; {hint}')
+  built = {}
+  for key, kind in types.items():
+    if key not in values:
+      continue
+    value = values[key]
+    if dataclasses.is_dataclass(kind):
+      if isinstance(value, Mapping | ml_collections.ConfigDict):
+        built[key] = _build(kind, value, f'{prefix}{key}.', problems)
+        continue
+    elif typing.get_origin(kind) is tuple:
+      kind = typing.get_args(kind)[0]
+      accepted = (int, float) if kind is float else kind
+      if isinstance(value, list | tuple) and all(isinstance(item, accepted) for item in value):
+        built[key] = tuple(map(kind, value))
+        continue
+      kind = f'a tuple of {kind.__name__}'
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+      built[key] = value
+      continue
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+      built[key] = float(value)
+      continue
+    kind = getattr(kind, '__name__', kind)
+    problems.append(f'{prefix}{key} is {value!r}, which is not {kind}; set --config.{prefix}{key}.')
+  return cls(**built)
