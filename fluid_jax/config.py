@@ -88,15 +88,13 @@ class Model:
   # 'continuous': a diffusion head predicts vectors; 'discrete': a softmax predicts codes (paper,
   # figure 2)
   tokens: str = 'continuous'
-  # key of models.heads.HEADS, such as 'diffusion' or 'softmax'; '': one of these two, by model.tokens
+  # a key of models.heads.HEADS; '': 'diffusion' for continuous tokens, 'softmax' for discrete ones
   head: str = ''
   module: str = ''  # Python module that registers a head or an order of your own when imported
   width: int = 768  # channels of the decoder (paper, table of sizes)
   depth: int = 12  # blocks of the decoder (paper, table of sizes)
   num_heads: int = 12  # attention heads (paper, table of sizes)
-  aligner_depth: int = (
-    6  # blocks over the text features, or 0; 6 is best of 0, 3, 6 (paper, table 3)
-  )
+  aligner_depth: int = 6  # blocks over the text features, best of 0, 3, 6 (paper, table 3)
   head_depth: int = 3  # residual blocks of the diffusion head, two layers each (paper: six layers)
   head_width: int = 0  # channels of the diffusion head; 0: the decoder's width (paper)
   # noise levels per token and step in the diffusion loss (not stated in the paper; MAR's value,

@@ -186,7 +186,7 @@ def test_mismatches_are_rejected_in_one_sentence(make_config, encoding, tmp_path
   raw = dataclasses.replace(on_encoded, data=config.data)
   rejects('have images, text_ids, but the config', train.open_stream, raw, mesh, 'train')
   on_images = dataclasses.replace(config, data=on_encoded.data)
-  rejects('give image_moments, text_features', train.open_stream, on_images, mesh, 'train')
+  rejects('have image_moments, text_features', train.open_stream, on_images, mesh, 'train')
   # The config has nothing to encode.
   out = str(tmp_path / 'other')
   rejects('image.prepared is True, but', encode.encode, on_encoded, out)

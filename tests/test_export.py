@@ -404,7 +404,7 @@ def test_tensors_that_do_not_fit_the_model_are_an_error(copy):
     ({}, 'lacks blocks.mlp.wi.kernel'),
     (
       {'blocks.mlp.wi.kernel': kernel[:, :-1].copy()},
-      'has tensors of the wrong shape: blocks.mlp.wi',
+      'tensors of the wrong shape: blocks.mlp.wi',
     ),
     ({'blocks.mlp.wi.kernel': kernel, 'x': kernel}, 'that this network does not have: x'),
   ):

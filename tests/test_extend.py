@@ -16,8 +16,9 @@ def workdir(tmp_path_factory):
   """A run of the command with `--config.model.module=own_model`."""
   workdir = tmp_path_factory.mktemp('extend')
   done = commands.run(
-    '-m', 'fluid_jax.main', '--config=tiny', f'--workdir={workdir}', '--config.model.module=own_model',
-    '--config.model.head=gaussian', '--config.model.order=outward', '--config.train.num_steps=40',
+    '-m', 'fluid_jax.main', '--config=tiny', f'--workdir={workdir}',
+    '--config.model.module=own_model', '--config.model.head=gaussian',
+    '--config.model.order=outward', '--config.train.num_steps=40',
     '--config.train.eval_every=40', '--config.train.checkpoint_every=40',
     env={'PYTHONPATH': f'{commands.ROOT}:{commands.ROOT / "tests"}'},
   )  # fmt: skip

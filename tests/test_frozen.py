@@ -13,6 +13,7 @@ import small_encoders
 from fluid_jax import config as config_lib
 from fluid_jax import errors, sharding, step
 from fluid_jax.encoders import frozen, t5, text
+from fluid_jax.sample import command as sample_command
 from fluid_jax.sample import pipeline as sample_pipeline
 
 GERMAN = 'translate English to German: The house is wonderful.'
@@ -196,7 +197,7 @@ def test_sampling_with_other_encoders_than_in_training_is_rejected(
 
   def run(known):
     monkeypatch.setattr(sample_pipeline, 'load_workdir', lambda *_: (config, known, {}, 1))
-    sample_pipeline.main(args)
+    sample_command.main(args)
 
   for part in digests:
     with pytest.raises(errors.UserError, match=f'the {part} encoder has digest') as caught:

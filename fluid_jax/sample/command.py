@@ -40,6 +40,7 @@ def make_parser() -> cli.Parser:
   loading = parser.add_argument_group('loading')
   loading.add_argument('--weights', choices=('ema', 'raw'), default='ema', help='default: ema')
   loading.add_argument('--step', type=int, help='checkpoint step (default: the newest valid one)')
+  loading.add_argument('--tokenizer', help='name of the image tokenizer, if the config has none')
   loading.add_argument('--tokenizer_path', help="image tokenizer, if not at the config's path")
   loading.add_argument('--t5_path', help="weights of T5, if not at the config's path")
   loading.add_argument('--vocabulary', help="vocabulary of T5, if not at the config's path")
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.workdir,
     weights=args.weights,
     step=args.step,
+    tokenizer=args.tokenizer,
     tokenizer_path=args.tokenizer_path,
     t5_path=args.t5_path,
     vocabulary=args.vocabulary,

@@ -227,6 +227,7 @@ def load(
   *,
   weights: str = 'ema',
   step: int | None = None,
+  tokenizer: str | None = None,
   tokenizer_path: str | None = None,
   t5_path: str | None = None,
   vocabulary: str | None = None,
@@ -237,8 +238,9 @@ def load(
     path: the workdir of a training run, or an export.
     weights: 'ema' or 'raw'.
     step: checkpoint to load; the newest valid one by default.
-    tokenizer_path, t5_path, vocabulary: files of the encoders, where they are not at the paths of
-      the config.
+    tokenizer: name of the image tokenizer, if the config has none.
+    tokenizer_path, t5_path, vocabulary: files of the encoders, if they are not at the paths of the
+      config.
 
   Raises:
     UserError: there is no valid checkpoint, or an encoder is missing or not the one of training.
@@ -247,7 +249,8 @@ def load(
     raise errors.UserError(f'weights={weights!r} is neither ema nor raw: choose one of them.')
   startup.enable_compilation_cache()
   replaced = {
-    'image.tokenizer': tokenizer_path,
+    'image.tokenizer': tokenizer,
+    'image.tokenizer_path': tokenizer_path,
     'text.t5_path': t5_path,
     'text.vocabulary': vocabulary,
   }
