@@ -11,8 +11,8 @@ import time
 import jax
 import numpy as np
 
-from fluid_jax import config as config_lib
 from fluid_jax import cli, flops, sharding, step
+from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen
 from fluid_jax.sample import pipeline as sample
 
@@ -54,7 +54,8 @@ def main() -> None:
   seconds = best_seconds(train, args.repeats)
   fraction = flops.step_flops(config) / seconds / peak
   print(
-    f'training: {batch_size / seconds:.1f} images/s, {fraction:.1%} of peak, {seconds:.3f} s per step'
+    f'training: {batch_size / seconds:.1f} images/s, {fraction:.1%} of peak, '
+    f'{seconds:.3f} s per step'
   )
 
   sampler = sample.Sampler(config, encoders)
