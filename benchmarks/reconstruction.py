@@ -59,7 +59,7 @@ def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.nda
   mean_NxLxC, _ = jnp.split(moments, 2, axis=-1)
   nats = float(tokenizer_losses.kl_divergence(moments).mean())
   decoded = network.decode(params, (mean_NxLxC - network.mean_C) * network.scale_C)
-  return np.asarray(decoded), f'{bits}, {nats / math.log(2):,.0f} of KL divergence'
+  return np.asarray(decoded), f'{bits}, {nats / math.log(2):,.0f} of KL'
 
 
 def main() -> None:
