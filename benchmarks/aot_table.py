@@ -1,11 +1,11 @@
-"""What every size needs on common TPU slices: compiles each, keeps the reports, writes the table.
+"""Compiles all sizes for common TPU slices and writes the table in docs/tpu.md.
 
-  python benchmarks/aot_table.py                 # compiles what is missing (hours on two cores)
-  python benchmarks/aot_table.py --size=10b      # only these
-  python benchmarks/aot_table.py --write         # only writes the table into README.md
+  python benchmarks/aot_table.py                 # compile missing layouts (hours on two cores)
+  python benchmarks/aot_table.py --size=10b      # only this size
+  python benchmarks/aot_table.py --write         # only write the table
 
-Reports are lines of benchmarks/aot_results.jsonl, kept as each is made, so that a run that was cut
-off goes on where it was. A line made by another version of the code is not made again: delete it.
+Each report is appended to benchmarks/aot_results.jsonl when it is ready, so an interrupted run
+resumes. Reports of older code are not updated: to make one again, delete its line.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks/aot_results.jsonl'
-README = ROOT / 'README.md'
+PAGE = ROOT / 'docs/tpu.md'
 BEGIN, END = '<!-- aot table -->', '<!-- end of aot table -->'
 SIZES = ('10b', '3b', '1b', '665m', '369m', '150m')
 TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
-# Flags by (size, topology) where the default is not the layout to try, or not the only one: the
-# best that fits is in the table. Shards of 16 rows are whole tiles, so that nothing is copied.
+# Flags by (size, topology) where the default layout does not fit or is not the best one. If there
+# are several, the table shows the best. Shards of 16 rows fill whole tiles and need no copies.
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)
 IN_2, IN_4 = (f'--config.optimizer.accumulation_steps={count}' for count in (2, 4))
@@ -37,7 +37,7 @@ TWO_SLICES = ('10b', 'v5p-256', ('--slices=2', '--preset=multislice'))
 
 
 def cells():
-  """(size, topology, flags) of every compilation."""
+  """Yields (size, topology, flags) of all compilations."""
   for size in SIZES:
     for topology in TOPOLOGIES:
       for flags in LAYOUTS.get((size, topology), [()]):
@@ -46,7 +46,8 @@ def cells():
 
 
 def compile_cell(size: str, topology: str, flags: tuple[str, ...]) -> dict:
-  command = [sys.executable, '-m', 'fluid_jax.aot', f'--config=configs/fluid_{size}.py']
+  """The report of one compilation."""
+  command = [sys.executable, '-m', 'fluid_jax.aot', f'--config=fluid_{size}']
   command += [f'--topology={topology}', '--json', *flags]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   lines = done.stdout.splitlines()
@@ -60,7 +61,7 @@ def read_results() -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-  """The best layout of each size and slice that was compiled."""
+  """Markdown table with the best compiled layout of each size and slice."""
   best = {}
   for r in results:
     key = r['size'], r['topology'], r['slices']
@@ -68,7 +69,7 @@ def table(results: list[dict]) -> str:
     if key not in best or rank < best[key][0]:
       best[key] = rank, r
   lines = [
-    '| config | slice | chips | replica x fsdp x tensor | remat | a chip holds | step | MFU |',
+    '| config | slice | chips | replica x fsdp x tensor | remat | memory per chip | step | MFU |',
     '|---|---|---|---|---|---|---|---|',
   ]
   order = [(s, t, 1) for s in SIZES for t in TOPOLOGIES] + [(*TWO_SLICES[:2], 2)]
@@ -87,16 +88,18 @@ def table(results: list[dict]) -> str:
     else:
       row += ['does not fit', '', '']
     lines.append(f'| {" | ".join(row)} |')
-  made = sorted({(r['date'], r['versions']['jax'], r['versions']['libtpu']) for r in results})
-  lines += ['', *(f'Made {day} with jax {jax}, libtpu {libtpu}.' for day, jax, libtpu in made)]
+  versions = sorted({(r['date'], r['versions']['jax'], r['versions']['libtpu']) for r in results})
+  lines.append('')
+  lines += [f'- Compiled on {day} with jax {jax}, libtpu {tpu}.' for day, jax, tpu in versions]
   return '\n'.join(lines)
 
 
-def write_readme(results: list[dict]) -> None:
-  text = README.read_text()
+def write_page(results: list[dict]) -> None:
+  """Replaces the table between the markers in docs/tpu.md."""
+  text = PAGE.read_text()
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  README.write_text(f'{before}{BEGIN}\n{table(results)}\n{END}{after}')
+  PAGE.write_text(f'{before}{BEGIN}\n{table(results)}\n{END}{after}')
 
 
 def main() -> None:
@@ -105,14 +108,14 @@ def main() -> None:
   )
   parser.add_argument('--size', action='append', choices=SIZES, help='only these sizes')
   parser.add_argument('--topology', action='append', help='only these slices')
-  parser.add_argument('--write', action='store_true', help='compile nothing')
+  parser.add_argument('--write', action='store_true', help='write the table only')
   args = parser.parse_args()
   results = read_results()
-  made = {(r['size'], r['topology'], tuple(r['flags'])) for r in results}
+  done = {(r['size'], r['topology'], tuple(r['flags'])) for r in results}
   todo = [
     cell
     for cell in cells()
-    if cell not in made
+    if cell not in done
     and (not args.size or cell[0] in args.size)
     and (not args.topology or cell[1] in args.topology)
   ]
@@ -121,7 +124,7 @@ def main() -> None:
     report = compile_cell(*cell)
     with RESULTS.open('a') as file:
       file.write(json.dumps(report) + '\n')
-  write_readme(read_results())
+  write_page(read_results())
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""How near what trained models draw of the demo's training names comes to the pictures so named.
+"""Compares samples for the captions of the demo's training set with the training images.
 
   python benchmarks/drawn.py WORKDIR...
 
-Losses of different tokens cannot be compared; pictures can. A measure of the demo alone, whose
-63 pictures are learned by heart: for a real set a prompt has many pictures.
+Losses of different kinds of tokens are not comparable, but images are. This is useful only for the
+demo, which memorizes 63 images: in a larger set, many images fit one prompt.
 """
 
 import argparse

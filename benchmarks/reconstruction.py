@@ -1,9 +1,10 @@
-"""What the shipped tokenizers of 64 pixels lose: PSNR, SSIM and bits of held-out pictures.
+"""Measures the tokenizers that ship with the package on held-out images: PSNR, SSIM and bits.
 
   python benchmarks/reconstruction.py [--out=reconstruction.png]
 
-Bits of a picture: of a code, its logarithm; of a continuous token, float16 channels, and of a
-KL-VAE also the divergence of its latents from the normal distribution, what bits-back coding takes.
+Bits per image: log2 of the number of codes for each discrete token, 16 per channel for continuous
+tokens. For the KL-VAE also the KL divergence of its latents from the normal distribution, which is
+the cost in bits-back coding.
 """
 
 import argparse
@@ -30,7 +31,16 @@ SHIPPED = (
 
 
 def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.ndarray, str]:
-  """What comes back of uint8 pictures (N, H, W, 3), and the bits of one."""
+  """Encodes and decodes images.
+
+  Args:
+    tokens: 'continuous' or 'discrete'.
+    tokenizer: a value of `image.tokenizer`.
+    images: uint8 (N, H, W, 3).
+
+  Returns:
+    The decoded images, and the bits per image as text.
+  """
   image = {'size': images.shape[1], 'num_tokens': 64, 'channels': 16, 'vocab_size': 1024}
   config = config_lib.resolve(
     {'image': image | {'tokenizer': tokenizer, 'prepared': False}, 'model': {'tokens': tokens}}
@@ -55,13 +65,13 @@ def reconstruct(tokens: str, tokenizer: str, images: np.ndarray) -> tuple[np.nda
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--out', help='write a picture: originals, and a row for each tokenizer')
+  parser.add_argument('--out', help='PNG to write: originals, and one row per tokenizer')
   args = parser.parse_args()
   images = patches.read_images('emoji', 'validation', 64)
   every = len(images) // NUM_SHOWN
   rows = [images[::every][:NUM_SHOWN]]
-  print(f'{len(images)} held-out pictures of 64 pixels, 64 tokens each, {jax.devices()[0]}')
-  print('| tokenizer | PSNR (dB) | SSIM | bits a picture |\n|---|---|---|---|')
+  print(f'{len(images)} held-out images of 64 x 64 pixels, 64 tokens each, {jax.devices()[0]}')
+  print('| tokenizer | PSNR (dB) | SSIM | bits per image |\n|---|---|---|---|')
   for name, tokens, tokenizer in SHIPPED:
     decoded, bits = reconstruct(tokens, tokenizer, images)
     found = quality.measure(images, decoded)

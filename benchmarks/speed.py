@@ -1,19 +1,18 @@
-"""Training and sampling speed of a config, beside the machine's matrix-product peak, in one run.
+"""Measures training and sampling speed of a config, and the matrix-product peak of the machine.
 
-  python benchmarks/speed.py --config=configs/demo.py
+  python benchmarks/speed.py --config=demo
 
-The data are random; nothing is written. Every figure is the best of a few repeats.
+It uses random data and writes nothing. Each value is the best of several repeats.
 """
 
 import argparse
-import importlib.util
 import time
 
 import jax
 import numpy as np
 
+from fluid_jax import cli, flops, sharding, step
 from fluid_jax import config as config_lib
-from fluid_jax import flops, sharding, step
 from fluid_jax.encoders import frozen
 from fluid_jax.sample import pipeline as sample
 
@@ -30,13 +29,10 @@ def best_seconds(run, repeats: int) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--config', default='configs/demo.py')
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--config', default='demo', help='name or file (default: demo)')
+  parser.add_argument('--repeats', type=int, default=5, help='runs of each (default: 5)')
   args = parser.parse_args()
-  spec = importlib.util.spec_from_file_location('config', args.config)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = config_lib.resolve(module.get_config().to_dict())
+  config = config_lib.resolve(cli.load_config(args.config))
   peak = flops.peak_flops() * len(jax.devices())
   print(f'peak: {peak / 1e9:.1f} GFLOP/s ({jax.devices()[0].device_kind})')
 
@@ -57,9 +53,10 @@ def main() -> None:
     jax.block_until_ready(metrics)
 
   seconds = best_seconds(train, args.repeats)
-  share = flops.step_flops(config) / seconds / peak
+  fraction = flops.step_flops(config) / seconds / peak
   print(
-    f'training: {batch_size / seconds:.1f} images/s, {share:.1%} of peak, {seconds:.3f} s a step'
+    f'training: {batch_size / seconds:.1f} images/s, {fraction:.1%} of peak, '
+    f'{seconds:.3f} s per step'
   )
 
   sampler = sample.Sampler(config, components.model, components.encoders, encoder_params)
@@ -68,9 +65,9 @@ def main() -> None:
     lambda: sampler.sample(state.ema_params, prompts, range(sample.BATCH_SIZE)), args.repeats
   )
   rate = sample.BATCH_SIZE / seconds
-  share = rate * flops.sampling_flops(config) / peak
+  fraction = rate * flops.sampling_flops(config) / peak
   print(
-    f'sampling: {rate:.2f} images/s, {share:.1%} of peak, {config.sampling.num_steps} steps x '
+    f'sampling: {rate:.2f} images/s, {fraction:.1%} of peak, {config.sampling.num_steps} steps x '
     f'{config.sampling.num_diffusion_steps} diffusion steps, batch {sample.BATCH_SIZE}'
   )
 

@@ -1,10 +1,10 @@
-"""Host memory while T5 loads: writes a random checkpoint of full size and reads it.
+"""Measures host memory while T5 is loaded, with a random checkpoint of full size.
 
   python benchmarks/t5_memory.py --size=xxl --directory=DIR    # needs 10 GB of disk and of memory
 
-The file is written as Hugging Face's library would, in bfloat16 and shards of 5 GB. What is printed
-is anonymous memory, which this process alone holds; pages of the mapped file, which the system
-drops when it needs them, are given apart.
+The first run writes the checkpoint in the format of Hugging Face's library, in bfloat16 and shards
+of at most 5 GB. The second run reads it. It prints the anonymous memory of the process, and
+separately the pages of mapped files, which the system can free when it needs memory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHARD_BYTES = 5e9
 
 
 def shapes_of(size: t5.Size) -> dict[str, jax.ShapeDtypeStruct]:
-  """The encoder's parameters in bfloat16, on this machine's first device."""
+  """Shapes of the encoder's parameters in bfloat16 on the first device."""
   ids = jax.ShapeDtypeStruct((1, 4), 'int32')
   encoder = t5.Encoder(size, jax.numpy.bfloat16)
   boxed = jax.eval_shape(lambda i: encoder.init(jax.random.key(0), i, i > 0)['params'], ids)
@@ -36,7 +36,7 @@ def shapes_of(size: t5.Size) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def write(directory: pathlib.Path, shapes: dict) -> None:
-  """A random checkpoint by Hugging Face's names, one shard in memory at a time."""
+  """Writes a random checkpoint with Hugging Face's names, with one shard in memory at a time."""
   directory.mkdir(parents=True, exist_ok=True)
   tensors = {}
   for path, leaf in jax.tree.leaves_with_path(shapes):
@@ -56,7 +56,7 @@ def write(directory: pathlib.Path, shapes: dict) -> None:
     shard, held = {}, 0
 
   for name, shape in sorted(tensors.items()):
-    # Bits of bfloat16 between 1/64 and 1/2 of either sign: quick to make, and no two alike.
+    # bfloat16 values between 1/64 and 1/2, from their bits, which are quick to generate.
     bits = rng.integers(0x3C80, 0x3F00, shape, np.uint16)
     shard[name] = bits.view(ml_dtypes.bfloat16)
     held += bits.nbytes
@@ -68,7 +68,7 @@ def write(directory: pathlib.Path, shapes: dict) -> None:
 
 
 def memory() -> dict[str, float]:
-  """Gigabytes of this process: anonymous, and pages of files."""
+  """Memory of this process in GB: anonymous, and pages of mapped files."""
   lines = dict(
     line.split(':', 1) for line in pathlib.Path('/proc/self/status').read_text().splitlines()
   )
@@ -101,8 +101,8 @@ def main() -> None:
   watcher.join()
   held = peak['RssAnon'] - before['RssAnon']
   print(
-    f'T5 {args.size}: parameters {num_bytes:.2f} GB; while loading {held:.2f} GB held, '
-    f'{held - num_bytes:.2f} GB above them; {peak["RssFile"]:.2f} GB of mapped pages; '
+    f'T5 {args.size}: parameters {num_bytes:.2f} GB; while loading {held:.2f} GB of memory, '
+    f'{held - num_bytes:.2f} GB more than these; {peak["RssFile"]:.2f} GB of mapped pages; '
     f'{seconds:.0f} s; {len(jax.tree.leaves(params))} parameters read'
   )
 

@@ -1,9 +1,9 @@
-"""Trains on Cloud TPU VMs: builds the shell commands of a job, and prints or runs them.
+"""Trains on Cloud TPU VMs: prints or runs the shell commands of a job.
 
 python3 launch/tpu_vm.py up --dry_run --name=NAME --zone=ZONE --project=PROJECT ... -- --config=...
 
-Runs on your own machine and needs gcloud and Python's standard library only. launch/README.md shows
-the whole path.
+It runs on your own machine and needs only gcloud and Python's standard library. docs/tpu.md is the
+guide.
 """
 
 import argparse
@@ -26,24 +26,24 @@ RUNTIMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is trained, and where. A back end is a set of functions from a Job to shell commands."""
+  """A training job. A back end is a set of functions from a Job to shell commands."""
 
-  name: str  # of the queued resource and its one node, or of nodes NAME-0, NAME-1, ...
+  name: str  # of the queued resource and its node; several nodes are NAME-0, NAME-1, ...
   zone: str
   project: str
   accelerator: str  # type and size of a slice, such as v5p-128
   runtime: str
   slices: int
-  create_flags: tuple[str, ...]  # further flags for gcloud, such as --spot
-  repo: str  # what `git fetch` takes
+  create_flags: tuple[str, ...]  # for `gcloud ... create`, such as --spot
+  repo: str  # URL for `git fetch`
   ref: str
   bucket: str
-  run: str  # folder in the bucket: the workdir
-  flags: tuple[str, ...]  # of fluid_jax.main
+  run: str  # folder in the bucket, used as the workdir
+  flags: tuple[str, ...]  # for fluid_jax.main
 
 
 class JobError(Exception):
-  """One sentence that says what is wrong with a job."""
+  """A job that cannot run. The message is one sentence that says what is wrong."""
 
 
 def create(job: Job) -> list[str]:
@@ -92,7 +92,7 @@ def logs(job: Job) -> list[str]:
 
 
 def stop(job: Job) -> list[str]:
-  # The lock tells whether the number in the file is still that of a process of ours.
+  # If the lock is free, training has ended, and its number may belong to another process now.
   return [
     _on_all_workers(
       job,
@@ -111,15 +111,19 @@ def up(job: Job) -> list[str]:
   return [*create(job), *wait(job), *install(job), *train(job)]
 
 
-# What each command does, and what it needs to know besides name, zone and project.
+# Function, help, and required fields besides name, zone and project.
 COMMANDS: dict[str, tuple[Callable[[Job], list[str]], str, tuple[str, ...]]] = {
-  'create': (create, 'ask for the machines', ('accelerator',)),
-  'wait': (wait, 'wait until they are there', ()),
-  'install': (install, 'install, or update, on every worker', ('repo',)),
-  'train': (train, 'start on every worker that is not training', ('bucket', 'run', 'flags')),
-  'logs': (logs, 'follow what the first worker prints', ()),
-  'stop': (stop, 'save and stop on every worker', ()),
-  'delete': (delete, 'give the machines back', ()),
+  'create': (create, 'request the machines', ('accelerator',)),
+  'wait': (wait, 'wait until the machines are ready', ()),
+  'install': (install, 'install or update on all workers', ('repo',)),
+  'train': (
+    train,
+    'start training on all workers where it is not running',
+    ('bucket', 'run', 'flags'),
+  ),
+  'logs': (logs, 'follow the log of the first worker', ()),
+  'stop': (stop, 'save a checkpoint and stop on all workers', ()),
+  'delete': (delete, 'delete the machines', ()),
   'up': (
     up,
     'create, wait, install and train',
@@ -141,19 +145,19 @@ def _on_all_workers(job: Job, command: str) -> str:
 
 
 def check(job: Job, needs: tuple[str, ...]) -> None:
-  """Raises JobError for what would fail later, on machines that cost money."""
+  """Raises JobError for values that would fail later, on machines that cost money."""
   for field in ('name', 'zone', 'project', *needs):
     if not getattr(job, field):
-      say = 'the flags of fluid_jax.main after --' if field == 'flags' else f'--{field}'
-      raise JobError(f'{say} must be given.')
+      missing = 'the flags for fluid_jax.main after --' if field == 'flags' else f'--{field}'
+      raise JobError(f'{missing} must be given.')
   patterns = {
-    'name': (r'[a-z]([-a-z0-9]{0,60}[a-z0-9])?', 'small letters, digits and hyphens'),
+    'name': (r'[a-z]([-a-z0-9]{0,60}[a-z0-9])?', 'lower-case letters, digits and hyphens'),
     'zone': (r'[a-z]+-[a-z]+\d+-[a-z]', 'a zone, such as us-east5-a'),
-    'project': (r'[a-z0-9.:-]+', 'the ID of a project'),
+    'project': (r'[a-z0-9.:-]+', 'a project ID'),
     'accelerator': (r'v\w+-\d+', 'type and size, such as v5p-128'),
-    'repo': (r'[^-].*', 'what git fetch takes'),
+    'repo': (r'[^-].*', 'a URL for git fetch'),
     'ref': (r'[^-].*', 'a branch, a tag or a commit'),
-    'bucket': (r'[a-z0-9][-_.a-z0-9]+', 'the name alone, without gs://'),
+    'bucket': (r'[a-z0-9][-_.a-z0-9]+', 'the name without gs://'),
     'run': (r'(?!.*\.\.)\w[-\w./]*', 'a folder in the bucket, such as runs/fluid_10b'),
   }
   for field, (pattern, wanted) in patterns.items():
@@ -163,15 +167,16 @@ def check(job: Job, needs: tuple[str, ...]) -> None:
   if job.slices < 1:
     raise JobError(f'--slices={job.slices} must be 1 or more.')
   if 'accelerator' in needs and not job.runtime:
-    raise JobError(f'--runtime must be given for {job.accelerator}: its runtime is not known here.')
+    raise JobError(f'--runtime must be given, because it has no default for {job.accelerator}.')
   if 'flags' in needs:
     wrong = [f for f in job.flags if not f.startswith('--') or f.startswith('--workdir')]
     if wrong:
       raise JobError(
-        f'{wrong[0]} cannot be passed on: give --name=value, and --run for the workdir.'
+        f'{wrong[0]} is not valid after --: write flags as --name=value, and give the workdir as '
+        '--run.'
       )
     if not any(f.startswith('--config=') for f in job.flags):
-      raise JobError('--config=FILE must be among the flags after --.')
+      raise JobError('--config=NAME must be given after --.')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,28 +185,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_arguments(argv: list[str]) -> tuple[str, Job, bool]:
-  """Returns the command, the job, and whether to print only; raises JobError."""
+  """Returns the command, the job, and whether it is a dry run.
+
+  Raises:
+    JobError: a flag is missing or not valid.
+  """
   parser = _Parser(
-    usage='tpu_vm.py COMMAND [options] [-- flags of fluid_jax.main]',
+    usage='tpu_vm.py COMMAND [options] [-- flags for fluid_jax.main]',
     description='\n'.join(f'{name:8} {text}' for name, (_, text, _) in COMMANDS.items()),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument('command', choices=COMMANDS, metavar='COMMAND')
-  parser.add_argument('--dry_run', action='store_true', help='print the commands, run nothing')
-  parser.add_argument('--name', default='', help='of the queued resource')
-  parser.add_argument('--zone', default='')
-  parser.add_argument('--project', default='')
-  parser.add_argument('--accelerator', default='', help='of one slice, such as v5p-128 or v6e-64')
-  parser.add_argument('--runtime', default='', help='TPU software; default: that of the type')
-  parser.add_argument('--slices', type=int, default=1)
   parser.add_argument(
-    '--create_flag', action='append', default=[], help='for gcloud, such as --create_flag=--spot'
+    '--dry_run', action='store_true', help='print the commands and do not run them'
   )
-  parser.add_argument('--repo', default='', help='what git fetch takes on the workers')
+  parser.add_argument('--name', default='', help='name of the queued resource')
+  parser.add_argument('--zone', default='', help='zone, such as us-east5-a')
+  parser.add_argument('--project', default='', help='project ID')
+  parser.add_argument('--accelerator', default='', help='one slice, such as v5p-128 or v6e-64')
+  parser.add_argument('--runtime', default='', help='TPU software (default: the usual one)')
+  parser.add_argument('--slices', type=int, default=1, help='number of slices')
+  parser.add_argument(
+    '--create_flag', action='append', default=[], help='flag for gcloud, as --create_flag=--spot'
+  )
+  parser.add_argument('--repo', default='', help='URL for git fetch on the workers')
   parser.add_argument('--ref', default='main', help='branch, tag or commit')
-  parser.add_argument('--bucket', default='')
-  parser.add_argument('--run', default='', help='folder in the bucket: the workdir')
+  parser.add_argument('--bucket', default='', help='name of the bucket, without gs://')
+  parser.add_argument('--run', default='', help='folder in the bucket, used as the workdir')
   split = argv.index('--') if '--' in argv else len(argv)
   values = vars(parser.parse_args(argv[:split]))
   command, dry_run = values.pop('command'), values.pop('dry_run')
@@ -231,7 +242,9 @@ def main() -> int:
     except KeyboardInterrupt:
       return 130
     if code:
-      print(f'error: command {number} of {len(plan)} ended with {code}.', file=sys.stderr)
+      print(
+        f'error: command {number} of {len(plan)} failed with exit code {code}.', file=sys.stderr
+      )
       return code
   return 0
 

@@ -1,4 +1,4 @@
-"""What is read out of compiled programs: products, trip counts, groups, and the timeline."""
+"""Reading compiled programs: matrix products, trip counts, device groups, and the timeline."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 
 from fluid_jax.aot import hlo
 
-# A schedule by hand. Each trip of the loop gathers 4 MB while 1,000 of its 1,500 cycles compute.
+# A hand-written schedule. Each trip of the loop gathers 4 MB while it computes for 1,000 of its
+# 1,500 cycles.
 PROGRAM = """
 HloModule step, is_scheduled=true
 
@@ -47,9 +48,9 @@ ENTRY %main (x: bf16[64,1024]) -> bf16[64,1024] {
 """  # noqa: E501
 
 
-def test_a_timeline_multiplies_loops_out_and_hides_what_computes_beside():
+def test_a_timeline_multiplies_loops_and_hides_collectives_behind_compute():
   program = hlo.parse(PROGRAM)
-  # 12 trips of two products of 2 x 64 x 1024 x 2048.
+  # 12 trips with two products of 2 x 64 x 1024 x 2048.
   assert hlo.flops(program) == 12 * 2 * (2 * 64 * 1024 * 2048)
   seen = []
 
@@ -63,13 +64,15 @@ def test_a_timeline_multiplies_loops_out_and_hides_what_computes_beside():
   gather, reduce = line.collectives['all-gather'], line.collectives['all-reduce']
   assert (gather.count, gather.asynchronous) == (12, 12)
   assert gather.bytes == 12 * 1024 * 2048 * 2
-  assert gather.exposed_seconds == pytest.approx(12 * 0.25e-6)  # 1.25 less the 1.0 beside it
+  assert gather.exposed_seconds == pytest.approx(
+    12 * 0.25e-6
+  )  # 1.25, of which 1.0 overlap with compute
   assert (reduce.count, reduce.asynchronous) == (1, 0)
   assert reduce.exposed_seconds == pytest.approx(3e-6)
   assert line.seconds == pytest.approx(12 * 1.75e-6 + 2e-6 + 3e-6)
 
 
-# Without sparse cores: fusions start a gather, carry it on beside a product, and end it.
+# Without sparse cores: one fusion starts a gather, one continues it during a product, one ends it.
 FUSED = """
 %start (p.1: f32[4]) -> (f32[4], f32[32]) {
   %p.1 = f32[4]{0} parameter(0)
@@ -105,19 +108,19 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_gathers_that_products_carry_on_are_hidden_by_them():
+def test_gathers_fused_with_products_are_hidden_by_them():
   line = hlo.timeline(hlo.parse(FUSED), 1e9, lambda kind, size, groups: 1e-6)
   assert line.compute_seconds == pytest.approx(0.7e-6)
   gather, scatter = line.collectives['all-gather'], line.collectives['reduce-scatter']
   assert (gather.count, gather.asynchronous, gather.bytes) == (1, 1, 128)
   assert gather.exposed_seconds == pytest.approx(0.3e-6)
-  # A fusion around an all-reduce keeps a part of the sum: it moves what a reduce-scatter does.
+  # A fusion around an all-reduce that keeps part of the sum is a reduce-scatter.
   assert (scatter.count, scatter.asynchronous, scatter.bytes) == (1, 0, 128)
   assert scatter.exposed_seconds == pytest.approx(1e-6)
 
 
-# Two gathers over the links of a slice, the second of which waits for the first; beside them a sum
-# between slices, which the hosts send; and a call that is no collective.
+# Two collectives over the links of a slice, the second of which waits for the first; at the same
+# time a sum between slices, sent by the hosts; and a call that is not a collective.
 SLICES = """
 %gather (p.1: f32[4]) -> f32[32] {
   %p.1 = f32[4]{0} parameter(0)
@@ -146,7 +149,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_collectives_between_slices_have_a_network_of_their_own():
+def test_collectives_between_slices_have_their_own_network():
   seconds = {'all-gather': 2e-6, 'reduce-scatter': 1e-6, 'all-reduce between slices': 7e-6}
   seen = []
 
@@ -158,7 +161,7 @@ def test_collectives_between_slices_have_a_network_of_their_own():
   assert seen == [
     ('all-reduce between slices', 4096), ('all-gather', 128), ('reduce-scatter', 8 * 128)
   ]  # fmt: skip
-  # The links are busy for 3 microseconds, of which the wait for them is the gather's.
+  # The links are busy for 3 microseconds; the wait for them counts for the gather.
   exposed = {kind: c.exposed_seconds for kind, c in line.collectives.items()}
   assert exposed == pytest.approx(
     {'all-gather': 2e-6, 'reduce-scatter': 1e-6, 'all-reduce between slices': 4e-6}
@@ -183,13 +186,13 @@ def test_collectives_between_slices_have_a_network_of_their_own():
     ('replica_groups={}, x=1', None),
   ],
 )
-def test_groups_of_devices_are_read_in_every_way_that_they_are_written(text, expected):
+def test_device_groups_are_read_in_all_notations(text, expected):
   found = hlo.device_groups(text)
   assert (found is None) if expected is None else (np.sort(found).tolist() == expected)
 
 
 def test_products_and_loops_of_a_real_program_are_counted():
-  """XLA's own text for this CPU: a scan of 5 steps, each one product."""
+  """The program that XLA compiles for this CPU: a scan of 5 steps with one product each."""
 
   def run(x, w_Kx8x8):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_Kx8x8)[0]
@@ -198,8 +201,8 @@ def test_products_and_loops_of_a_real_program_are_counted():
   assert hlo.flops(hlo.parse(compiled.as_text())) == 5 * 2 * 4 * 8 * 8
 
 
-def test_windows_that_reach_beyond_their_input_count_what_meets():
-  """TPU programs write batched products as convolutions over a padded or spread axis."""
+def test_padding_and_holes_of_convolutions_do_not_count():
+  """TPU programs contain batched products as convolutions over a padded or dilated axis."""
   line = hlo.parse(
     """
 ENTRY %main (a: f32[8,64,256], b: f32[8,64,128]) -> f32[8,256,128] {
@@ -209,5 +212,5 @@ ENTRY %main (a: f32[8,64,256], b: f32[8,64,128]) -> f32[8,256,128] {
 }
 """  # noqa: E501
   )
-  # Eight pictures, each 256 x 128 dot products of 64: a window of 8 spread by 8 meets one each.
+  # Eight images, each 256 x 128 dot products of 64: a window of 8, dilated by 8, has one input.
   assert hlo.flops(line) == 2 * 8 * 256 * 128 * 64

@@ -1,7 +1,7 @@
-"""The launcher: what it prints, and the same commands run on workers that are folders.
+"""The launcher: its dry runs, and its commands with folders in place of workers.
 
-`UPDATE_GOLDEN=1 python -m pytest tests/test_launch.py` rewrites tests/golden/launch_*.sh; what
-launch/README.md shows is compared with them.
+`UPDATE_GOLDEN=1 python -m pytest tests/test_launch.py` rewrites tests/golden/launch_*.sh, which
+docs/tpu.md is compared with.
 """
 
 import json
@@ -18,16 +18,16 @@ import commands
 import pytest
 
 LAUNCH = commands.ROOT / 'launch'
-README = (LAUNCH / 'README.md').read_text()
-BLOCKS = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+GUIDE = (commands.ROOT / 'docs/tpu.md').read_text()
+BLOCKS = re.findall(r'```bash\n(.*?)```', GUIDE, re.DOTALL)
 GOLDEN = [path.read_text() for path in (commands.ROOT / 'tests/golden').glob('launch_*.sh')]
 PLACE = ('--name=pod', '--zone=us-east5-a', '--project=my-project')
 RUN = ('--bucket=my-bucket', '--run=runs/tiny')
 
-# Programs that stand in for those of the cloud and of its machines. $CLOUD is a folder of the test:
-# worker0, worker1, ... are the homes of the workers and buckets/ what Cloud Storage holds.
+# Fakes of the programs of the cloud and its machines. $CLOUD is a folder of the test: worker0,
+# worker1, ... are the home folders of the workers, and buckets/ is Cloud Storage.
 FAKES = {
-  # Runs --command for every worker at once, as ssh does, and fails if it fails on one.
+  # Runs --command on all workers in parallel, as ssh does, and fails if one of them fails.
   'gcloud': """
     verb=$4 command= workers=$(seq 0 $((WORKERS - 1)))
     for flag; do
@@ -46,7 +46,7 @@ FAKES = {
         for pid in $pids; do wait "$pid" || code=$?; done
         exit $code ;;
     esac""",
-  # "Mounts" by a link, and stays behind with the files that it inherited, as the real one does.
+  # "Mounts" with a link. It leaves a daemon that inherits open files, as the real program does.
   'gcsfuse': """
     mount=${*: -1} bucket=$CLOUD/buckets/${*: -2:1}
     [[ -d $bucket ]] || { echo "bucket doesn't exist"; exit 1; }
@@ -67,10 +67,15 @@ FAKES = {
 
 
 class Cloud:
-  """A folder that plays Google Cloud for `launch/tpu_vm.py`."""
+  """A folder that acts as Google Cloud for `launch/tpu_vm.py`."""
 
   def __init__(self, folder: pathlib.Path, python: str):
-    """Makes the programs; `python` is the body of what the workers have as .venv/bin/python."""
+    """Makes the fake programs.
+
+    Args:
+      folder: the folder.
+      python: bash script that the workers have as .venv/bin/python.
+    """
     self.folder = folder
     (folder / 'bin').mkdir()
     (folder / 'buckets/my-bucket').mkdir(parents=True)
@@ -84,7 +89,7 @@ class Cloud:
     path.chmod(0o755)
 
   def run(self, *args, workers=1, **env):
-    """Runs the launcher to its end."""
+    """Runs the launcher until it exits."""
     inherited = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     env = {'CLOUD': str(self.folder), 'WORKERS': str(workers), **env}
     env['PATH'] = f'{self.folder}/bin:{os.environ["PATH"]}'
@@ -106,14 +111,14 @@ class Cloud:
     return path.read_text() if path.exists() else ''
 
   def wait_for(self, pattern, worker=0, timeout=180):
-    """Waits until the worker's log has the pattern."""
+    """Waits until the log of the worker contains the pattern."""
     end = time.monotonic() + timeout
     while not re.search(pattern, self.log(worker)):
       assert time.monotonic() < end, f'no {pattern!r} in:\n{self.log(worker)}'
       time.sleep(0.05)
 
   def join(self, worker=0, timeout=180):
-    """Waits until nothing trains on the worker; returns its log."""
+    """Waits until training has ended on the worker; returns its log."""
     lock = self.folder / f'worker{worker}/fluid_jax.pid'
     subprocess.run(['flock', '--timeout', str(timeout), lock, 'true'], check=True)
     return self.log(worker)
@@ -129,7 +134,7 @@ class Cloud:
 
 @pytest.fixture
 def make_cloud(tmp_path):
-  """A function from the body of the workers' Python to a cloud with clones on two workers."""
+  """A function that makes a cloud from the script for .venv/bin/python; it has two workers."""
   clouds = []
 
   def make(python, installed=True):
@@ -147,11 +152,11 @@ def make_cloud(tmp_path):
     cloud.close()
 
 
-# ---- What is printed ----
+# ---- Dry runs ----
 
 
 def dry_run(script, tmp_path):
-  """What a script of the README prints; its python3 is the one of the tests."""
+  """Output of a script in the guide, with the Python of the tests as python3."""
   python = tmp_path / 'python3'
   python.symlink_to(sys.executable)
   env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
@@ -163,7 +168,7 @@ def dry_run(script, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['launch_v5p.sh', 'launch_v6e_two_slices.sh'])
-def test_readme_shows_exactly_what_a_dry_run_prints(name, tmp_path):
+def test_the_guide_shows_the_output_of_a_dry_run(name, tmp_path):
   script = next(b for b in BLOCKS if f'> {name}' in b).replace(f' > {name}', '')
   printed = dry_run(script, tmp_path)
   golden = commands.ROOT / 'tests/golden' / name
@@ -180,8 +185,8 @@ def test_every_script_parses():
     assert done.returncode == 0, done.stderr + script
 
 
-@pytest.mark.skipif(not shutil.which('gcloud'), reason='needs gcloud, which reads no network here')
-def test_gcloud_knows_every_flag(tmp_path):
+@pytest.mark.skipif(not shutil.which('gcloud'), reason='needs gcloud; it uses no network')
+def test_gcloud_accepts_all_flags(tmp_path):
   text = '\n'.join(BLOCKS + GOLDEN).replace('\\\n', '')
   lines = re.findall(r'gcloud (?:compute|storage) .*?(?=\); do$|$)', text, re.MULTILINE)
   assert len(lines) > 10
@@ -198,7 +203,7 @@ def test_gcloud_knows_every_flag(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('args', 'says'),
+  ('args', 'message'),
   [
     ((), 'COMMAND'),
     (('launch',), 'launch'),
@@ -213,7 +218,7 @@ def test_gcloud_knows_every_flag(tmp_path):
     (('install', *PLACE), '--repo must be given'),
     (('install', *PLACE, '--repo=--upload-pack=sh'), '--repo'),
     (('train', *PLACE, *RUN), 'after --'),
-    (('train', *PLACE, *RUN, '--', '--config.train.seed=1'), '--config=FILE'),
+    (('train', *PLACE, *RUN, '--', '--config.train.seed=1'), '--config=NAME'),
     (('train', *PLACE, *RUN, '--', 'configs/tiny.py'), 'configs/tiny.py'),
     (('train', *PLACE, *RUN, '--', '--config=a.py', '--workdir=here'), '--workdir=here'),
     (('train', *PLACE, *RUN, '--bucket=gs://b', '--', '--config=a.py'), '--bucket=gs://b'),
@@ -221,15 +226,15 @@ def test_gcloud_knows_every_flag(tmp_path):
     (('train', *PLACE, *RUN, '--run=/runs', '--', '--config=a.py'), '--run=/runs'),
   ],
 )
-def test_bad_input_is_one_sentence(args, says):
+def test_invalid_flags_are_one_error_line(args, message):
   done = commands.run(LAUNCH / 'tpu_vm.py', '--dry_run', *args)
   assert done.returncode == 2
   assert re.fullmatch(r'error: .*\.\n', done.stderr)
-  assert says in done.stderr
+  assert message in done.stderr
   assert not done.stdout
 
 
-# ---- Run, with a Python that does what a test asks of it ----
+# ---- Runs with a fake Python ----
 
 RECORD = 'printf "%s\\n" "$@" >"$HOME/argv"'
 
@@ -238,7 +243,7 @@ def train(cloud, *flags, **kwargs):
   return cloud.ok('train', *PLACE, *RUN, '--', '--config=configs/tiny.py', *flags, **kwargs)
 
 
-def test_flags_arrive_on_every_worker_as_they_were_given(make_cloud):
+def test_flags_reach_all_workers_unchanged(make_cloud):
   cloud = make_cloud(RECORD)
   flags = ["--config.a=it's", '--config.b=$HOME "`x`" \\', '--config.c=(1, 2)', '--config.d=été']
   train(cloud, *flags, workers=2)
@@ -252,8 +257,8 @@ def test_flags_arrive_on_every_worker_as_they_were_given(make_cloud):
       '--config=configs/tiny.py',
       *flags,
     ]
-    kept = cloud.folder / f'buckets/my-bucket/runs/tiny/logs/worker{worker}.log'
-    assert 'ended with exit code 0' in kept.read_text()
+    copy = cloud.folder / f'buckets/my-bucket/runs/tiny/logs/worker{worker}.log'
+    assert 'ended with exit code 0' in copy.read_text()
 
 
 @pytest.mark.parametrize(
@@ -268,24 +273,24 @@ def test_flags_arrive_on_every_worker_as_they_were_given(make_cloud):
     ([127], [127], []),
   ],
 )
-def test_restarts_obey_the_exit_codes(make_cloud, codes, expected, pauses):
+def test_restarts_depend_on_the_exit_code(make_cloud, codes, expected, pauses):
   cloud = make_cloud('code=$(head -1 ~/codes); sed -i 1d ~/codes; exit "$code"')
   cloud._program('bin/sleep', '')
   (cloud.folder / 'worker0/codes').write_text(''.join(f'{code}\n' for code in codes))
   train(cloud, MAX_QUICK_CRASHES='3')
   log = cloud.join()
   assert [int(c) for c in re.findall(r'ended with exit code (\d+)', log)] == expected
-  assert [int(s) for s in re.findall(r'starting again in (\d+) s', log)] == pauses
+  assert [int(s) for s in re.findall(r'restarting in (\d+) s', log)] == pauses
 
 
-def test_late_crashes_are_not_counted(make_cloud):
+def test_only_quick_crashes_count(make_cloud):
   cloud = make_cloud('echo >>~/starts; exit $((($(wc -l <~/starts) < 9) * 134))')
   cloud._program('bin/sleep', '')
   train(cloud, MAX_QUICK_CRASHES='3', QUICK_CRASH_S='0')
   assert cloud.join().count('ended with exit code 134') == 8
 
 
-def test_a_bucket_that_cannot_be_mounted_is_reported_at_once(make_cloud):
+def test_a_bucket_that_cannot_be_mounted_is_an_error(make_cloud):
   cloud = make_cloud(RECORD)
   done = cloud.run('train', *PLACE, *RUN, '--bucket=other', '--', '--config=configs/tiny.py')
   assert done.returncode == 1
@@ -294,13 +299,13 @@ def test_a_bucket_that_cannot_be_mounted_is_reported_at_once(make_cloud):
 
 
 @pytest.mark.parametrize('exit_code', [42, 134])
-def test_stopping_ends_the_loop_too(make_cloud, exit_code):
-  # With 42 the signal meets Python, which saves; with 134 it meets the pause after a crash.
+def test_stop_also_ends_the_restart_loop(make_cloud, exit_code):
+  # With 42 the signal arrives while Python runs, with 134 during the pause after a crash.
   wait = 'trap "exit 42" TERM; echo ready; while true; do /bin/sleep 0.1; done'
   cloud = make_cloud(wait if exit_code == 42 else f'exit {exit_code}')
   train(cloud)
-  cloud.wait_for('ready' if exit_code == 42 else 'starting again')
-  time.sleep(0.5)  # until it sleeps
+  cloud.wait_for('ready' if exit_code == 42 else 'restarting')
+  time.sleep(0.5)  # until the pause has begun
   cloud.ok('stop', *PLACE)
   log = cloud.join(timeout=15)
   assert log.count('starting;') == 1
@@ -308,10 +313,10 @@ def test_stopping_ends_the_loop_too(make_cloud, exit_code):
   assert 'not training' in cloud.ok('stop', *PLACE)
 
 
-# ---- The whole path, and real training ----
+# ---- The full sequence, with real training ----
 
 
-def test_from_nothing_to_a_finished_run(make_cloud, tmp_path):
+def test_full_sequence_from_create_to_delete(make_cloud, tmp_path):
   cloud = make_cloud(f'exec {shlex.quote(sys.executable)} "$@"', installed=False)
   (tmp_path / 'bin/gcsfuse').rename(tmp_path / 'bin/gcsfuse.uninstalled')
   source = tmp_path / 'source'
@@ -337,7 +342,7 @@ def test_from_nothing_to_a_finished_run(make_cloud, tmp_path):
   assert '--metadata-cache-ttl-secs=0' in calls
 
   cloud.wait_for(r'step 5/120')
-  assert 'training already' in cloud.ok('train', *job, '--', *flags, **env)
+  assert 'already training' in cloud.ok('train', *job, '--', *flags, **env)
   cloud.ok('stop', *PLACE)
   log = cloud.join()
   saved = int(re.search(r'preempted; saved at step (\d+)', log)[1])
@@ -351,6 +356,8 @@ def test_from_nothing_to_a_finished_run(make_cloud, tmp_path):
   workdir = tmp_path / 'buckets/my-bucket/runs/tiny'
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == [f'{saved:08}', '00000120']
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
-  assert len(set(steps)) == len(steps) - steps.count(120) + 1  # the last has validation's, too
+  assert (
+    len(set(steps)) == len(steps) - steps.count(120) + 1
+  )  # the last step has a second row, from validation
   assert 'done at step 120' in (workdir / 'logs/worker0.log').read_text()
   cloud.ok('delete', *PLACE)

@@ -1,1 +1,1 @@
-"""Compiles a config for TPUs without one, and reports what the program holds and costs."""
+"""Ahead-of-time compilation for TPU slices on a machine without a TPU, and reports about it."""

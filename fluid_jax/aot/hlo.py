@@ -1,8 +1,9 @@
-"""Reads what the TPU compiler made: FLOPs, collectives and a timeline, loops multiplied out.
+"""Computes FLOPs, collectives and a timeline from the text of a compiled program.
 
-The compiler's own totals count the body of a loop once, and a stack of layers is a loop. So the
-scheduled program's text is read instead: an instruction's trip count is that of the loops around
-it, its cycles are the compiler's estimate, and a collective's time is its bytes over the links.
+The totals of the compiler count the body of a loop once, but the stack of layers is a loop. This
+module therefore reads the text of the scheduled program. It multiplies each instruction by the trip
+counts of its loops. Compute time is the compiler's estimate of cycles; the time of a collective is
+its bytes divided by the bandwidth of its links.
 """
 
 import collections
@@ -24,7 +25,7 @@ _CALLS = re.compile(r'(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _GROUPS = re.compile(r'replica_groups=(\{\{[\d,{} ]*\}\}|\[[^ ]*|mesh\[[^\]]*\].*?\{[^}]*\})')
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-BETWEEN_SLICES = ' between slices'  # ends the kind of a collective over the data-centre network
+BETWEEN_SLICES = ' between slices'  # suffix of kinds that use the data-centre network
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
@@ -43,25 +44,25 @@ class Instruction:
 
   @property
   def called(self) -> list[str]:
-    """The computations that it runs."""
+    """Names of the computations that it runs."""
     return [name for group in _CALLS.findall(self.rest) for name in re.findall(r'[\w.\-]+', group)]
 
   @property
   def cycles(self) -> int:
-    """The compiler's estimate; 0 where it makes none."""
+    """The compiler's estimate; 0 if there is none."""
     found = _CYCLES.search(self.rest)
     return int(found[1]) if found else 0
 
   @property
   def source(self) -> str:
-    """The path of the JAX operation it came from."""
+    """Path of the JAX operation that it was compiled from."""
     found = re.search(r'op_name="([^"]*)"', self.rest)
     return found[1] if found else self.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """Computations by name, each its instructions in the order in which they are issued."""
+  """A scheduled program: computations by name, with their instructions in order of issue."""
 
   computations: Mapping[str, Sequence[Instruction]]
   entry: str
@@ -69,18 +70,18 @@ class Module:
 
 @dataclasses.dataclass
 class Collective:
-  """All runs of one kind of collective in a step, on one device."""
+  """Totals of one kind of collective in one step, on one device."""
 
   count: int = 0
   bytes: float = 0.0
-  asynchronous: int = 0  # runs that compute goes on beside
+  asynchronous: int = 0  # runs that may overlap with compute
   seconds: float = 0.0
-  exposed_seconds: float = 0.0  # while nothing else ran
+  exposed_seconds: float = 0.0  # not hidden by compute
 
 
 @dataclasses.dataclass
 class Timeline:
-  """A step on one device."""
+  """One step on one device."""
 
   compute_seconds: float
   collectives: dict[str, Collective]
@@ -96,7 +97,7 @@ class Timeline:
 
 
 def parse(text: str) -> Module:
-  """A scheduled HLO module from `compiled.as_text()`."""
+  """Parses a scheduled HLO module, the result of `compiled.as_text()`."""
   computations, entry, current = {}, '', None
   for line in text.splitlines():
     if current is None:
@@ -113,7 +114,7 @@ def parse(text: str) -> Module:
 
 def _instruction(name: str, body: str) -> Instruction:
   end = body.index(' ')
-  if body[0] == '(':  # a tuple, whose own blanks and brackets nest
+  if body[0] == '(':  # a tuple shape: find its closing bracket
     depth = 0
     for end, character in enumerate(body, 1):  # noqa: B007
       depth += (character == '(') - (character == ')')
@@ -124,40 +125,40 @@ def _instruction(name: str, body: str) -> Instruction:
   return Instruction(name, shape, opcode, call[len(opcode) :])
 
 
-def flops(program: Module) -> float:
-  """FLOPs of all matrix products of one run; a multiply-add counts two."""
+def flops(module: Module) -> float:
+  """FLOPs of all matrix products in one run; a multiply-add counts as two."""
   memo: dict[str, float] = {}
 
   def of(name: str) -> float:
     if name not in memo:
       memo[name] = 0.0
-      shapes = {i.name: i.shape for i in program.computations[name]}
+      shapes = {i.name: i.shape for i in module.computations[name]}
       total = 0.0
-      for instruction in program.computations[name]:
+      for instruction in module.computations[name]:
         if instruction.opcode in ('convolution', 'dot'):
           total += _product_flops(instruction, shapes)
         else:
-          trips = trip_count(program, instruction) if instruction.opcode == 'while' else 1
+          trips = trip_count(module, instruction) if instruction.opcode == 'while' else 1
           total += trips * sum(of(called) for called in instruction.called)
       memo[name] = total
     return memo[name]
 
-  return of(program.entry)
+  return of(module.entry)
 
 
-def trip_count(program: Module, loop: Instruction) -> int:
-  """How often a `while` runs: the bound in its condition (scans count from 0 by 1)."""
+def trip_count(module: Module, loop: Instruction) -> int:
+  """Trip count of a `while`: the bound in its condition (JAX's scans count from 0 by 1)."""
   condition = re.search(r'condition=%([\w.\-]+)', loop.rest)[1]
   bounds = [
     int(re.match(r'\((\d+)\)', i.rest)[1])
-    for i in program.computations[condition]
+    for i in module.computations[condition]
     if i.opcode == 'constant' and i.shape.startswith('s32')
   ]
   return max(bounds, default=1)
 
 
 def num_bytes(shape: str) -> float:
-  """Bytes of an array or tuple of them, without the padding of its layout."""
+  """Bytes of an array or a tuple of arrays, without the padding of their layouts."""
   return sum(_BITS.get(kind, 32) / 8 * math.prod(_dims(d)) for kind, d in _SHAPE.findall(shape))
 
 
@@ -166,7 +167,7 @@ def _dims(text: str) -> list[int]:
 
 
 def _product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-  """2 x outputs x multiply-adds each; TPU programs write products as convolutions."""
+  """2 x outputs x multiply-adds per output. TPU programs contain products as convolutions."""
   out = _dims(_SHAPE.search(instruction.shape)[2])
   lhs, rhs = (_dims(_SHAPE.search(shapes[name])[2]) for name in instruction.operands[:2])
   if instruction.opcode == 'dot':
@@ -176,103 +177,140 @@ def _product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float
   total = 2.0 * math.prod(out) * rhs[right.index('i')]
   window = re.search(r'window=\{([^}]*)\}', instruction.rest)
   if window:
-
-    def field(name: str, default: int) -> list[str]:
-      found = re.search(rf'\b{name}=([\d_x\-]+)', window[1])
-      return found[1].split('x') if found else [str(default)] * len(sizes)
-
-    sizes = re.search(r'size=([\dx]+)', window[1])[1].split('x')
-    strides, pads = field('stride', 1), field('pad', 0)
-    spreads, steps = field('lhs_dilate', 1), field('rhs_dilate', 1)
-    for axis, size in enumerate(map(int, sizes)):
-      # Windows reach beyond the input, where nothing is multiplied: count the pairs that meet.
-      width, places = lhs[left.index(str(axis))], out[result.index(str(axis))]
-      spread = int(spreads[axis])
-      at = (
-        np.arange(places)[:, None] * int(strides[axis])
-        + np.arange(size) * int(steps[axis])
-        - int(pads[axis].split('_')[0])
-      )
-      meets = (at >= 0) & (at <= (width - 1) * spread) & (at % spread == 0)
-      total *= meets.sum() / places
+    sizes = [int(size) for size in re.search(r'size=([\dx]+)', window[1])[1].split('x')]
+    for axis, size in enumerate(sizes):
+      input_size, output_size = lhs[left.index(str(axis))], out[result.index(str(axis))]
+      total *= _window_pairs(window[1], axis, size, input_size, output_size) / output_size
   return total
 
 
+def _window_pairs(window: str, axis: int, size: int, input_size: int, output_size: int) -> int:
+  """Multiply-adds of a convolution along one axis, for all output positions.
+
+  Parts of a window that fall on padding or on holes of a dilated input need no multiplication.
+  """
+
+  def field(name: str, default: int) -> int:
+    found = re.search(rf'\b{name}=([\d_x\-]+)', window)
+    return int(found[1].split('x')[axis].split('_')[0]) if found else default
+
+  dilation = field('lhs_dilate', 1)
+  position = (
+    np.arange(output_size)[:, None] * field('stride', 1)
+    + np.arange(size) * field('rhs_dilate', 1)
+    - field('pad', 0)
+  )
+  is_input = (
+    (position >= 0) & (position <= (input_size - 1) * dilation) & (position % dilation == 0)
+  )
+  return int(is_input.sum())
+
+
 def timeline(
-  program: Module,
+  module: Module,
   clock_hz: float,
   collective_seconds: Callable[[str, float, np.ndarray | None], float],
 ) -> Timeline:
-  """Plays the schedule: one thing computes at a time, one collective at a time beside it.
+  """Simulates the schedule: one operation computes at a time, next to at most one collective.
 
-  Collectives between slices have a network, and so a queue, of their own.
+  Collectives between slices use another network and therefore have their own queue.
 
   Args:
-    program: from `parse`.
-    clock_hz: cycles a second.
-    collective_seconds: (kind, bytes of the whole array, device groups or None) to seconds.
+    module: from `parse`.
+    clock_hz: cycles per second.
+    collective_seconds: returns the seconds of a collective from its kind, the bytes of the full
+      array, and its device groups (see `device_groups`) or None.
   """
-  result = Timeline(0.0, collections.defaultdict(Collective), collections.Counter())
+  simulation = _Simulation(module, clock_hz, collective_seconds)
+  simulation.run(module.entry, 1)
+  result = simulation.timeline
+  result.collectives = dict(result.collectives)
+  return result
 
-  def play(name: str, runs: int) -> float:
-    """Seconds of one run of a computation; adds `runs` of it to the result."""
+
+class _Simulation:
+  """Adds up a timeline while it runs the computations of a module."""
+
+  def __init__(
+    self,
+    module: Module,
+    clock_hz: float,
+    collective_seconds: Callable[[str, float, np.ndarray | None], float],
+  ):
+    self.timeline = Timeline(0.0, collections.defaultdict(Collective), collections.Counter())
+    self._module = module
+    self._clock_hz = clock_hz
+    self._collective_seconds = collective_seconds
+
+  def run(self, name: str, runs: int) -> float:
+    """Adds `runs` runs of a computation to the timeline; returns the seconds of one run."""
     now = 0.0
-    free = {False: (0.0, ''), True: (0.0, '')}  # between slices?: when free again, after what kind
-    pending: dict[str, tuple[float, str]] = {}
-    for instruction in program.computations[name]:
+    # By whether the network is that between slices: when it is free again, and the last kind on it.
+    free = {False: (0.0, ''), True: (0.0, '')}
+    pending: dict[str, tuple[float, str]] = {}  # end and kind of collectives that have started
+    for instruction in self._module.computations[name]:
       if instruction.opcode == 'while':
-        trips = trip_count(program, instruction)
+        trips = trip_count(self._module, instruction)
         body = re.search(r'body=%([\w.\-]+)', instruction.rest)[1]
-        now += trips * play(body, runs * trips)
+        now += trips * self.run(body, runs * trips)
         continue
       if instruction.opcode in ('call', 'conditional'):
-        now += max((play(called, runs) for called in instruction.called), default=0.0)
+        now += max((self.run(called, runs) for called in instruction.called), default=0.0)
         continue
-      role, found = _collective(program, instruction)
+      role, found = _collective(self._module, instruction)
       if role == 'done':
         started = _started(instruction, pending)
         if started:
           end, kind = pending.pop(started)
           exposed = max(0.0, end - now)
-          result.collectives[kind].exposed_seconds += runs * exposed
+          self.timeline.collectives[kind].exposed_seconds += runs * exposed
           now += exposed
-        continue
-      if found is not None:
-        kind, size, groups = found
-        seconds = collective_seconds(kind, size, groups)
-        entry = result.collectives[kind]
-        entry.count += runs
-        entry.bytes += runs * size
-        entry.seconds += runs * seconds
-        network = kind.endswith(BETWEEN_SLICES)
-        free_at, before = free[network]
-        end = max(now, free_at) + seconds
-        free[network] = end, kind
+      elif found is not None:
+        end = self._communicate(found, role == 'start', runs, now, free)
         if role == 'start':
-          entry.asynchronous += runs
-          pending[instruction.name] = end, kind
+          pending[instruction.name] = end, found[0]
         else:
-          if free_at > now:  # it waits for the links, which is the fault of what holds them
-            result.collectives[before].exposed_seconds += runs * (free_at - now)
-          entry.exposed_seconds += runs * seconds
           now = end
-        continue
-      seconds = instruction.cycles / clock_hz
-      now += seconds
-      result.compute_seconds += runs * seconds
-      result.seconds_by_source[instruction.source] += runs * seconds
+      else:
+        seconds = instruction.cycles / self._clock_hz
+        now += seconds
+        self.timeline.compute_seconds += runs * seconds
+        self.timeline.seconds_by_source[instruction.source] += runs * seconds
     return now
 
-  play(program.entry, 1)
-  result.collectives = dict(result.collectives)
-  return result
+  def _communicate(
+    self,
+    found: tuple[str, float, np.ndarray | None],
+    is_asynchronous: bool,
+    runs: int,
+    now: float,
+    free: dict[bool, tuple[float, str]],
+  ) -> float:
+    """Queues a collective on its network; returns when it ends."""
+    kind, size, groups = found
+    seconds = self._collective_seconds(kind, size, groups)
+    entry = self.timeline.collectives[kind]
+    entry.count += runs
+    entry.bytes += runs * size
+    entry.seconds += runs * seconds
+    network = kind.endswith(BETWEEN_SLICES)
+    free_at, previous = free[network]
+    end = max(now, free_at) + seconds
+    free[network] = end, kind
+    if is_asynchronous:
+      entry.asynchronous += runs
+    else:
+      if free_at > now:  # the wait for the network counts for the kind that occupies it
+        self.timeline.collectives[previous].exposed_seconds += runs * (free_at - now)
+      entry.exposed_seconds += runs * seconds
+    return end
 
 
 def _started(done: Instruction, pending: Mapping[str, tuple[float, str]]) -> str | None:
-  """Which start a `done` waits for; None if what was started is no collective.
+  """Name of the start that a `done` waits for, or None if it does not belong to a collective.
 
-  It is the one that `done` names as operand, or, of a transfer between slices, as predecessor. A
-  fusion names none where compute lies between: it ends the oldest within the slice.
+  A `done` has its start as an operand or, for a transfer between slices, as a control predecessor.
+  A fusion has neither if compute is fused in between; it ends the oldest collective of the slice.
   """
   named = re.search(r'control-predecessors=\{([^}]*)\}', done.rest)
   predecessors = re.findall(r'[\w.\-]+', named[1]) if named else []
@@ -285,22 +323,22 @@ def _started(done: Instruction, pending: Mapping[str, tuple[float, str]]) -> str
 
 
 def _collective(
-  program: Module, instruction: Instruction
+  module: Module, instruction: Instruction
 ) -> tuple[str, tuple[str, float, np.ndarray | None] | None]:
-  """What part an instruction has in a collective, and of which.
+  """Role of an instruction in a collective.
 
   Returns:
-    'start', 'done', 'whole' or '' (none); and kind, bytes of the whole (gathered, unreduced) array
-    and device groups, where it begins one.
+    'start', 'done', 'synchronous', or '' if it is not part of a collective. For the first and the
+    third also the kind, the bytes of the full (gathered, unreduced) array, and the device groups.
   """
   opcode = instruction.opcode
   kind = opcode.removesuffix('-start').removesuffix('-done')
   if kind in KINDS:
     if opcode.endswith('-done'):
       return 'done', None
-    whole = kind, _whole_bytes(kind, instruction), device_groups(instruction.rest)
-    return ('start' if opcode.endswith('-start') else 'whole'), whole
-  if opcode in ('call-done', 'recv-done'):  # of what sparse cores do; of what hosts send
+    found = kind, _full_bytes(kind, instruction), device_groups(instruction.rest)
+    return ('start' if opcode.endswith('-start') else 'synchronous'), found
+  if opcode in ('call-done', 'recv-done'):  # on sparse cores; from the hosts
     return 'done', None
   if opcode == 'send' and (transfer := _TRANSFER.search(instruction.rest)):
     array = _SHAPE.search(instruction.shape)[0]
@@ -308,10 +346,9 @@ def _collective(
     return 'start', (kind, num_bytes(array), None)
   if opcode not in ('fusion', 'call-start'):
     return '', None
-  # Without sparse cores a gather is a fusion that starts it, products whose fusions carry it on
-  # (compute like any other), and a fusion that ends it. A reduce-scatter is a fusion around an
-  # all-reduce.
-  inner = [i for called in instruction.called for i in program.computations.get(called, ())]
+  # Without sparse cores, one fusion starts a gather, fusions of matrix products continue it (they
+  # count as compute), and one fusion ends it. A reduce-scatter is a fusion around an all-reduce.
+  inner = [i for called in instruction.called for i in module.computations.get(called, ())]
   if any('custom_call_target="AsyncCollectiveDone"' in i.rest for i in inner):
     return 'done', None
   if opcode == 'fusion' and instruction.cycles:
@@ -320,14 +357,15 @@ def _collective(
   for part in inner:
     kind = part.opcode.removesuffix('-start')
     if kind in KINDS:
-      whole = _whole_bytes(kind, part), device_groups(part.rest)
+      rest = _full_bytes(kind, part), device_groups(part.rest)
       if opcode == 'fusion' and kind == 'all-reduce':
         kind = 'reduce-scatter'
-      return ('start' if starts or opcode == 'call-start' else 'whole'), (kind, *whole)
+      role = 'start' if starts or opcode == 'call-start' else 'synchronous'
+      return role, (kind, *rest)
   return '', None
 
 
-def _whole_bytes(kind: str, instruction: Instruction) -> float:
+def _full_bytes(kind: str, instruction: Instruction) -> float:
   if kind == 'reduce-scatter':
     groups = device_groups(instruction.rest)
     return num_bytes(instruction.shape) * (1 if groups is None else groups.shape[1])
@@ -337,7 +375,7 @@ def _whole_bytes(kind: str, instruction: Instruction) -> float:
 
 
 def device_groups(attributes: str) -> np.ndarray | None:
-  """(groups, size) numbers of the devices that take part together; None if not understood."""
+  """(groups, size) numbers of the devices that communicate; None if the format is not supported."""
   found = _GROUPS.search(attributes)
   if not found:
     return None

@@ -1,10 +1,10 @@
-"""Compiles a config's programs for a TPU slice on a machine that has none, and reports what came.
+"""Compiles a config for a TPU slice on a machine without a TPU, and reports on the program.
 
-python -m fluid_jax.aot --config=configs/fluid_10b.py --topology=v5p-512
+The compiler is in libtpu, which the extra [tpu] installs. A report proves that the program
+compiles, and gives its memory, FLOPs and collectives. Times are estimates of the compiler; they
+have not been compared with a run on hardware.
 
-Needs the extra [tpu], whose libtpu holds the compiler. What it proves: that the program compiles,
-what it holds in memory, what it computes and sends. Times are the compiler's estimates, which no
-run on hardware has confirmed.
+Import this module before JAX, because it selects the CPU as JAX's platform.
 """
 
 import dataclasses
@@ -12,17 +12,16 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
 import os
 import pathlib
 import pickle
 import resource
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Before JAX is imported: there is no TPU to look for, and another process may use libtpu too.
+# JAX reads these when it is imported. This machine has no TPU, and another process may hold libtpu.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -30,40 +29,27 @@ os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import serialize_executable, topologies
 from jax.sharding import Mesh
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, flops, hardware, main, sharding, step
+from fluid_jax import errors, flops, hardware, sharding, step
 from fluid_jax.aot import hlo
 from fluid_jax.encoders import frozen
 
-MAX_FILL = 0.95  # of a chip's memory; the rest is for the runtime and for fragmentation
-
-_TOPOLOGY = flags.DEFINE_list(
-  'topology', None, 'Slices such as v5p:4x8x8 or v5p-512; several, with commas, are compared.'
-)
-_SLICES = flags.DEFINE_integer(
-  'slices', 1, 'Slices, joined by the data-centre network.', lower_bound=1
-)
-_MESH = flags.DEFINE_multi_string(
-  'mesh', None, 'Sizes such as replica=4,fsdp=64; given again, layouts are compared.'
-)
-_PRESET = flags.DEFINE_list('preset', None, 'Values of mesh.preset to compare.')
-_REMAT = flags.DEFINE_list('remat', None, 'Values of model.remat to compare.')
-_WHAT = flags.DEFINE_enum('what', 'train', ['train', 'sample'], 'The program to compile.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object (a list of several) at the end.')
-_SAVE = flags.DEFINE_string('save', None, 'Where to keep the executable (of a single layout).')
-_HLO = flags.DEFINE_string('hlo', None, "Where to keep the schedule's text (of a single layout).")
-_FAST = flags.DEFINE_bool(
-  'fast', False, 'Optimise little: fit and FLOPs in a third of the time, but no time estimate.'
-)
-_OPTION = flags.DEFINE_multi_string('compiler_option', [], 'Further options such as xla_x=true.')
+MAX_FILL = 0.95  # usable fraction of a chip's memory: the runtime and fragmentation need the rest
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
-  """Descriptions of the devices of `num_slices` slices; UserError if there is no such slice."""
+  """Descriptions of the devices of `num_slices` TPU slices.
+
+  Args:
+    topology: such as 'v5p-512' or 'v5p:4x8x8'.
+    num_slices: number of slices.
+
+  Raises:
+    UserError: the topology is not known, or libtpu is not installed.
+  """
   try:
     generation, shape = hardware.slice_shape(topology)
   except ValueError as error:
@@ -72,20 +58,21 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
     raise errors.UserError(
       "the TPU compiler is missing: install it with pip install -c constraints.txt -e '.[tpu]'."
     )
-  three = (*shape, 1)[:3]
+  sides = (*shape, 1)[:3]
   try:
     description = topologies.get_topology_desc(
       platform='tpu',
       topology_name=f'{generation}:{hardware.dims_of(shape)}',
-      # One device a chip; a host has 2 x 2 of them, or what a smaller slice has.
+      # One device per chip. A host has 2 x 2 chips, or fewer in a smaller slice.
       chip_config_name='megacore' if len(shape) == 3 else 'default',
-      chips_per_host_bounds=[min(2, side) for side in three[:2]] + [1],
-      wrap=(*hardware.closes_into_rings(shape), False)[:3],
+      chips_per_host_bounds=[min(2, side) for side in sides[:2]] + [1],
+      wrap=(*hardware.has_wraparound(shape), False)[:3],
       num_slices=num_slices,
     )
   except (RuntimeError, ValueError) as error:
     raise errors.UserError(
-      f'--topology={topology}: the TPU compiler knows no such slice ({error}).', errors.DEVICES
+      f'--topology={topology}: the TPU compiler does not support this slice ({error}).',
+      errors.DEVICES,
     ) from error
   return description.devices
 
@@ -93,7 +80,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[Any]:
 def compile_program(
   config: config_lib.Config, mesh: Mesh, what: str = 'train', options: dict[str, str] | None = None
 ) -> jax.stages.Compiled:
-  """The executable of the program that `step.build` or `step.make_sampler` makes."""
+  """The executable of the train step (`what` is 'train') or of the sampler ('sample')."""
   if what == 'train':
     sharding.check_batch(config, mesh)
     program = step.build(step.make_components(config), mesh)
@@ -111,6 +98,11 @@ def compile_program(
   return lowered.compile(compiler_options=options or None)
 
 
+def compile_fast() -> None:
+  """Lets XLA optimize little in this process: faster compilation, without an estimate of time."""
+  jax.config.update('jax_optimization_level', 'O1')
+
+
 def report(
   config: config_lib.Config,
   topology: str,
@@ -118,24 +110,26 @@ def report(
   what: str = 'train',
   options: dict[str, str] | None = None,
 ) -> tuple[dict[str, Any], jax.stages.Compiled | None]:
-  """Compiles and measures; the executable is None if it does not fit into memory.
+  """Compiles a program and reports on it.
+
+  Args:
+    config: resolved.
+    topology: a slice, see `topology_devices`.
+    num_slices: number of slices.
+    what: 'train' or 'sample'.
+    options: options of the TPU compiler.
 
   Returns:
-    What the table shows, as JSON values: bytes and FLOPs a device unless a key says otherwise.
+    The report, as JSON values: bytes per device, and FLOPs of all devices together, unless a key
+    states otherwise. And the executable, or None if the program does not fit into memory.
+
+  Raises:
+    UserError: the slice, the layout or an option is not valid.
   """
   devices = topology_devices(topology, num_slices)
   mesh = sharding.make_mesh(config, devices)
   chip = hardware.find(devices[0].device_kind)
-  is_fast = jax.config.jax_optimization_level == 'O1'
-  train = what == 'train'
-  model_flops = (
-    flops.step_flops(config) if train else config.train.batch_size * flops.sampling_flops(config)
-  )
-  per_example = frozen.forward_flops(config)
-  encoder_flops = config.train.batch_size * (
-    sum(per_example.values()) if train else per_example['text']
-  )
-  facts = {
+  result = {
     'config': config.name,
     'variant': f'{config.model.order} {config.model.tokens}',
     'what': what,
@@ -147,8 +141,7 @@ def report(
     'remat': config.model.remat,
     'batch_size': config.train.batch_size,
     'hbm_bytes': chip.hbm_bytes,
-    'model_tflops_per_step': model_flops / 1e12,
-    **({'encoder_tflops_per_step': encoder_flops / 1e12} if encoder_flops else {}),
+    **_expected_flops(config, what),
     'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu', 'fluid_jax')},
     'date': time.strftime('%Y-%m-%d'),
   }
@@ -156,173 +149,259 @@ def report(
   try:
     compiled = compile_program(config, mesh, what, options)
   except jax.errors.JaxRuntimeError as error:
-    why = str(error).split('\n')[0]
-    if 'RESOURCE_EXHAUSTED' not in why:
-      raise errors.UserError(f'the TPU compiler refuses this program: {why}') from error
-    return {**facts, 'fits': False, 'why': why}, None
-  facts |= {
+    reason = str(error).split('\n')[0]
+    if 'RESOURCE_EXHAUSTED' not in reason:
+      raise errors.UserError(f'the TPU compiler rejects this program: {reason}') from error
+    return {**result, 'fits': False, 'why': reason}, None
+  result |= {
     'compile_seconds': time.perf_counter() - start,
     'compile_cpu_seconds': time.process_time() - start_cpu,
     'compile_host_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    **_memory(compiled, chip),
   }
+  module = hlo.parse(compiled.as_text())
+  compiler_flops = hlo.flops(module) * len(devices)
+  result['compiler_tflops_per_step'] = compiler_flops / 1e12
+  if what == 'train':
+    expected = flops.compiled_flops(config) + _encoder_flops(config, what)
+    result['expected_tflops_per_step'] = expected / 1e12
+    result['flops_difference'] = compiler_flops / expected - 1
+  timeline = hlo.timeline(module, chip.clock_hz, functools.partial(collective_seconds, chip, mesh))
+  result['collectives'] = {
+    kind: dataclasses.asdict(c) for kind, c in sorted(timeline.collectives.items())
+  }
+  if jax.config.jax_optimization_level != 'O1':  # else the compiler's cycles are wrong
+    model_flops_per_chip = result['model_tflops_per_step'] * 1e12 / len(devices)
+    result |= _time(timeline, model_flops_per_chip, chip)
+  return result, compiled
+
+
+def _expected_flops(config: config_lib.Config, what: str) -> dict[str, float]:
+  if what == 'train':
+    model_flops = flops.step_flops(config)
+  else:
+    model_flops = config.train.batch_size * flops.sampling_flops(config)
+  encoder_flops = _encoder_flops(config, what)
+  return {
+    'model_tflops_per_step': model_flops / 1e12,
+    **({'encoder_tflops_per_step': encoder_flops / 1e12} if encoder_flops else {}),
+  }
+
+
+def _encoder_flops(config: config_lib.Config, what: str) -> float:
+  """FLOPs of the frozen encoders in one step. Sampling runs only the text encoder."""
+  per_example = frozen.forward_flops(config)
+  return config.train.batch_size * (
+    sum(per_example.values()) if what == 'train' else per_example['text']
+  )
+
+
+def _memory(compiled: jax.stages.Compiled, chip: hardware.Chip) -> dict[str, Any]:
   memory = compiled.memory_analysis()
-  held = {
+  parts = {
     'argument_bytes': memory.argument_size_in_bytes,
     'temporary_bytes': memory.temp_size_in_bytes,
-    # What is written over arguments that were given up is counted with them.
+    # Outputs that reuse the memory of donated arguments are counted with the arguments.
     'output_bytes': memory.output_size_in_bytes - memory.alias_size_in_bytes,
     'code_bytes': memory.generated_code_size_in_bytes,
   }
-  peak = sum(held.values())
-  program = hlo.parse(compiled.as_text())
-  found = hlo.flops(program) * len(devices)
-  facts |= held | {
-    'peak_bytes_per_device': peak,
-    'fits': peak <= MAX_FILL * chip.hbm_bytes,
-    'compiler_tflops_per_step': found / 1e12,
-  }
-  if train:
-    expected = flops.compiled_flops(config) + encoder_flops
-    facts['expected_tflops_per_step'] = expected / 1e12
-    facts['flops_difference'] = found / expected - 1
-  line = hlo.timeline(program, chip.clock_hz, functools.partial(_seconds, chip, mesh))
-  facts['collectives'] = {
-    kind: dataclasses.asdict(collective) for kind, collective in sorted(line.collectives.items())
-  }
-  if not is_fast:
-    facts |= {
-      'estimated_compute_seconds': line.compute_seconds,
-      'estimated_exposed_seconds': line.exposed_seconds,
-      'estimated_step_seconds': line.seconds,
-      'estimated_mfu': model_flops / len(devices) / chip.peak_flops / line.seconds,
-      'slowest': [[where, share / line.compute_seconds] for where, share in _slowest(line)],
-    }
-  return facts, compiled
+  peak = sum(parts.values())
+  return {**parts, 'peak_bytes_per_device': peak, 'fits': peak <= MAX_FILL * chip.hbm_bytes}
 
 
-def _seconds(
+def _time(
+  timeline: hlo.Timeline, model_flops_per_chip: float, chip: hardware.Chip
+) -> dict[str, Any]:
+  return {
+    'estimated_compute_seconds': timeline.compute_seconds,
+    'estimated_exposed_seconds': timeline.exposed_seconds,
+    'estimated_step_seconds': timeline.seconds,
+    'estimated_mfu': model_flops_per_chip / chip.peak_flops / timeline.seconds,
+    'slowest': [[name, seconds / timeline.compute_seconds] for name, seconds in _slowest(timeline)],
+  }
+
+
+def collective_seconds(
   chip: hardware.Chip, mesh: Mesh, kind: str, size: float, groups: np.ndarray | None
 ) -> float:
-  """Time of one collective by its bytes: a ring over each axis of the torus that it spans."""
+  """Time of one collective from its bytes, with a ring over each axis of the torus that it spans.
+
+  Args:
+    chip: gives the bandwidth of the links.
+    mesh: the devices of the program.
+    kind: of the collective, such as 'all-gather'; see `hlo.KINDS`.
+    size: bytes of the full array.
+    groups: (groups, size) positions in the mesh of the devices that communicate; None for all.
+  """
   devices = mesh.devices.reshape(-1)
   members = devices if groups is None else devices[groups[0]]
   passes = 2 if kind.startswith('all-reduce') else 0.5 if kind.startswith('all-to-all') else 1
   if kind.endswith(hlo.BETWEEN_SLICES):
-    # Each chip with its peers in the other slices, of which each sends parts to all: both ways.
+    # A chip exchanges its part of the array with the same chip of each other slice.
     num_slices = len({device.slice_index for device in devices})
     return passes * size * (num_slices - 1) / num_slices / chip.dcn_bytes_per_s
-  sides, whole = (
+  group_sides, slice_sides = (
     [len(set(side)) for side in zip(*(d.coords for d in some), strict=True)]
     for some in (members, devices)
   )
-  # Flat slices have a third coordinate, of one value.
-  rings = hardware.closes_into_rings(tuple(whole if whole[2] > 1 else whole[:2]))
+  # A 2-D slice has a third coordinate too, which is the same for all chips.
+  slice_shape = tuple(slice_sides if slice_sides[2] > 1 else slice_sides[:2])
+  wraps = (*hardware.has_wraparound(slice_shape), False)
   links = sum(
-    2 if ring and part == side else 1
-    for part, side, ring in zip(sides, whole, (*rings, False), strict=False)
-    if part > 1
+    2 if wrap and side == full_side else 1
+    for side, full_side, wrap in zip(group_sides, slice_sides, wraps, strict=False)
+    if side > 1
   )
   return passes * size / (max(links, 1) * chip.link_bytes_per_s)
 
 
-def _slowest(line: hlo.Timeline, count: int = 8) -> list[tuple[str, float]]:
-  """Where compute time goes, by the last three names of the operation's path."""
+def _slowest(timeline: hlo.Timeline, count: int = 8) -> list[tuple[str, float]]:
+  """Operations with the most compute time, by direction and the last three names of their path."""
   grouped: dict[str, float] = {}
-  for source, seconds in line.seconds_by_source.items():
-    side = 'backward' if 'transpose(' in source else 'forward'
-    side = 'again' if 'rematted' in source else side
-    name = f'{side} {"/".join(source.split("/")[-3:])}'
+  for source, seconds in timeline.seconds_by_source.items():
+    direction = 'backward' if 'transpose(' in source else 'forward'
+    direction = 'recomputed' if 'rematted' in source else direction
+    name = f'{direction} {"/".join(source.split("/")[-3:])}'
     grouped[name] = grouped.get(name, 0.0) + seconds
   return sorted(grouped.items(), key=lambda item: -item[1])[:count]
 
 
-def describe(facts: dict[str, Any]) -> str:
-  """The table of one report."""
-  mesh = ' x '.join(f'{name}={size}' for name, size in facts['mesh'].items())
-  slices = f'{facts["slices"]} x ' if facts['slices'] > 1 else ''
+def describe(report: Mapping[str, Any]) -> str:
+  """A report as text."""
+  slices = f'{report["slices"]} x ' if report['slices'] > 1 else ''
+  mesh = ' x '.join(f'{name}={size}' for name, size in report['mesh'].items())
   lines = [
-    f'{facts["config"]} ({facts["variant"]}), {facts["what"]}, batch {facts["batch_size"]}, on '
-    f'{slices}{facts["topology"]}: {facts["chips"]} chips, mesh {mesh}, preset {facts["preset"]}, '
-    f'remat {facts["remat"]}',
+    f'{report["config"]} ({report["variant"]}), {report["what"]}, batch {report["batch_size"]}, on '
+    f'{slices}{report["topology"]}: {report["chips"]} chips, mesh {mesh}, preset '
+    f'{report["preset"]}, remat {report["remat"]}'
   ]
-  if 'argument_bytes' not in facts:
-    return '\n'.join([*lines, f'  does NOT fit: {facts["why"]}'])
-
-  def row(label: str, value: str) -> None:
-    lines.append(f'  {label:<30}{value}')
-
-  def giga(key: str) -> str:
-    return f'{facts[key] / 1e9:10.2f} GB'
-
-  def tera(key: str) -> str:
-    return f'{facts[f"{key}_tflops_per_step"]:10.3f} T'
-
-  lines.append('memory of one chip')
-  for key in ('argument', 'temporary', 'output', 'code'):
-    row(key, giga(f'{key}_bytes'))
-  share = facts['peak_bytes_per_device'] / facts['hbm_bytes']
-  verdict = 'fits' if facts['fits'] else f'does NOT fit: at most {MAX_FILL:.0%} may be used'
-  row('together', f'{giga("peak_bytes_per_device")} of {facts["hbm_bytes"] / 1e9:.2f} GB, '
-      f'{share:.0%}: {verdict}')  # fmt: skip
-  lines.append('FLOPs of a step, all chips')
-  row('model, by our formula', tera('model'))
-  if 'encoder_tflops_per_step' in facts:
-    row('frozen encoders', tera('encoder') + ' (not in the MFU)')
-  if 'expected_tflops_per_step' in facts:
-    row('with recomputation, padding', tera('expected'))
-  difference = (
-    f' ({facts["flops_difference"]:+.3%} against our count)' if 'flops_difference' in facts else ''
-  )
-  row('in the compiled program', tera('compiler') + difference)
-  lines.append('collectives of a step, one chip')
-  for kind, c in facts['collectives'].items():
-    row(
-      kind,
-      f'{c["bytes"] / 1e9:10.2f} GB in {c["count"]} runs, {c["asynchronous"]} of them beside '
-      f'compute; {c["seconds"] * 1e3:.1f} ms, {c["exposed_seconds"] * 1e3:.1f} ms exposed',
-    )
-  if 'estimated_mfu' in facts:
-    lines.append("time of a step: the compiler's estimate, never confirmed on hardware")
-    row('compute', f'{facts["estimated_compute_seconds"]:10.4f} s')
-    row('exposed collectives', f'{facts["estimated_exposed_seconds"]:10.4f} s')
-    row('together', f'{facts["estimated_step_seconds"]:10.4f} s, MFU {facts["estimated_mfu"]:.1%}')
-    lines += [f'  {share:>7.1%}  {where}' for where, share in facts['slowest']]
-  row(
-    'compiled in',
-    f'{facts["compile_seconds"]:10.0f} s; this process has held '
-    f'{facts["compile_host_bytes"] / 1e9:.1f} GB at most',
-  )
+  if 'argument_bytes' not in report:
+    return '\n'.join([*lines, f'  does NOT fit: {report["why"]}'])
+  lines += [*_memory_lines(report), *_flops_lines(report), *_collective_lines(report)]
+  if 'estimated_mfu' in report:
+    lines += _time_lines(report)
+  host_memory = f'peak host memory {report["compile_host_bytes"] / 1e9:.1f} GB'
+  lines.append(_row('compiled in', f'{report["compile_seconds"]:10.0f} s; {host_memory}'))
   return '\n'.join(lines)
 
 
+def _row(label: str, value: str) -> str:
+  return f'  {label:<30}{value}'
+
+
+def _memory_lines(report: Mapping[str, Any]) -> list[str]:
+  def giga(key: str) -> str:
+    return f'{report[key] / 1e9:10.2f} GB'
+
+  fraction = report['peak_bytes_per_device'] / report['hbm_bytes']
+  verdict = 'fits' if report['fits'] else f'does NOT fit: at most {MAX_FILL:.0%} is usable'
+  available = f'{report["hbm_bytes"] / 1e9:.2f} GB'
+  return [
+    'memory per chip',
+    *(_row(key, giga(f'{key}_bytes')) for key in ('argument', 'temporary', 'output', 'code')),
+    _row('total', f'{giga("peak_bytes_per_device")} of {available}, {fraction:.0%}: {verdict}'),
+  ]
+
+
+def _flops_lines(report: Mapping[str, Any]) -> list[str]:
+  def tera(key: str) -> str:
+    return f'{report[f"{key}_tflops_per_step"]:10.3f} T'
+
+  lines = ['FLOPs per step, all chips', _row('model, from our formula', tera('model'))]
+  if 'encoder_tflops_per_step' in report:
+    lines.append(_row('frozen encoders', tera('encoder') + ' (not part of the MFU)'))
+  difference = ''
+  if 'expected_tflops_per_step' in report:
+    lines.append(_row('with recomputation, padding', tera('expected')))
+    difference = f' ({report["flops_difference"]:+.3%} relative to our count)'
+  return [*lines, _row('in the compiled program', tera('compiler') + difference)]
+
+
+def _collective_lines(report: Mapping[str, Any]) -> list[str]:
+  return [
+    'collectives per step, one chip',
+    *(
+      _row(
+        kind,
+        f'{c["bytes"] / 1e9:10.2f} GB in {c["count"]} runs, {c["asynchronous"]} of them '
+        f'asynchronous; {c["seconds"] * 1e3:.1f} ms, {c["exposed_seconds"] * 1e3:.1f} ms exposed',
+      )
+      for kind, c in report['collectives'].items()
+    ),
+  ]
+
+
+def _time_lines(report: Mapping[str, Any]) -> list[str]:
+  mfu = f'MFU {report["estimated_mfu"]:.1%}'
+  return [
+    'time per step, estimated by the compiler and not confirmed on hardware',
+    _row('compute', f'{report["estimated_compute_seconds"]:10.4f} s'),
+    _row('exposed collectives', f'{report["estimated_exposed_seconds"]:10.4f} s'),
+    _row('total', f'{report["estimated_step_seconds"]:10.4f} s, {mfu}'),
+    *(f'  {fraction:>7.1%}  {name}' for name, fraction in report['slowest']),
+  ]
+
+
+def describe_briefly(report: Mapping[str, Any]) -> str:
+  """A report as one line of a ranking."""
+  mesh = ','.join(f'{name}={size}' for name, size in report['mesh'].items())
+  time_and_mfu = ''
+  if 'estimated_mfu' in report:
+    time_and_mfu = f'{report["estimated_step_seconds"]:.4f} s, MFU {report["estimated_mfu"]:.1%}'
+  return (
+    f'  {report["topology"]:<12}{mesh:<34}{report["preset"]:<13}{report["remat"]:<16}'
+    f'{"fits" if report["fits"] else "does NOT fit":<14}{time_and_mfu}'
+  )
+
+
+def rank(report: Mapping[str, Any]) -> tuple[bool, float, float]:
+  """Sort key: reports that fit first, then by estimated step time, then by memory."""
+  seconds = report.get('estimated_step_seconds', 0.0)
+  return not report['fits'], seconds, report.get('peak_bytes_per_device', math.inf)
+
+
 def save(compiled: jax.stages.Compiled, path: str | os.PathLike[str]) -> None:
-  """Keeps an executable for `load`."""
+  """Writes an executable to a file, for `load`."""
   pathlib.Path(path).write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
 
 
 def load(path: str | os.PathLike[str]) -> jax.stages.Compiled:
-  """What `save` kept, on devices like those that it was compiled for; never load a stranger's."""
+  """Loads an executable that `save` wrote, on devices like those that it was compiled for.
+
+  The file contains a pickle, which can run any code: load only files that you trust.
+  """
   return serialize_executable.deserialize_and_load(*pickle.loads(pathlib.Path(path).read_bytes()))
 
 
-def layouts(config: config_lib.Config) -> list[config_lib.Config]:
-  """The config in every layout that the flags ask for."""
+def layouts(
+  config: config_lib.Config,
+  meshes: Sequence[str] = (),
+  presets: Sequence[str] = (),
+  remats: Sequence[str] = (),
+) -> list[config_lib.Config]:
+  """All combinations of layouts of a config. An empty list stands for the config's own value.
+
+  Args:
+    config: resolved.
+    meshes: sizes of the mesh axes, such as 'replica=4,fsdp=64'.
+    presets: values of `mesh.preset`.
+    remats: values of `model.remat`.
+
+  Raises:
+    UserError: a layout is not valid.
+  """
+  combinations = itertools.product(
+    [_mesh_sizes(text) for text in meshes or ['']],
+    presets or [config.mesh.preset],
+    remats or [config.model.remat],
+  )
   found = []
-  meshes = [_mesh_sizes(text) for text in _MESH.value or ['']]
-  for sizes, preset, remat in itertools.product(
-    meshes, _PRESET.value or [config.mesh.preset], _REMAT.value or [config.model.remat]
-  ):
+  for sizes, preset, remat in combinations:
     values = dataclasses.asdict(config)
     values['mesh'] |= {'preset': preset, **sizes}
     values['model']['remat'] = remat
     found.append(config_lib.resolve(values))
   return found
-
-
-def rank(facts: dict[str, Any]) -> tuple[bool, float, float]:
-  """Sorts reports: what fits, then the shortest step, then, without estimates, least memory."""
-  seconds = facts.get('estimated_step_seconds', 0.0)
-  return not facts['fits'], seconds, facts.get('peak_bytes_per_device', math.inf)
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:
@@ -331,63 +410,9 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     name, _, size = part.partition('=')
     if name not in sharding.AXES or not size.isdigit() or not int(size):
       raise errors.UserError(
-        f'--mesh={text}: write sizes of replica, fsdp and tensor, as in replica=4,fsdp=64.'
+        f'--mesh={text} is not valid: give sizes of replica, fsdp and tensor, as in '
+        'replica=4,fsdp=64.'
       )
     sizes[name] = int(size)
-  # What is not named is 1, but for the axis that takes what is left.
+  # Axes that are not named have size 1. Without fsdp, that axis takes all remaining devices.
   return {'replica': 1, 'tensor': 1, **sizes} if 'fsdp' in sizes else sizes
-
-
-def run() -> int:
-  config = main.read_config(sys.argv)
-  if not _TOPOLOGY.value:
-    raise errors.UserError('--topology is missing: give a slice, such as --topology=v5p-512.')
-  options = dict(option.partition('=')[::2] for option in _OPTION.value)
-  if _FAST.value:
-    jax.config.update('jax_optimization_level', 'O1')
-  every = [(c, topology) for topology in _TOPOLOGY.value for c in layouts(config)]
-  if (_SAVE.value or _HLO.value) and len(every) > 1:
-    raise errors.UserError('--save and --hlo keep one program: ask for a single layout.')
-  for path in filter(None, (_SAVE.value, _HLO.value)):
-    if not pathlib.Path(path).absolute().parent.is_dir():
-      raise errors.UserError(f'{path}: there is no such folder to write to: make it first.')
-  reports = []
-  for number, (layout, topology) in enumerate(every, 1):
-    print(f'compiling {number} of {len(every)} ...', file=sys.stderr, flush=True)
-    try:
-      facts, compiled = report(layout, topology, _SLICES.value, _WHAT.value, options)
-    except errors.UserError as error:
-      if len(every) == 1:
-        raise
-      print(f'left out: {error}', file=sys.stderr)  # one impossible layout among several
-      continue
-    reports.append(facts)
-    print(describe(facts), flush=True)
-    if compiled is None:
-      continue  # no program was made, and the report says why
-    if _SAVE.value:
-      save(compiled, _SAVE.value)
-    if _HLO.value:
-      pathlib.Path(_HLO.value).write_text(compiled.as_text())
-  if len(every) > 1:
-    reports.sort(key=rank)
-    first = 'least memory' if _FAST.value else 'shortest step'
-    print(f'\n{first} first, those that do not fit last:')
-    for facts in reports:
-      mesh = ','.join(f'{name}={size}' for name, size in facts['mesh'].items())
-      time_and_mfu = (
-        f'{facts["estimated_step_seconds"]:.4f} s, MFU {facts["estimated_mfu"]:.1%}'
-        if 'estimated_mfu' in facts
-        else ''
-      )
-      print(
-        f'  {facts["topology"]:<12}{mesh:<34}{facts["preset"]:<13}{facts["remat"]:<16}'
-        f'{"fits" if facts["fits"] else "does NOT fit":<14}{time_and_mfu}'
-      )
-  if _JSON.value:
-    print(json.dumps(reports[0] if len(every) == 1 else reports))
-  return 0 if any(facts['fits'] for facts in reports) else errors.DEVICES
-
-
-if __name__ == '__main__':
-  errors.run(run)

@@ -24,4 +24,4 @@ gcloud compute tpus queued-resources ssh fluid-10b \
   --project=my-project \
   --node=all \
   --worker=all \
-  --command='bash fluid_jax/launch/worker.sh my-bucket runs/fluid_10b --config=configs/fluid_10b.py --config.data.task=my_task --config.data.module=my_tasks --config.mesh.replica=2'
+  --command='bash fluid_jax/launch/worker.sh my-bucket runs/fluid_10b --config=fluid_10b --config.data.task=my_task --config.data.module=my_tasks --config.mesh.replica=2'
