@@ -1,17 +1,18 @@
-# make demo   trains a small Fluid on the embedded pictures (minutes on two cores) and draws
-# make test   lints and runs the tests
-# make lint   only lints
-# make clean  removes the environment, the demo and all that was built
+# make setup  installs fluid_jax and its dependencies into .venv
+# make demo   trains a small model on the embedded images (minutes on two cores) and samples from it
+# make test   runs the linter and the tests
+# make lint   runs the linter
+# make clean  removes .venv, the demo and all build outputs
 #
-# Needs Python 3.11 to 3.13 and nothing else: the rest goes into .venv, at the versions of
-# constraints.txt. `make PYTHON=python3.12 demo` chooses the Python that .venv is made with.
+# This needs only Python 3.11 to 3.13. Dependencies are installed into .venv, with the versions in
+# constraints.txt. `make PYTHON=python3.12 setup` selects the Python version of .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
 export TF_CPP_MIN_LOG_LEVEL := 3
-# Large pages for what XLA allocates anew at every step: a tenth of a CPU step, in page faults.
+# XLA allocates memory in every step. With huge pages, a training step on a CPU is about 10% faster.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: setup demo test lint clean
@@ -20,8 +21,8 @@ setup: $(READY)
 
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
-	  echo 'error: fluid_jax needs Python 3.11 to 3.13, and $(PYTHON) is not one of them:' \
-	    'name one, as in make PYTHON=python3.12 $(or $(MAKECMDGOALS),setup).'; exit 1; } >&2
+	  echo 'error: fluid_jax needs Python 3.11 to 3.13, but $(PYTHON) is another version:' \
+	    'select a version, as in make PYTHON=python3.12 $(or $(MAKECMDGOALS),setup).'; exit 1; } >&2
 	@echo "Installing into .venv with $$($(PYTHON) --version): about a minute, 4 GB."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
@@ -33,14 +34,14 @@ demo: $(READY)
 	@$(BIN)/python -m fluid_jax.main --config=configs/demo.py --workdir=demo/run
 	@$(BIN)/python -m fluid_jax.sample --workdir=demo/run \
 	  --prompts_file=configs/demo_prompts.txt --out demo/grid.png --animation demo/decoding.gif
-	@echo 'Pictures: $(CURDIR)/demo/grid.png (prompts x seeds)'
-	@echo '          $(CURDIR)/demo/decoding.gif (the order in which tokens are drawn)'
+	@echo 'Images: $(CURDIR)/demo/grid.png (one row per prompt, one column per seed)'
+	@echo '        $(CURDIR)/demo/decoding.gif (tokens in the order of sampling)'
 
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# One file's tests stay in one process, so that they share what their fixtures train.
+# All tests of a file run in one process, because their fixtures train models for several tests.
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
