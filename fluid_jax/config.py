@@ -40,18 +40,18 @@ class Image:
   size: int = 256  # pixels per side (paper, caption of figure 4)
   # image tokenizer: 'patch' (patch PCA or patch k-means), 'trained' (a network from
   # fluid_jax.train_tokenizer), a public network ('sd_vae', 'mar_vae', 'amused_vq', 'taming_vq' or
-  # 'llamagen_vq'), or '' for none (training on prepared examples without decoding them)
+  # 'llamagen_vq'), or '' for none, which is possible if images are prepared and not decoded
   tokenizer: str = ''
-  # file of the tokenizer's weights; '' for 'patch' and 'trained': the file that ships with the
-  # package for these shapes
+  # file of the tokenizer's weights; for 'patch' and 'trained', '' selects the file that ships with
+  # the package for these shapes
   tokenizer_path: str = ''
-  # True: examples hold image_moments or image_codes, which the tokenizer computed beforehand
-  # (fluid_jax.prepare --stage=encode); False: they hold images, and the tokenizer runs in the
+  # True: examples contain image_moments or image_codes, which the tokenizer computed beforehand
+  # (fluid_jax.prepare --stage=encode); False: they contain images, and the tokenizer runs in the
   # training step
   prepared: bool = True
   num_tokens: int = 256  # tokens per image, a square grid (paper)
   channels: int = 16  # channels of a continuous token (paper)
-  vocab_size: int = 8192  # codes of a discrete tokenizer (paper)
+  vocab_size: int = 8192  # number of codes of a discrete tokenizer (paper)
   # mean of the latents: tokens are (latent - latent_mean) x latent_scale; one number, or one per
   # channel; empty: the tokenizer's own, or 0 without a tokenizer (fluid_jax.prepare
   # --stage=measure prints the values of a data set)
@@ -63,18 +63,20 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  # what the model reads of captions: 'bytes' (UTF-8, with a learned embedding), 't5' (features that
-  # T5 computes in the training step), or 'features' (text_features in the examples, from a frozen
-  # encoder, which is T5-XXL in the paper)
+  # text input of the model: 'bytes' (caption in UTF-8, with a learned embedding), 't5' (features
+  # that T5 computes in the training step), or 'features' (text_features in the examples, computed
+  # beforehand by a frozen encoder; paper: T5-XXL)
   source: str = 'features'
-  length: int = 128  # maximum ids or feature vectors per caption; the rest is cut (paper)
+  # maximum number of ids or feature vectors per caption; longer captions are truncated (paper)
+  length: int = 128
   feature_dim: int = 4096  # channels of text features (T5-XXL's width)
   # SentencePiece model of T5, local or gs://; with source 'features', only prompts need it
   vocabulary: str = ''
   # weights of T5: safetensors, or a T5X checkpoint, local or gs://; with source 'features', they
-  # encode prompts, and training checks that they computed the features
+  # encode prompts, and training fails if the features were computed with other weights
   t5_path: str = ''
-  t5_size: str = 'xxl'  # of T5 v1.1: small, base, large, xl or xxl; of mT5: mt5_small to mt5_xxl
+  # size of T5 v1.1 (small, base, large, xl or xxl) or of mT5 (mt5_small to mt5_xxl)
+  t5_size: str = 'xxl'
   # fraction of training examples whose caption is dropped, for classifier-free guidance (not stated
   # in the paper; MAR's value, main_mar.py)
   drop_rate: float = 0.1
@@ -90,24 +92,24 @@ class Model:
   tokens: str = 'continuous'
   # a key of models.heads.HEADS; '': 'diffusion' for continuous tokens, 'softmax' for discrete ones
   head: str = ''
-  module: str = ''  # Python module that registers a head or an order of your own when imported
+  module: str = ''  # Python module that registers your own head or order when imported
   width: int = 768  # channels of the decoder (paper, table of sizes)
   depth: int = 12  # blocks of the decoder (paper, table of sizes)
   num_heads: int = 12  # attention heads (paper, table of sizes)
-  aligner_depth: int = 6  # blocks over the text features, best of 0, 3, 6 (paper, table 3)
+  aligner_depth: int = 6  # blocks of the text aligner; best of 0, 3 and 6 (paper, table 3)
   head_depth: int = 3  # residual blocks of the diffusion head, two layers each (paper: six layers)
   head_width: int = 0  # channels of the diffusion head; 0: the decoder's width (paper)
   # noise levels per token and step in the diffusion loss (not stated in the paper; MAR's value,
   # README)
   num_noise_draws: int = 4
   mask_group_size: int = 8  # examples over which mask ratios are stratified (our choice)
-  # what the backward pass recomputes: 'none'; 'minimal': all but the products of attention and
-  # MLPs; 'save_attention': those of MLPs too; 'full': complete blocks; 'offload': as 'minimal',
-  # with the products in host memory
+  # activations that the backward pass recomputes: 'none'; 'minimal': all except the matrix products
+  # of attention and MLPs; 'save_attention': all except the matrix products of attention; 'full':
+  # all; 'offload': like 'minimal', but the products are stored in host memory
   remat: str = 'minimal'
-  dtype: str = 'bfloat16'  # dtype of the computation, or 'float32'; parameters are float32
-  # 'int8': in training, the projections and MLPs of decoder and aligner multiply 8-bit integers,
-  # forward and backward (needs the extra [int8])
+  dtype: str = 'bfloat16'  # computation in 'bfloat16' or 'float32'; parameters are float32
+  # 'none' or 'int8': in training, the projections and MLPs of decoder and aligner multiply 8-bit
+  # integers, forward and backward (needs the extra [int8])
   quantization: str = 'none'
 
 
@@ -116,16 +118,16 @@ class Data:
   task: str = 'webli'  # seqio task or mixture by name, or the path of a prepared data set
   module: str = ''  # Python module that registers your own task
   languages: tuple[str, ...] = ()  # languages of the captions to train on; empty: all
-  # largest fraction of corrupt records in a split, each of which is replaced by another record;
-  # training ends with an error beyond it
+  # maximum fraction of corrupt records in a split; they are replaced by other records, and training
+  # fails if there are more
   max_corrupt_fraction: float = 0.001
-  # mirror half of the images; captions that mention left or right become wrong
+  # mirror half of the images; captions that mention left or right are then wrong for them
   random_flip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  name: str = 'adamw'  # as in the paper; or 'adafactor', which needs half the memory
+  name: str = 'adamw'  # 'adamw' (paper), or 'adafactor', which needs half the memory
   learning_rate: float = 1e-4  # peak learning rate (paper)
   # after warm-up: 'constant' (paper, for continuous tokens), or 'cosine', down to 0 at the last
   # step (paper, for discrete tokens)
@@ -133,17 +135,17 @@ class Optimizer:
   warmup_steps: int = 65_536  # steps of linear warm-up (paper: 65K)
   b1: float = 0.9  # decay of AdamW's first moment (paper)
   b2: float = 0.95  # decay of AdamW's second moment (paper)
-  # weight decay of the layers' matrices (paper); embeddings, biases and norm scales have none
+  # weight decay of matrices (paper); not applied to embeddings, biases and norm scales
   weight_decay: float = 0.02
-  clip_norm: float = 3.0  # largest global gradient norm (not stated in the paper; MAR's value)
-  # decay of the average of the weights (paper), warmed up as
+  clip_norm: float = 3.0  # maximum global gradient norm (not stated in the paper; MAR's value)
+  # decay of the moving average of the weights (paper); the effective decay is
   # min(ema_decay, (1 + step) / (10 + step))
   ema_decay: float = 0.9999
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptimizer(Optimizer):
-  accumulation_steps: int = 1  # microbatches per step; the result equals the full batch's
+  accumulation_steps: int = 1  # microbatches per step; the result equals that of the full batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +170,13 @@ class Mesh:
   # rules that shard parameters over the mesh: 'fsdp' (no tensor axis), 'fsdp_tensor' or
   # 'multislice'
   preset: str = 'fsdp_tensor'
-  # devices that hold copies of the parameters; -1: the number of slices, times the shortest side of
-  # a 3-D torus
+  # number of copies of the parameters; -1: the number of slices, times the shortest side of a 3-D
+  # torus
   replica: int = -1
-  fsdp: int = -1  # devices that share the parameters and the batch; -1: all remaining devices
-  tensor: int = 1  # devices that share the heads, hidden units and codes of one example
+  # number of parts into which a copy of the parameters and its examples are split; -1: all
+  # remaining devices
+  fsdp: int = -1
+  tensor: int = 1  # number of parts into which the heads, hidden units and codes are split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +184,8 @@ class Sampling:
   # autoregressive steps of random order (paper); raster order takes one step per token
   num_steps: int = 64
   num_diffusion_steps: int = 100  # denoising steps per continuous token (paper)
-  guidance_scale: float = 0.0  # 1: no guidance; 0: the paper's value for the variant
+  # scale of classifier-free guidance; 1: no guidance; 0: the paper's value for the variant
+  guidance_scale: float = 0.0
   # 'linear': the scale grows with the fraction of known tokens (not stated in the paper; MAR's
   # default); or 'constant'
   guidance_schedule: str = 'linear'
@@ -235,12 +240,12 @@ PAPER_SAMPLING = {
 
 
 def base_config() -> ml_collections.ConfigDict:
-  """The default settings, for a config file to change."""
+  """The default settings, which a config file changes."""
   return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
 def set_variant(config: ml_collections.ConfigDict, variant: str | None) -> None:
-  """Applies a variant such as 'order=raster,tokens=discrete', the part after --config=FILE: ."""
+  """Applies a variant such as 'order=raster,tokens=discrete', the part after the colon in --config=FILE:VARIANT."""
   for part in (variant or '').split(','):
     key, _, value = part.partition('=')
     if key in ('order', 'tokens'):
@@ -260,7 +265,7 @@ def resolve(config: Mapping[str, Any]) -> Config:
   """
   resolved = settings.build(Config, config, _check)
   order = resolved.model.order
-  # An order that is not the paper's has no values there: no guidance, unscaled noise.
+  # Other orders have no values in the paper: no guidance, and unscaled noise.
   scale, temperature = PAPER_SAMPLING.get((order, resolved.model.tokens), (1.0, 1.0))
   sampling = dataclasses.replace(
     resolved.sampling,

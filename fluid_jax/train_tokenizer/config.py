@@ -17,7 +17,6 @@ CHOICES = {
   'optimizer.name': config_lib.CHOICES['optimizer.name'],
   'optimizer.schedule': config_lib.CHOICES['optimizer.schedule'],
 }
-_OPTIMIZER = config_lib.Optimizer(warmup_steps=1000, b2=0.99, clip_norm=1.0, ema_decay=0.999)
 _MESH = config_lib.Mesh(fsdp=1)  # a tokenizer is small enough to be replicated on every device
 
 
@@ -30,7 +29,7 @@ class Architecture:
   pixel_patch: int = 1  # side in pixels of the patches that the first level reads
   channels: int = 16  # channels of a latent token or of a code
   vocab_size: int = 8192  # number of codes ('vq' only)
-  dtype: str = 'float32'  # of the computation; parameters and losses are float32
+  dtype: str = 'float32'  # 'float32' or 'bfloat16' computation; parameters and losses are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,9 @@ class Data:
   task: str = 'webli'  # name of a seqio task, or path of a prepared set; captions are not read
   module: str = ''  # Python module that registers your own task
   image_size: int = 256  # side of the images in pixels
-  max_corrupt_fraction: float = 0.001  # fraction of records that may be corrupt; they are replaced
+  # maximum fraction of corrupt records in a split; they are replaced by other records, and training
+  # fails if there are more
+  max_corrupt_fraction: float = 0.001
   random_flip: bool = False  # mirror half of the images
 
 
@@ -48,12 +49,12 @@ class Losses:
 
   l1: float = 1.0  # mean absolute error
   l2: float = 0.0  # mean squared error
-  kl: float = 1e-6  # KL divergence in nats over the number of values of an image ('kl' only)
+  kl: float = 1e-6  # KL divergence in nats, divided by the pixel values per image ('kl' only)
   commitment: float = 0.25  # squared distance of encodings to their codes ('vq' only)
   perceptual: float = 0.0  # LPIPS; needs vgg_path
   vgg_path: str = ''  # safetensors of VGG-16 with torchvision's names
   lpips_path: str = ''  # safetensors of LPIPS' linear weights; empty: all channels have weight 1
-  adversarial: float = 0.0  # PatchGAN discriminator
+  adversarial: float = 0.0  # hinge loss of a PatchGAN discriminator
   discriminator_start: int = 0  # first step with the adversarial term
   discriminator_width: int = 64  # channels of the discriminator's first layer
 
@@ -62,13 +63,33 @@ class Losses:
 class Codebook:
   """For 'vq': codes are moving means of the encodings nearest to them (arXiv 1711.00937)."""
 
-  decay: float = 0.99  # of the moving means
-  # a code whose use falls below this fraction of the mean use is reset to an encoding of the batch
+  decay: float = 0.99  # decay of the moving means
+  # a code is reset to an encoding of the batch if it is used less often than this fraction of the
+  # mean use of a code
   revive_below: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
+class Optimizer(config_lib.Optimizer):
+  name: str = 'adamw'  # 'adamw', or 'adafactor', which needs half the memory
+  learning_rate: float = 1e-4  # peak learning rate
+  schedule: str = 'constant'  # after warm-up: 'constant', or 'cosine', down to 0 at the last step
+  warmup_steps: int = 1000  # steps of linear warm-up
+  b1: float = 0.9  # decay of AdamW's first moment
+  b2: float = 0.99  # decay of AdamW's second moment
+  weight_decay: float = 0.02  # weight decay of kernels; not applied to biases and norm scales
+  clip_norm: float = 1.0  # maximum global gradient norm
+  # decay of the moving average of the weights; the effective decay is
+  # min(ema_decay, (1 + step) / (10 + step))
+  ema_decay: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
 class Run(config_lib.Run):
+  seed: int = 0  # random seed of initialization, data order and noise
+  batch_size: int = 256  # examples per step over all devices
+  num_steps: int = 400_000  # training steps
+  sample_every: int = 10_000  # steps between grids of reconstructions
   # 'module:function' of your own metric such as rFID; the function is called without arguments at
   # each evaluation and returns an object with update(images, reconstructions), uint8 (n, H, W, 3),
   # and result() -> {name: value}
@@ -77,13 +98,13 @@ class Run(config_lib.Run):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  name: str = 'tokenizer'
+  name: str = 'tokenizer'  # name of the run, for logs
   network: Architecture = Architecture()
   losses: Losses = Losses()
   codebook: Codebook = Codebook()
   data: Data = Data()
-  optimizer: config_lib.Optimizer = _OPTIMIZER
-  train: Run = Run(batch_size=256, num_steps=400_000)
+  optimizer: Optimizer = Optimizer()
+  train: Run = Run()
   mesh: config_lib.Mesh = _MESH
 
   @property
@@ -113,7 +134,7 @@ def make_network(config: Config) -> kl_vae.KLVAE | vq.VQGAN:
 
 
 def base_config() -> ml_collections.ConfigDict:
-  """The defaults, for a config file to change."""
+  """The default settings, which a config file changes."""
   return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
