@@ -3,12 +3,12 @@
 _COMMANDS = {
   'main': 'train Fluid, or resume training',
   'sample': 'sample images from a trained model',
-  'prepare': 'ingest images and captions, and encode them once',
+  'prepare': 'ingest images and captions, or encode a data set',
   'prepare.inspect': 'show the batch that a training step reads',
   'train_tokenizer': 'train an image tokenizer',
-  'export': 'turn a checkpoint into safetensors, or back',
-  'encoders.convert': 'turn a PyTorch checkpoint into safetensors',
-  'aot': 'compile a config for TPUs without one: memory, collectives, time',
+  'export': 'export a checkpoint to safetensors, or import one',
+  'encoders.convert': 'convert a PyTorch checkpoint to safetensors',
+  'aot': 'compile a config for a TPU slice, without a TPU',
 }
 
 print('Commands (each has --help):\n')

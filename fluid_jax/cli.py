@@ -38,13 +38,20 @@ CONFIG_FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
 class Parser(argparse.ArgumentParser):
   """Flags of one command. Wrong flags raise UserError; --help exits with 0."""
 
-  def __init__(self, command: str, description: str, settings: type | None = None):
+  def __init__(
+    self,
+    command: str,
+    description: str,
+    settings: type | None = None,
+    example: str = 'demo',
+  ):
     """Makes a parser.
 
     Args:
       command: how it is called, such as 'python -m fluid_jax.main'.
       description: what it does and an example, shown by --help.
       settings: the dataclass of settings, for a command that takes --config.
+      example: name of a config that the command accepts.
     """
     super().__init__(
       prog=command,
@@ -56,8 +63,8 @@ class Parser(argparse.ArgumentParser):
     if settings is not None:
       self.add_argument(
         '--config',
-        help='config: a name (demo), a file (configs/demo.py), or either with a variant '
-        '(demo:order=raster,tokens=discrete)',
+        help=f'name of a config ({example}) or a file (configs/{example}.py); configs of Fluid may '
+        'be followed by a variant (demo:order=raster,tokens=discrete)',
       )
       self.add_argument(
         '--config.GROUP.NAME',
@@ -140,7 +147,7 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=words)
   try:
-    with contextlib.redirect_stderr(io.StringIO()):  # absl prints beside what it raises
+    with contextlib.redirect_stderr(io.StringIO()):  # absl also prints the error that it raises
       rest = values(words)
     config = holder.value.to_dict()
   except errors.UserError:
@@ -183,7 +190,7 @@ def _setting_names(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]
 
 
 def _similar(name: str, known: Sequence[str]) -> list[str]:
-  """Up to three settings that may be meant: alike, abbreviated by `name`, or containing it."""
+  """Up to three settings that `name` may mean: similar to it, abbreviated by it, or with it."""
   last = name.rpartition('.')[2]
   abbreviated = [k for k in known if ''.join(w[0] for w in k.rpartition('.')[2].split('_')) == last]
   similar = difflib.get_close_matches(name, known, n=1, cutoff=0.9) or abbreviated
@@ -207,7 +214,7 @@ def _find_config(name: str) -> pathlib.Path:
 
 
 def _raised_in(error: BaseException, path: pathlib.Path) -> int:
-  """The last line of a file that an error came through; 0 if it did not."""
+  """The last line of a file in the traceback of an error; 0 if the file is not in it."""
   line, frame = 0, error.__traceback__
   while frame is not None:
     if frame.tb_frame.f_code.co_filename == str(path):
@@ -320,8 +327,8 @@ def add_process_flags(parser: Parser) -> None:
   parser.add_argument(
     '--peer_timeout_s',
     type=int,
-    # Far more than a busy host or network takes, far less than a pod's time is worth.
+    # Longer than delays of a busy host or network, and short compared with a training run.
     default=60,
     metavar='SECONDS',
-    help='seconds without a heartbeat after which another process counts as lost (default: 60)',
+    help='seconds without a heartbeat after which a process counts as lost (default: 60)',
   )

@@ -245,7 +245,7 @@ def base_config() -> ml_collections.ConfigDict:
 
 
 def set_variant(config: ml_collections.ConfigDict, variant: str | None) -> None:
-  """Applies a variant such as 'order=raster,tokens=discrete', the part after the colon in --config=FILE:VARIANT."""
+  """Applies a variant such as 'order=raster,tokens=discrete', which follows --config=FILE: ."""
   for part in (variant or '').split(','):
     key, _, value = part.partition('=')
     if key in ('order', 'tokens'):

@@ -115,14 +115,14 @@ def up(job: Job) -> list[str]:
 COMMANDS: dict[str, tuple[Callable[[Job], list[str]], str, tuple[str, ...]]] = {
   'create': (create, 'request the machines', ('accelerator',)),
   'wait': (wait, 'wait until the machines are ready', ()),
-  'install': (install, 'install or update on all workers', ('repo',)),
+  'install': (install, 'install or update the code on all workers', ('repo',)),
   'train': (
     train,
-    'start training on all workers where it is not running',
+    'start training on all workers that are not training',
     ('bucket', 'run', 'flags'),
   ),
   'logs': (logs, 'follow the log of the first worker', ()),
-  'stop': (stop, 'save a checkpoint and stop on all workers', ()),
+  'stop': (stop, 'save a checkpoint and stop training on all workers', ()),
   'delete': (delete, 'delete the machines', ()),
   'up': (
     up,
@@ -191,12 +191,14 @@ def read_arguments(argv: list[str]) -> tuple[str, Job, bool]:
     JobError: a flag is missing or not valid.
   """
   parser = _Parser(
-    usage='tpu_vm.py COMMAND [options] [-- flags for fluid_jax.main]',
+    usage='python3 launch/tpu_vm.py COMMAND [options] [-- flags for fluid_jax.main]',
     description='\n'.join(f'{name:8} {text}' for name, (_, text, _) in COMMANDS.items()),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument('command', choices=COMMANDS, metavar='COMMAND')
+  parser.add_argument(
+    'command', choices=COMMANDS, metavar='COMMAND', help='one of the commands above'
+  )
   parser.add_argument(
     '--dry_run', action='store_true', help='print the commands and do not run them'
   )
@@ -204,13 +206,16 @@ def read_arguments(argv: list[str]) -> tuple[str, Job, bool]:
   parser.add_argument('--zone', default='', help='zone, such as us-east5-a')
   parser.add_argument('--project', default='', help='project ID')
   parser.add_argument('--accelerator', default='', help='one slice, such as v5p-128 or v6e-64')
-  parser.add_argument('--runtime', default='', help='TPU software (default: the usual one)')
-  parser.add_argument('--slices', type=int, default=1, help='number of slices')
+  parser.add_argument('--runtime', default='', help='TPU software (default: by accelerator)')
+  parser.add_argument('--slices', type=int, default=1, help='number of slices (default: 1)')
   parser.add_argument(
-    '--create_flag', action='append', default=[], help='flag for gcloud, as --create_flag=--spot'
+    '--create_flag',
+    action='append',
+    default=[],
+    help='additional flag for gcloud, as in --create_flag=--spot; may be repeated',
   )
   parser.add_argument('--repo', default='', help='URL for git fetch on the workers')
-  parser.add_argument('--ref', default='main', help='branch, tag or commit')
+  parser.add_argument('--ref', default='main', help='branch, tag or commit (default: main)')
   parser.add_argument('--bucket', default='', help='name of the bucket, without gs://')
   parser.add_argument('--run', default='', help='folder in the bucket, used as the workdir')
   split = argv.index('--') if '--' in argv else len(argv)

@@ -33,7 +33,7 @@ def make_parser() -> cli.Parser:
     type=int,
     default=1,
     metavar='N',
-    help='number of slices, connected by the data-centre network (default: 1)',
+    help='number of slices, connected by the data-center network (default: 1)',
   )
   parser.add_argument(
     '--mesh',
@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
     '--what', choices=('train', 'sample'), default='train', help='what to compile (default: train)'
   )
   parser.add_argument(
-    '--json', action='store_true', help='also print the report as JSON; a list if there are several'
+    '--json', action='store_true', help='also print the report, or a list of reports, as JSON'
   )
   parser.add_argument('--save', metavar='FILE', help='write the executable (one layout only)')
   parser.add_argument(
@@ -60,7 +60,7 @@ def make_parser() -> cli.Parser:
   parser.add_argument(
     '--fast',
     action='store_true',
-    help='compile with little optimization: a third of the time, but no estimate of the step time',
+    help='optimize less: compiles in a third of the time, but does not estimate the step time',
   )
   parser.add_argument(
     '--compiler_option',

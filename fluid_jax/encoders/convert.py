@@ -363,12 +363,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     'Copies the tensors of a PyTorch checkpoint to a safetensors file.\nNo code in the checkpoint '
     'runs, and PyTorch is not needed.',
   )
-  parser.add_argument('path', type=pathlib.Path, help='.pt, .pth, .ckpt or .pkl file of torch.save')
+  parser.add_argument(
+    'path', type=pathlib.Path, help='.pt, .pth, .ckpt or .pkl file written by torch.save'
+  )
   parser.add_argument('out', type=pathlib.Path, help='.safetensors file to write')
   parser.add_argument(
     '--key',
     help="entry of the checkpoint to convert, such as state_dict or model_ema; '.' for all "
-    '(default: the only one with tensors)',
+    '(default: the only entry with tensors)',
   )
   args = parser.read(sys.argv[1:] if argv is None else argv)
   print(convert(args.path, args.out, args.key))

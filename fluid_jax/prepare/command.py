@@ -13,15 +13,15 @@ from fluid_jax.data import records
 from fluid_jax.prepare import filters, images, ingest, sources, tables
 
 _DESCRIPTION = """\
-Prepares data for training, once and in advance.
+Prepares data for training.
 
   python -m fluid_jax.prepare --stage=ingest --source=webdataset --path='in/*.tar' --out=DIR
   python -m fluid_jax.prepare --stage=encode --config=CONFIG --out=DIR
   python -m fluid_jax.prepare --stage=measure --config=CONFIG
 
-ingest turns image-caption pairs into a record set that is checked, filtered and shuffled. To train
-on it, use --config.data.task=DIR. encode runs the frozen encoders of a config over its task and
-stores their outputs. Both stages resume if they are interrupted and run again. measure prints the
+ingest checks, filters and shuffles image-caption pairs and writes them to a record set. To train on
+it, use --config.data.task=DIR. encode runs the frozen encoders of a config on its task and stores
+their outputs. If ingest or encode is interrupted, the same command resumes it. measure prints the
 mean and scale that normalise each latent channel to mean 0 and variance 1; it writes nothing."""
 
 _UNITS = {'examine': 'units', 'gather': 'shards'}  # of the progress of each pass
@@ -41,7 +41,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _parser() -> cli.Parser:
   parser = cli.Parser('python -m fluid_jax.prepare', _DESCRIPTION, settings=config_lib.Config)
-  parser.add_argument('--stage', choices=['ingest', 'encode', 'measure'], help='what to do')
+  parser.add_argument('--stage', choices=['ingest', 'encode', 'measure'], help='stage to run')
   parser.add_argument(
     '--out', metavar='DIR', help='ingest and encode: folder of the new set, local or in a bucket'
   )
@@ -80,7 +80,7 @@ def _add_source_flags(parser: cli.Parser) -> None:
     type=_words,
     default=(),
     metavar='FIELD=COLUMN,...',
-    help='columns that do not have the usual names; fields: image, text, text.fr (captions in '
+    help='columns with other names than the usual ones; fields: image, text, text.fr (captions in '
     'French), key, lang, score',
   )
   group.add_argument(
@@ -103,12 +103,12 @@ def _add_filter_flags(parser: cli.Parser) -> None:
       help=f'{description} (default: {default})',
     )
 
-  add('min_side', 1, 1, 'smallest shorter side, in pixels')
-  add('max_aspect', 0, 0.0, 'largest ratio of the longer to the shorter side; 0: no limit', float)
-  add('max_pixels', 1, 32_000_000, 'largest number of pixels, checked before decoding')
-  add('max_bytes', 1, 50_000_000, 'largest file, in bytes, checked before reading')
-  add('min_caption', 1, 1, 'smallest length of a caption, in characters')
-  add('max_caption', 1, 2000, 'largest length of a caption, in characters')
+  add('min_side', 1, 1, 'minimum length of the shorter side, in pixels')
+  add('max_aspect', 0, 0.0, 'maximum ratio of the longer to the shorter side; 0: no limit', float)
+  add('max_pixels', 1, 32_000_000, 'maximum number of pixels, checked before decoding')
+  add('max_bytes', 1, 50_000_000, 'maximum size of a file, in bytes, checked before reading')
+  add('min_caption', 1, 1, 'minimum length of a caption, in characters')
+  add('max_caption', 1, 2000, 'maximum length of a caption, in characters')
   group.add_argument(
     '--languages',
     type=_words,
@@ -120,7 +120,7 @@ def _add_filter_flags(parser: cli.Parser) -> None:
     '--min_score',
     type=float,
     metavar='X',
-    help='smallest value of the score column (default: no limit)',
+    help='minimum value of the score column (default: no limit)',
   )
   group.add_argument(
     '--near_duplicates',
@@ -137,7 +137,7 @@ def _add_set_flags(parser: cli.Parser) -> None:
   group.add_argument(
     '--split',
     metavar='NAME',
-    help='split of the pairs (default: train; validation for the COCO evaluation sets)',
+    help='split to write (default: train; validation for the COCO evaluation sets)',
   )
   group.add_argument(
     '--validation_fraction',
@@ -170,7 +170,7 @@ def _add_set_flags(parser: cli.Parser) -> None:
   group.add_argument(
     '--beam',
     metavar='FLAGS',
-    help="run as an Apache Beam pipeline with these flags of Beam, as in --beam='--runner=...'",
+    help="run as an Apache Beam pipeline with these Beam flags, as in --beam='--runner=...'",
   )
 
 

@@ -1,4 +1,4 @@
-"""Lists the examples that a training step reads, and draws their images.
+"""Lists the examples that a training step reads, and writes their images to a file.
 
   python -m fluid_jax.prepare.inspect --config=CONFIG --step=123 [--image=batch.png]
 
@@ -54,7 +54,7 @@ def decode_images(config: config_lib.Config, batch: dict[str, np.ndarray]) -> np
 def _parser() -> cli.Parser:
   parser = cli.Parser(
     'python -m fluid_jax.prepare.inspect',
-    'Lists the keys and captions of the batch that a training step reads, and draws its images.\n\n'
+    'Lists the keys and captions of the batch of a training step; --image writes its images.\n\n'
     'example:\n'
     '  python -m fluid_jax.prepare.inspect --config=demo --step=123 --image=batch.png',
     settings=config_lib.Config,
@@ -63,14 +63,14 @@ def _parser() -> cli.Parser:
     '--step',
     type=cli.number(int, 1),
     default=1,
-    help='the training step, counted from 1 as in training (default: 1)',
+    help='training step, counted from 1 (default: 1)',
   )
   parser.add_argument('--image', metavar='FILE', help='write the images to this PNG file')
   parser.add_argument(
     '--num_images',
     type=cli.number(int, 1),
     default=64,
-    help='number of images to draw, from the start of the batch (default: 64)',
+    help='maximum number of images to write, from the start of the batch (default: 64)',
   )
   return parser
 

@@ -22,26 +22,41 @@ _DESCRIPTION = """Samples images from a trained model and writes them as a grid,
 
 def make_parser() -> cli.Parser:
   parser = cli.Parser('python -m fluid_jax.sample', _DESCRIPTION)
-  parser.add_argument('--workdir', help='workdir of training, or an export')
-  parser.add_argument('--prompt', action='append', default=[], help='text; may be repeated')
+  parser.add_argument('--workdir', help='workdir of a training run, or an export')
+  parser.add_argument('--prompt', action='append', default=[], help='prompt; may be repeated')
   parser.add_argument('--prompts_file', type=pathlib.Path, help='file with one prompt per line')
   parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('grid.png'), help='PNG (default: grid.png)'
+    '--out',
+    type=pathlib.Path,
+    default=pathlib.Path('grid.png'),
+    help='PNG (default: grid.png)',
   )
-  parser.add_argument('--animation', type=pathlib.Path, help='also write a GIF of the sampling')
+  parser.add_argument('--animation', type=pathlib.Path, help='GIF file of the sampling steps')
   parser.add_argument('--seed', type=int, default=0, help='seed of the first column (default: 0)')
   parser.add_argument('--num_images', type=int, default=4, help='images per prompt (default: 4)')
   sampling = parser.add_argument_group("sampling settings (default: the config's)")
   sampling.add_argument('--num_steps', type=int, help='autoregressive steps in random order')
-  sampling.add_argument('--num_diffusion_steps', type=int, help='2 to 1000; continuous tokens only')
-  sampling.add_argument('--guidance_scale', type=float, help="1 for none, 0 for the paper's")
-  sampling.add_argument('--guidance_schedule', choices=('linear', 'constant'))
-  sampling.add_argument('--temperature', type=float, help="0 for the paper's")
+  sampling.add_argument(
+    '--num_diffusion_steps', type=int, help='denoising steps per continuous token, 2 to 1000'
+  )
+  sampling.add_argument(
+    '--guidance_scale', type=float, help="1: no guidance; 0: the paper's value for the variant"
+  )
+  sampling.add_argument(
+    '--guidance_schedule', choices=('linear', 'constant'), help='guidance scale over the steps'
+  )
+  sampling.add_argument(
+    '--temperature',
+    type=float,
+    help="factor of the noise, or softmax temperature; 0: the paper's value for the variant",
+  )
   loading = parser.add_argument_group('loading')
-  loading.add_argument('--weights', choices=('ema', 'raw'), default='ema', help='default: ema')
+  loading.add_argument(
+    '--weights', choices=('ema', 'raw'), default='ema', help='averaged (default) or raw'
+  )
   loading.add_argument('--step', type=int, help='checkpoint step (default: the newest valid one)')
   loading.add_argument('--tokenizer', help='name of the image tokenizer, if the config has none')
-  loading.add_argument('--tokenizer_path', help="image tokenizer, if not at the config's path")
+  loading.add_argument('--tokenizer_path', help="its weights, if not at the config's path")
   loading.add_argument('--t5_path', help="weights of T5, if not at the config's path")
   loading.add_argument('--vocabulary', help="vocabulary of T5, if not at the config's path")
   return parser

@@ -13,14 +13,17 @@ Trains an image tokenizer, a KL-VAE or a VQGAN, on the images of a task.
 
   python -m fluid_jax.train_tokenizer --config=tokenizer_kl --workdir=runs/kl
 
-When done, it writes tokenizer.safetensors to the workdir and prints the flags that train Fluid on
-its tokens. The same command resumes a run that was interrupted.
+At the end it writes tokenizer.safetensors to the workdir and prints the flags for training Fluid
+on its tokens. If a run is interrupted, the same command resumes it.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.Parser(
-    'python -m fluid_jax.train_tokenizer', _DESCRIPTION, settings=tokenizer_config.Config
+    'python -m fluid_jax.train_tokenizer',
+    _DESCRIPTION,
+    settings=tokenizer_config.Config,
+    example='tokenizer_kl',
   )
   cli.add_run_flags(parser)
   words = sys.argv[1:] if argv is None else argv

@@ -49,7 +49,7 @@ class Losses:
 
   l1: float = 1.0  # mean absolute error
   l2: float = 0.0  # mean squared error
-  kl: float = 1e-6  # KL divergence in nats, divided by the pixel values per image ('kl' only)
+  kl: float = 1e-6  # KL divergence in nats / number of pixel values of an image ('kl' only)
   commitment: float = 0.25  # squared distance of encodings to their codes ('vq' only)
   perceptual: float = 0.0  # LPIPS; needs vgg_path
   vgg_path: str = ''  # safetensors of VGG-16 with torchvision's names

@@ -29,7 +29,7 @@ def read_images(task: str, split: str, size: int) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.Parser('python -m fluid_jax.train_tokenizer.patches', _DESCRIPTION)
-  parser.add_argument('--task', default='emoji', help='task to fit on (default: emoji)')
+  parser.add_argument('--task', default='emoji', help='task with the images (default: emoji)')
   parser.add_argument(
     '--size', type=int, default=64, help='side of the images in pixels (default: 64)'
   )
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     '--out',
     type=pathlib.Path,
     default=patches.WEIGHTS,
-    help='folder to write to (default: that of the weights in the package)',
+    help='folder for the weights (default: the one in the package)',
   )
   args = parser.read(sys.argv[1:] if argv is None else argv)
   if args.size % args.patch:
