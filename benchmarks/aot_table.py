@@ -21,7 +21,7 @@ BEGIN, END = '<!-- aot table -->', '<!-- end of aot table -->'
 SIZES = ('10b', '3b', '1b', '665m', '369m', '150m')
 TOPOLOGIES = ('v5p-512', 'v6e-256', 'v5e-256', 'v5p-128', 'v4-128')
 # Flags by (size, topology) where the default layout does not fit or is not the best one. If there
-# are several, the table shows the best. Shards of 16 rows fill whole tiles and need no copies.
+# are several, the table shows the best. Shards of 16 rows fill complete tiles and need no copies.
 SQUARE = ('--mesh=replica=16,fsdp=16',)
 SIDE = ('--mesh=replica=32,fsdp=8',)
 IN_2, IN_4 = (f'--config.optimizer.accumulation_steps={count}' for count in (2, 4))

@@ -38,8 +38,8 @@ def main() -> None:
     encoders = frozen.make(config)
     encoder_params = frozen.load(config, encoders, sharding.make_mesh(config))
     sampler = sample.Sampler(config, step.make_model(config), encoders, encoder_params)
-    drawn, _ = sampler.sample(params, names, range(len(names)))
-    found = quality.measure(images, np.asarray(drawn))
+    sampled, _ = sampler.sample(params, names, range(len(names)))
+    found = quality.measure(images, np.asarray(sampled))
     rows = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').open())
     losses = [row['validation/loss_ema'] for row in rows if 'validation/loss_ema' in row]
     print(

@@ -73,7 +73,7 @@ def jpeg(number: int) -> bytes:
 
 def example(workload: str, number: int) -> tuple[str, bytes, list[str]]:
   """Key, `tf.train.Example` and languages, as `prepare.ingest` and `prepare.encode` write them."""
-  key, text = f'{number:06d}', f'picture {number:06d} of a hill, a roof and some of the sky above'
+  key, text = f'{number:06d}', f'image {number:06d} of a hill, a roof and some of the sky above'
   if workload == 'images':
     features = {'image': jpeg(number), 'key': key, 'text': [text], 'lang': ['en']}
     return key, examples.encode(features), ['en']

@@ -25,7 +25,7 @@ __all__ = ['load', 'train']
 # Read by libraries when they are imported. `etils.epath` would load TensorFlow for paths in
 # buckets, and knows only gs:// then; without it they go through fsspec (extras [gcs] and [s3]).
 os.environ.setdefault('EPATH_USE_TF', 'false')
-# TensorFlow and XLA print notes about GPUs and CPU features that are of no use here.
+# TensorFlow and XLA print notes about GPUs and CPU features, which are hidden here.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Pipeline:
 
   Args:
     path: the workdir of a training run, or an export.
-    **kwargs: weights, step, tokenizer_path, t5_path, vocabulary.
+    **kwargs: weights, step, tokenizer, tokenizer_path, t5_path, vocabulary.
 
   Returns:
     A model with the method `sample`.
@@ -56,7 +56,7 @@ def train(
     workdir: folder for checkpoints and metrics.
 
   Returns:
-    0 when training is complete, 42 if SIGTERM ended it after a checkpoint.
+    0 when training is complete, 42 if SIGTERM arrived and a checkpoint was saved.
 
   Raises:
     UserError: the config, the data or the workdir is not valid.

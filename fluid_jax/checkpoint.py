@@ -12,8 +12,8 @@ config, data state, versions. A step without a valid manifest is not a checkpoin
 
 `python -m fluid_jax.export` converts a checkpoint to safetensors and back.
 
-The directory is a POSIX path that all processes share. Every process calls every method, in the
-same order. Only process 0 verifies, decides, writes manifests and deletes.
+The directory is a POSIX path that all processes can access. Every process calls every method, in
+the same order. Only process 0 verifies, decides, writes manifests and deletes.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from fluid_jax import errors, manifest
 
 _STEP = re.compile(r'\d{8,}')
 _LEFTOVER = re.compile(r'\d{8,}\.(deleted|orbax-checkpoint-tmp).*')
-_BARRIER_TIMEOUT_S = 1200  # process 0 may hash a large step; Orbax allows its saves as much
+_BARRIER_TIMEOUT_S = 1200  # process 0 may hash a large step; Orbax has the same limit for a save
 _barrier_ids = itertools.count()
 
 

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom; Fluid and image tokenizers share it."""
+"""The training loop of Fluid and of image tokenizers."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ RESUMABLE += ('sampling.', 'mesh.', 'data.max_corrupt_fraction')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What to train, and how.
+  """A training job: the model, its data and its programs.
 
   Attributes:
     config: resolved; has `name`, `train` (a `config.Run`) and `data`.

@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard, metrics.jsonl, and lines on standard output."""
+"""Writes metrics to TensorBoard, to metrics.jsonl, and as lines to standard output."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import numpy as np
 
 from fluid_jax import files, startup
 
-# TensorBoard runs. Equal tags of different runs share a chart, so that training and validation
-# loss are curves of one plot and over-fitting is visible.
+# TensorBoard runs. TensorBoard shows equal tags of different runs in one chart. Training and
+# validation loss have the same tag, so that overfitting is visible.
 _RUNS = ('train', 'validation_ema', 'validation_raw')
 
 
@@ -161,15 +161,15 @@ class Timer:
 
 
 class Progress:
-  """Prints every 5 seconds how much is done, how fast, and how long the rest takes."""
+  """Prints the progress, the speed and the remaining time every 5 seconds."""
 
   def __init__(self, label: str, done: int, total: int, unit: str, is_active: bool = True):
     """Starts the clock.
 
     Args:
       label: first word of the line.
-      done: what an earlier process has done.
-      total: what there is to do.
+      done: number of units done by earlier processes.
+      total: total number of units.
       unit: plural noun.
       is_active: whether this process prints.
     """

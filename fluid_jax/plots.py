@@ -1,4 +1,4 @@
-"""Images put together: grids with captions, and animations of sampling."""
+"""Grids of images with captions, and animations of sampling."""
 
 import functools
 import math
@@ -125,7 +125,7 @@ def _load(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def _font_of(character: str) -> str:
-  """The path of a font that has the character; DejaVu Sans, which draws a box, if there is none."""
+  """The path of a font that has the character; if there is none, DejaVu Sans, which has a box."""
   if _has(str(_FONT), character):
     return str(_FONT)
   query = ['fc-match', '--format=%{file}', f':charset={ord(character):x}']

@@ -78,7 +78,7 @@ def _get(c: Any, path: str) -> Any:
 
 
 def check_run(c: Any) -> list[str]:
-  """Problems of `c.data`, `c.optimizer` and `c.mesh`, which all training shares."""
+  """Problems of `c.data`, `c.optimizer` and `c.mesh`, which models and tokenizers have."""
   problems = []
   if not 0 <= c.data.max_corrupt_fraction < 1:
     problems.append(

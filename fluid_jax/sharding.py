@@ -175,7 +175,7 @@ def num_shards(mesh: Mesh) -> int:
 
 
 def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
-  """Raises UserError unless `count` things can be split evenly over the data-parallel devices.
+  """Raises UserError unless `count` units can be split evenly over the data-parallel devices.
 
   Args:
     mesh: of all devices.
@@ -185,7 +185,8 @@ def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
   """
   if count % num_shards(mesh):
     raise errors.UserError(
-      f'{num_shards(mesh)} data-parallel devices cannot share {count} {unit} evenly: {remedy}.',
+      f'{count} {unit} cannot be split evenly over {num_shards(mesh)} data-parallel devices: '
+      f'{remedy}.',
       errors.DEVICES,
     )
 

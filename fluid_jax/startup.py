@@ -1,4 +1,4 @@
-"""What every start does: compiled programs come from a cache, and TensorFlow loads silently."""
+"""Start-up of all commands: the compilation cache, and a silent import of TensorFlow."""
 
 import contextlib
 import functools

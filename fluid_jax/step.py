@@ -41,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """What the steps need besides arrays: made once per start by `make_components`.
+  """Objects that the steps use besides arrays; `make_components` makes them once per start.
 
   Attributes:
     config: resolved.
@@ -171,7 +171,7 @@ def gradients(
     )
 
   def split(a):
-    """(B, ...) -> (parts, B / parts, ...): whole groups in turn, which keeps them on one device."""
+    """(B, ...) -> (parts, B / parts, ...): groups in rotation, so each stays on one device."""
     a = a.reshape(-1, num_parts, group_size, *a.shape[1:])
     return jnp.moveaxis(a, 1, 0).reshape(num_parts, -1, *a.shape[3:])
 
@@ -208,7 +208,7 @@ def loss(
     batch: arrays with the rows `example_B`, see `batch_shapes`.
     encoder_params: parameters of the frozen encoders.
     key: PRNG key. Randomness depends on it and on `example_B` only.
-    example_B: int32, indices of the examples; whole groups of `model.mask_group_size`.
+    example_B: int32, indices of the examples; complete groups of `model.mask_group_size`.
     drop_rate: fraction of examples whose text is dropped.
     per_example: sum over each example instead of over the batch.
 

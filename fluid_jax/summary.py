@@ -52,7 +52,7 @@ def _component(path: str) -> str:
 
 
 def describe(config: config_lib.Config) -> str:
-  """The text that `--validate_only` prints: a table and what the frozen encoders cost."""
+  """The text that `--validate_only` prints: a table, and the cost of the frozen encoders."""
   params = count_params(config)
   image = flops.forward_flops(config)
   batch = config.train.batch_size

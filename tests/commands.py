@@ -1,4 +1,4 @@
-"""Runs the commands as a user does, in processes of their own."""
+"""Runs the commands as a user does, in separate processes."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What XLA compiles for a test runs once or twice: little optimisation, and a cache for all of them.
+# Compiled programs of tests run once or twice, so they are optimized little, and cached.
 _ENVIRONMENT = {
   'PYTHONPATH': str(ROOT),
   'TF_CPP_MIN_LOG_LEVEL': '3',
@@ -22,7 +22,7 @@ def start(
 ) -> subprocess.Popen[str]:
   """Starts `python *args` at the root of the repository, output to pipes.
 
-  `env` is added to the environment; `options`, to `subprocess.Popen`, replace what is said here.
+  `env` is added to the environment; `options` of `subprocess.Popen` replace the defaults here.
   """
   env = {**os.environ, **_ENVIRONMENT, **(env or {})}
   env['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={num_devices}'

@@ -2,7 +2,7 @@
 
 import os
 
-# Both must be set before jax is imported. Each fake device needs a thread of its own, or
+# Both must be set before jax is imported. Each fake device needs its own thread, or
 # collectives deadlock.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '16'

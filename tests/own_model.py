@@ -1,4 +1,4 @@
-"""A head and an order of a user's own, registered from outside the package."""
+"""A user-defined head and order, registered from outside the package."""
 
 import flax.linen as nn
 import jax

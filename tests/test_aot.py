@@ -89,7 +89,7 @@ def test_layouts_are_compared_and_an_executable_is_saved(tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_gradients_are_sent_between_slices_once():
-  # Wide enough that the shards of kernels fill whole tiles; smaller shards are padded.
+  # Wide enough that the shards of kernels fill complete tiles; smaller shards are padded.
   report, text = compile_one(
     '--config=configs/tiny.py', '--topology=v5e-4', '--slices=2', '--fast',
     '--config.train.batch_size=32', '--config.model.width=512',
@@ -238,10 +238,10 @@ def test_a_loaded_executable_computes_the_same(tmp_path):
       "preset 'fsdp' does not use",
       3,
     ),
-    (['--config=configs/tiny.py', '--topology=v5e-8'], 'cannot share evenly', 3),
+    (['--config=configs/tiny.py', '--topology=v5e-8'], 'cannot be split evenly', 3),
     (
       ['--config=configs/tiny.py', '--topology=v5e-64', '--what=sample'],
-      '64 data-parallel devices cannot share 16 images evenly',
+      '16 images cannot be split evenly over 64 data-parallel devices',
       3,
     ),
     (['--config=configs/tiny.py', '--topology=v5e:32x32'], 'the largest slice of v5e is', 2),

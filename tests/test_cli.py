@@ -120,7 +120,7 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
   assert 'total 1.4 GB' in out
 
 
-# ---- Configs that cannot be ----
+# ---- Invalid configs ----
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tm
   assert caught.value.exit_code == errors.MISMATCH
 
 
-def test_a_broken_config_in_the_workdir_is_named(tmp_path):
+def test_a_corrupt_config_in_the_workdir_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"name": ')
   with pytest.raises(errors.UserError, match='is not valid JSON') as caught:
     loop.claim_workdir(tmp_path, {}, is_main_process=True)

@@ -101,10 +101,10 @@ def test_shards_and_selection(tmp_path):
 def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path):
   _write(tmp_path, {'a': b'first', 'b': b'second', 'c': b'third'})
   shard = tmp_path / 'train-00000.tfrecord'
-  whole, start, end = shard.read_bytes(), 21, 21 + 22  # record b
+  valid, start, end = shard.read_bytes(), 21, 21 + 22  # record b
   read = records.Records(tmp_path, 'train')
   for bit in range(8 * start, 8 * end):
-    corrupt = bytearray(whole)
+    corrupt = bytearray(valid)
     corrupt[bit // 8] ^= 1 << bit % 8
     shard.write_bytes(corrupt)
     with pytest.raises(errors.UserError, match=rf'train-00000.tfrecord .* byte {start} ') as error:
@@ -112,10 +112,10 @@ def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path):
     assert error.value.exit_code == errors.CORRUPT
     assert (read[0], read[2]) == (b'first', b'third')
   for size in range(end):
-    shard.write_bytes(whole[:size])
+    shard.write_bytes(valid[:size])
     with pytest.raises(errors.UserError, match=f'is truncated at byte {start} '):
       read[1]
-  shard.write_bytes(whole)
+  shard.write_bytes(valid)
   assert read[1] == b'second'
   shard.unlink()
   with pytest.raises(errors.UserError, match=r'train-00000\.tfrecord cannot be read') as error:
@@ -299,9 +299,9 @@ def test_resumes_bit_equal_at_any_step():
 )
 def test_a_process_reads_its_rows_of_the_global_batch(rows, shuffle):
   settings = {'batch_size': 12, 'seed': 1, 'start_step': 1, 'shuffle': shuffle}
-  whole, part = _stream(**settings), _stream(**settings, rows=np.array(rows))
+  full, part = _stream(**settings), _stream(**settings, rows=np.array(rows))
   for _ in range(2):
-    _assert_equal({name: array[rows] for name, array in next(whole).items()}, next(part))
+    _assert_equal({name: array[rows] for name, array in next(full).items()}, next(part))
 
 
 def test_every_epoch_has_every_example_once_in_its_own_order():

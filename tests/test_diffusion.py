@@ -150,7 +150,7 @@ def test_only_the_initial_noise_matters_at_temperature_0():
   np.testing.assert_array_equal(run(initial, others, temperature=0.0), x)
   assert np.abs(run(other, noises, temperature=0.0) - x).max() > 0.1
   assert np.abs(run(initial, others, temperature=1.0) - x).max() > 0.1
-  # The last step adds no noise, whatever the temperature.
+  # The last step adds no noise at any temperature.
   others[:-1] = noises[:-1]
   x = run(initial, noises, temperature=1.0)
   np.testing.assert_array_equal(run(initial, others, temperature=1.0), x)

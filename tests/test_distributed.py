@@ -217,13 +217,13 @@ def test_local_rows_match_the_devices_of_each_host_on_a_torus(monkeypatch):
   for shape in [(2, 4, 4), (4, 4, 2), (1, 16, 2), (1, 32, 1)]:
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     mesh = Mesh(placed, ('replica', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
-    # The batch has 3 rows per share; row r is in share r // 3 along the first two axes.
-    share_at = mesh.devices.reshape(-1, shape[2])
+    # The batch has 3 rows per part; row r is in part r // 3 along the first two axes.
+    part_at = mesh.devices.reshape(-1, shape[2])
     for host in range(8):
-      shares = {i for i, held in enumerate(share_at) for d in held if d.process_index == host}
+      parts = {i for i, held in enumerate(part_at) for d in held if d.process_index == host}
       monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
-      rows = sharding.local_rows(mesh, 3 * len(share_at))
-      assert rows.tolist() == sorted(3 * share + i for share in shares for i in range(3))
+      rows = sharding.local_rows(mesh, 3 * len(part_at))
+      assert rows.tolist() == sorted(3 * part + i for part in parts for i in range(3))
       num_consecutive += rows[-1] - rows[0] == len(rows) - 1
       num_rows += len(rows)
   assert num_consecutive < 4 * 8  # otherwise every host would have consecutive rows

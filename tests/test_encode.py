@@ -55,7 +55,7 @@ def digest_of(path):
 
 
 def raw_batch(config, split):
-  """Returns the images and token ids of a whole split, and its keys."""
+  """Returns the images and token ids of a complete split, and its keys."""
   stream = pipeline.Stream(
     'emoji_demo', split, pipeline.Options(
       batch_size=256, seed=0, image_size=config.image.size, text_length=config.text.length,

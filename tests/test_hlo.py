@@ -101,8 +101,8 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
   %begun = (f32[4]{0}, f32[32]{0}) fusion(%x), kind=kCustom, calls=%start
   %piece = f32[32]{0} get-tuple-element(%begun), index=1
-  %beside = f32[32]{0} fusion(%piece), kind=kOutput, calls=%carry, backend_config={"estimated_cycles":"700"}
-  %ended = f32[32]{0} fusion(%beside), kind=kCustom, calls=%end
+  %during = f32[32]{0} fusion(%piece), kind=kOutput, calls=%carry, backend_config={"estimated_cycles":"700"}
+  %ended = f32[32]{0} fusion(%during), kind=kCustom, calls=%end
   ROOT %reduced = f32[4]{0} fusion(%ended), kind=kCustom, calls=%scatter
 }
 """  # noqa: E501
@@ -140,7 +140,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %start.1 = ((f32[4]{0}), f32[32]{0}) call-start(%x), to_apply=%gather
   %call.1 = ((f32[4]{0}), f32[4]{0}) call-start(%x), to_apply=%other
   %call.2 = f32[4]{0} call-done(%call.1)
-  %whole = f32[32]{0} reduce-scatter(%x), replica_groups=[2,8]<=[16], to_apply=%other
+  %full = f32[32]{0} reduce-scatter(%x), replica_groups=[2,8]<=[16], to_apply=%other
   %done.1 = f32[32]{0} call-done(%start.1)
   %recv.1 = (f32[1,8,128]{2,1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv-done.1 = (f32[1,8,128]{2,1,0}, token[]) recv-done(%recv.1), channel_id=1, control-predecessors={%send-done.1, %send.1}

@@ -11,7 +11,7 @@ from fluid_jax.data import pipeline
 COMMAND = ('-m', 'fluid_jax.prepare.inspect', '--config=configs/tiny.py')
 
 
-def test_lists_and_draws_the_batch_of_a_step(tmp_path):
+def test_lists_the_batch_of_a_step_and_writes_its_images(tmp_path):
   out = tmp_path / 'batch.png'
   printed = commands.run_ok(*COMMAND, '--step=9', f'--image={out}', '--num_images=5')
   stream = pipeline.Stream(

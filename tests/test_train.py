@@ -139,7 +139,7 @@ def test_tensorboard_shows_metrics_images_and_config(uninterrupted):
   for name in names:
     run, tag = metrics.tensorboard_tag(name)
     assert tag in tags[run], name
-  # Equal tags, so that training and validation loss share a chart.
+  # Equal tags, so that training and validation loss are in one chart.
   for run, name in (
     ('train', 'train/loss'),
     ('validation_ema', 'validation/loss_ema'),

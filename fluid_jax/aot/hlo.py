@@ -211,7 +211,7 @@ def timeline(
   clock_hz: float,
   collective_seconds: Callable[[str, float, np.ndarray | None], float],
 ) -> Timeline:
-  """Simulates the schedule: one operation computes at a time, next to at most one collective.
+  """Simulates the schedule: one operation computes at a time, together with at most one collective.
 
   Collectives between slices use another network and therefore have their own queue.
 

@@ -99,7 +99,7 @@ def compile_program(
 
 
 def compile_fast() -> None:
-  """Lets XLA optimize little in this process: faster compilation, without an estimate of time."""
+  """Reduces the optimizations of XLA in this process: compiles faster, without time estimates."""
   jax.config.update('jax_optimization_level', 'O1')
 
 

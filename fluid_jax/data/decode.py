@@ -48,7 +48,7 @@ class Decoder:
     Raises:
       UserError: an item is not what the task's source declares.
     """
-    # The lowest bit decides about the flip and the others about the caption.
+    # The lowest bit selects the flip, and the others select the caption.
     draws = (bits >> np.uint64(1)).astype(np.int64)
     flips = (bits & np.uint64(1)).astype(bool)
     flips &= bool(self._options.random_flip and self._options.shuffle)
@@ -66,7 +66,7 @@ class Decoder:
       ]
     for example, name in zip(examples, names, strict=True):
       _check_kind(example.value, bytes, name)
-    # One element for all examples: one for each would take longer to pass on than to parse.
+    # One element for all examples, because passing one for each takes longer than parsing it.
     return [
       {
         'record': np.array([example.value for example in examples], object),
@@ -109,7 +109,7 @@ class Decoder:
         features = example.pop('features')
       return {**features, **example, 'languages': languages}
 
-    lengths = {'text': None}  # `_finish` cuts the text, because it counts the cuts
+    lengths = {'text': None}  # `_finish` truncates the text and counts the truncated ones
     dataset = dataset.map(parse)
     dataset = self.task.preprocess_precache(dataset, seed=0)
     dataset = self.task.preprocess_postcache(dataset, sequence_length=lengths, seed=0)

@@ -43,7 +43,7 @@ def _message(wanted: str) -> type[message.Message]:
     list_name = name.title().replace('_', '')
     add(proto.message_type.add(name=list_name), 'value', 1, type_name, is_repeated=True)
     add(feature, name, number, list_name).oneof_index = 0
-  # RawExample has the same wire format with features as bytes, so that not all need be parsed.
+  # RawExample has the same wire format with features as bytes, so that only some can be parsed.
   for kind_of, value in (('', 'Feature'), ('Raw', 'TYPE_BYTES')):
     features = proto.message_type.add(name=f'{kind_of}Features')
     entry = features.nested_type.add(name='FeatureEntry')

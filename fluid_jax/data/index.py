@@ -1,4 +1,4 @@
-"""Which examples each global batch holds: a pure function of (seed, step).
+"""The examples of each global batch, as a pure function of (seed, step).
 
 Global example number n = step * batch_size + row. In a mixture, a fixed pattern of the rates
 assigns each number to a task, and the examples of each task are numbered separately. For a task
@@ -62,7 +62,7 @@ class Index:
     return step * self._batch_size + np.arange(self._batch_size)
 
   def is_valid(self, numbers: np.ndarray) -> np.ndarray:
-    """False for the numbers that only fill up the last batch of an ordered epoch; bool [N]."""
+    """False for the numbers that only pad the last batch of an ordered epoch; bool [N]."""
     return (numbers < self.num_examples) | self._shuffle
 
   def has(self, step: int) -> bool:

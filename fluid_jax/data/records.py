@@ -36,7 +36,7 @@ from fluid_jax.data import sources
 INDEX = 'index.json'
 FORMAT = 2
 HEADER, FOOTER = 12, 4  # bytes around a payload
-_CACHED_ENTRIES = 128  # more than training reads from at once, see `order.WINDOW`
+_CACHED_ENTRIES = 128  # more than training reads at the same time, see `order.WINDOW`
 
 for _protocol in ('gcs', 's3'):  # other processes write too
   fsspec.config.conf.setdefault(_protocol, {}).setdefault('use_listings_cache', False)
@@ -266,13 +266,13 @@ def scan(path: epath.Path, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
     max_bytes: longer payloads are skipped.
 
   Yields:
-    The offset of each record, and its payload or, as text, what is wrong with it.
+    The offset of each record, and its payload or, as text, its fault.
   """
   size = path.stat().length
   with path.open('rb') as f:
     offset = read_again = 0
     while offset < size:
-      if read_again > 4 * max(size, 1 << 24):  # headers with wrong lengths cost too much
+      if read_again > 4 * max(size, 1 << 24):  # bounds the time that wrong lengths can take
         yield offset, 'file is corrupt'
         return
       f.seek(offset)

@@ -23,7 +23,7 @@ import safetensors
 from fluid_jax import cli, errors, files
 from fluid_jax.encoders import weights
 
-_MAX_DEPTH = 64  # of nested dictionaries; one that contains itself is endless
+_MAX_DEPTH = 64  # of nested dictionaries, because a dictionary may contain itself
 _LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # first bytes of torch.save before 1.6
 
 

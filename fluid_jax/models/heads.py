@@ -1,15 +1,15 @@
-"""Heads: how a token enters the decoder, what its loss is, and how a token is sampled.
+"""Heads: the embedding of a token in the decoder, its loss, and its sampling.
 
 A head is a Flax module with
 
-  tokens                      'continuous' or 'discrete': which kind of tokens it reads
+  tokens                      'continuous' or 'discrete'
   from_config(config, dtype)  class method that makes one
   embed                       tokens to decoder inputs
   sample_noise, loss          the noise that the loss needs, and the loss of packed positions
   empty_tokens, sampler       how tokens are sampled
-  *_flops                     what it costs
+  *_flops                     FLOPs of its parts
 
-To add one, write a class with these methods (`SoftmaxHead` is the shorter example) and enter it in
+To add one, write a class with these methods (`SoftmaxHead` is the shorter example) and add it to
 `HEADS`. The diffusion head is MAR's (models/diffloss.py): residual MLP blocks modulated by time and
 condition. With three blocks of two layers at the decoder's width it has the "six layers" that the
 paper reports; the paper does not describe the head further.

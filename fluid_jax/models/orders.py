@@ -1,8 +1,8 @@
-"""Token orders: which tokens are masked in training, and which are sampled at which step.
+"""Token orders: the tokens masked in training, and the tokens sampled at each step.
 
-An order decides the attention mask (`is_causal`), the decoder's inputs, which positions a training
-example predicts, and the sampling loop. To add one, derive from `Order` (or from `RandomOrder`, to
-change only the permutation of positions) and enter the class in `ORDERS`.
+An order defines the attention mask (`is_causal`), the decoder's inputs, the positions that a
+training example predicts, and the sampling loop. To add one, derive from `Order` (or from
+`RandomOrder`, to change only the permutation of positions) and add the class to `ORDERS`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Order(abc.ABC):
 
   Attributes:
     num_tokens: L, tokens per image.
-    group_size: consecutive examples that share one packing, see `pack`.
+    group_size: consecutive examples that are packed together, see `pack`.
     is_causal: whether a position attends only to itself and to earlier positions.
     is_sequential: whether each sampling step takes exactly one token.
   """

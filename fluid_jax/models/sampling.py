@@ -100,7 +100,7 @@ class Decoder:
     return jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:-1], length), kv.dtype), self.text_kv)
 
   def sample(self, z: jax.Array, positions_BxN: jax.Array, step: dict[str, jax.Array]) -> jax.Array:
-    """Tokens at the positions. Each position has its own key, whatever else is sampled."""
+    """Tokens at the positions. Each position has its own key, independent of the others."""
     keys_BxN = jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(
       self.token_keys_B, positions_BxN
     )

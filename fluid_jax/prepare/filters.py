@@ -86,7 +86,7 @@ class KeptPair(NamedTuple):
 class Counts:
   """Named histograms of the pairs, such as {'pairs dropped': {'min_side': 3}}.
 
-  Counts of parts of a source are merged into the counts of the whole.
+  Counts of parts of a source are merged into the counts of the source.
   """
 
   def __init__(self):
@@ -235,7 +235,7 @@ def read_unit(
         continue
       except images.RejectedError as error:
         reason, description = error.reason, str(error)
-      except Exception as error:  # an unforeseen error costs one pair, not the whole set
+      except Exception as error:  # an unexpected error drops only this pair
         reason, description = 'pair cannot be read', f'pair cannot be read ({error!r})'
     counts.add('pairs dropped', reason)
     if reason not in FILTERS and len(quarantine) < _MAX_QUARANTINE:

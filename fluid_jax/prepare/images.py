@@ -57,7 +57,7 @@ class StoredImage(NamedTuple):
 
 
 def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> StoredImage:
-  """Checks an image and converts it, if needed, to a form that every decoder shows alike.
+  """Checks an image and converts it, if needed, for which all decoders give the same pixels.
 
   Args:
     data: the bytes of the file.
@@ -166,7 +166,7 @@ def near_duplicates(order: np.ndarray, perceptual: np.ndarray, distance: int) ->
   """Marks each image that is a near-duplicate of an image before it in the order; bool [N].
 
   Two images are near-duplicates if their hashes differ in at most `distance` bits. If such hashes
-  are cut into distance + 1 pieces, at least one piece is equal, so only images that share a piece
+  are cut into distance + 1 pieces, at least one piece is equal, so only images with an equal piece
   are compared. An image is marked even if the earlier image is itself marked. The result therefore
   does not depend on the order of comparisons.
 

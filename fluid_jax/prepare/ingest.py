@@ -205,7 +205,7 @@ def to_record(payload: bytes) -> tuple[str, bytes, list[str]]:
   return features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
 
 
-# ---- The whole ingestion ----
+# ---- Both passes ----
 
 
 def run(

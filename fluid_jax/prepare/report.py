@@ -1,4 +1,4 @@
-"""Draws report.png: histograms of a set, and of the pairs that were dropped."""
+"""Makes report.png: histograms of a set, and of the pairs that were dropped."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ _WIDTH, _LINE, _MARGIN, _LABEL = 420, 18, 16, 190  # pixels
 
 
 def draw(title: str, counts: Mapping[str, Mapping[str, int]]) -> Image.Image:
-  """Draws one panel of bars per counter; the longest bar fills the width of its panel."""
+  """Plots one panel of bars per counter; the longest bar fills the width of its panel."""
   height = (_BARS + 2) * _LINE + _MARGIN
   rows = -(-len(_PANELS) // _COLUMNS)
   size = (_COLUMNS * _WIDTH + _MARGIN, 2 * _LINE + rows * height + _MARGIN)

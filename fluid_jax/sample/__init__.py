@@ -1,1 +1,1 @@
-"""Draws images from prompts."""
+"""Samples images from prompts."""
