@@ -2,7 +2,7 @@
 
 Process 0 runs JAX's key-value store and monitors heartbeats. If a process is killed or stopped, a
 collective fails or its heartbeats stop, and JAX aborts the other processes. In both cases they exit
-with code 134 and an error message that says what to do.
+with code 134 and an error message that names the remedy.
 """
 
 import contextlib

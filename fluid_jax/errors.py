@@ -26,7 +26,7 @@ CRASH = 134
 class UserError(Exception):
   """An error that the user can fix; `run` prints it and exits with `exit_code`.
 
-  The message is one sentence that says what is wrong and what to do.
+  The message is one sentence that states the problem and the remedy.
   """
 
   def __init__(self, message: str, exit_code: int = CONFIG):

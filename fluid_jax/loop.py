@@ -276,7 +276,7 @@ def preemption_signal() -> Callable[[int], bool]:
 
   def on_sigterm(number, frame):
     received.append(number)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process immediately
 
   signal.signal(signal.SIGTERM, on_sigterm)
   return lambda step_number: bool(received)

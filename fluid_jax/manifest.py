@@ -55,7 +55,7 @@ def write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
   Args:
     path: the directory of the step; all its files are complete.
-    content: what to record besides the sizes and SHA-256 of the files.
+    content: values to record besides the sizes and SHA-256 of the files.
 
   Raises:
     OSError: a file cannot be read or the manifest cannot be written.

@@ -199,6 +199,6 @@ def duration(seconds: float) -> str:
 
 
 def log(text: str, is_active: bool = True) -> None:
-  """Prints a line at once."""
+  """Prints a line immediately."""
   if is_active:
     print(text, flush=True)

@@ -181,7 +181,7 @@ def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
     mesh: of all devices.
     count: size of the batch, in `unit`.
     unit: plural noun for the message.
-    remedy: what to change, for the message.
+    remedy: the change to suggest in the message.
   """
   if count % num_shards(mesh):
     raise errors.UserError(

@@ -43,7 +43,7 @@ class Job:
 
 
 class JobError(Exception):
-  """A job that cannot run. The message is one sentence that says what is wrong."""
+  """A job that cannot run. The message is one sentence that states the problem."""
 
 
 def create(job: Job) -> list[str]:

@@ -41,7 +41,7 @@ def run(
 
 
 def run_ok(*args: object, num_devices: int = 1) -> str:
-  """Runs `python *args`, which must succeed; returns what it printed."""
+  """Runs `python *args`, which must succeed; returns its output."""
   done = run(*args, num_devices=num_devices)
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout

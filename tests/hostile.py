@@ -29,7 +29,7 @@ class Kind(NamedTuple):
   """Input with a hostile item between the good pairs `before` and `after`."""
 
   make: Callable[[pathlib.Path], dict[str, Any]]  # writes it to a folder; returns fields of Options
-  reason: str | None  # by which the dropped pair is counted; None if the pair is kept
+  reason: str | None  # counted for the dropped pair; None if the pair is kept
   kept: frozenset[str] = BOTH  # keys
   location: str = ''  # pattern of the reported location
 

@@ -15,7 +15,7 @@ PROMPTS = ['red heart', 'pizza']
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A workdir that `fluid_jax.train` made in a process of its own."""
+  """A workdir that `fluid_jax.train` made in a separate process."""
   workdir = tmp_path_factory.mktemp('api') / 'run'
   script = f"""
 import fluid_jax

@@ -1,4 +1,4 @@
-"""Several processes in one run: their data, and what happens if they differ or die."""
+"""Several processes in one run: their data, and their exit if they differ or one is lost."""
 
 import contextlib
 import hashlib

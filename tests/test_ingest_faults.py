@@ -226,7 +226,7 @@ def test_other_modes_and_formats_are_converted(mode):
     np.testing.assert_array_equal(shown, expected, kind)
 
 
-def test_png_with_a_flipped_bit_is_rejected_or_decoded_alike_by_tensorflow():
+def test_png_with_a_flipped_bit_is_rejected_or_decoded_equally_by_tensorflow():
   import tensorflow as tf
 
   valid = hostile.encode(hostile.image(), 'PNG')

@@ -1,4 +1,4 @@
-"""What is installed, and what importing it costs."""
+"""The installed files, the structure of the package, and the cost of its imports."""
 
 import ast
 import functools

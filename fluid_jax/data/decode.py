@@ -46,7 +46,7 @@ class Decoder:
       Elements of a generator: one for all serialised examples, or one per example of features.
 
     Raises:
-      UserError: an item is not what the task's source declares.
+      UserError: an item does not match the declaration of the task's source.
     """
     # The lowest bit selects the flip, and the others select the caption.
     draws = (bits >> np.uint64(1)).astype(np.int64)
@@ -117,7 +117,7 @@ class Decoder:
     return dataset.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _check_features(self, specs: dict[str, tf.TensorSpec]) -> None:
-    """Raises UserError if the task's preprocessors do not give what a batch needs."""
+    """Raises UserError if the task's preprocessors do not give the features of a batch."""
     image, text = specs.get('image'), specs.get('text')
     problem = ''
     needs_image = not specs.keys() & {'image_moments', 'image_codes'}

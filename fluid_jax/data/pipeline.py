@@ -147,7 +147,7 @@ class Stream:
         if examples is None:
           return
         packed = self._decoders[task].pack(examples, rows.bits[ours])
-      except Exception as error:  # TensorFlow would turn it into an error of its own
+      except Exception as error:  # TensorFlow would convert it to its own error
         self._error = error
         raise
       yield from packed

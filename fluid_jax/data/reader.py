@@ -68,7 +68,7 @@ class Reader:
       return None
 
   def fetch_valid(self, task: int, position: int) -> Fetched:
-    """Reads the first valid example at or after `position`, continuing from the start if need be.
+    """Reads the first valid example at or after `position`, continuing from the start if needed.
 
     Raises:
       UserError: an example cannot be read, or too many are corrupt.

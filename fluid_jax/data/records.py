@@ -10,7 +10,7 @@ also read. Each of its records consists of
 `SHARD.json`, with the payload lengths and keys of its records. The offset of a record is the sum
 of length + 16 over the records before it. `index.json` lists the shards of each split in reading
 order, with the number of records and the SHA-256 of shard and entry. An entry is read when its
-shard is first used, so a set of any size opens at once.
+shard is first used, so a set of any size opens quickly.
 
 Directories are local or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
 """
@@ -92,7 +92,7 @@ def read_record(path: epath.Path, offset: int, length: int) -> tuple[bytes, str 
     length: length of the payload, in bytes.
 
   Returns:
-    The payload, and what is wrong with it: 'is truncated' and the like, or None.
+    The payload, and its fault, such as 'is truncated', or None.
 
   Raises:
     OSError: the file cannot be read.
@@ -138,7 +138,7 @@ class _Entry:
 
 
 class Records(Sequence):
-  """The payloads of one split by position, a `sources.RandomAccessSource`. Threads may share it.
+  """The payloads of one split by position, a `sources.RandomAccessSource`. It is safe for threads.
 
   Attributes:
     digest: SHA-256 of the index of these records: shards, their SHA-256 and languages, and with

@@ -333,7 +333,7 @@ def convert(path: pathlib.Path, out: pathlib.Path, key: str | None = None) -> st
     key: see `choose`.
 
   Returns:
-    A line that says what was written.
+    A line that describes the output.
 
   Raises:
     UserError: `path` cannot be read, or `out` cannot be written (exit code 6).

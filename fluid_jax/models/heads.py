@@ -113,7 +113,7 @@ class DiffusionHead(nn.Module):
     Args:
       z_RxD: the decoder's output at the packed positions.
       x_RxC: their tokens, float32.
-      noise: from `sample_noise`, packed alike: t_LxS (R, S) and noise_LxSxC (R, S, C).
+      noise: from `sample_noise`, packed in the same way: t_LxS (R, S) and noise_LxSxC (R, S, C).
 
     Returns:
       (R,) float32 each: `loss`, and its parts `mse` and `vlb` (bits).

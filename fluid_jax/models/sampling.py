@@ -44,7 +44,7 @@ class Decoder:
   """The model bound to its parameters and texts: the operations of an order's sampling loop.
 
   Under guidance the model runs on 2B rows, the conditional rows first. Arguments and results of the
-  methods have B rows, except `z`, which goes from `read` or `decode` to `sample` as it is.
+  methods have B rows, except `z`, which goes from `read` or `decode` to `sample` unchanged.
 
   Attributes:
     call: call('name', *args) applies a method of the model, call('head.name', *args) of its head.

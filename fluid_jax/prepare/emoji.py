@@ -78,10 +78,10 @@ def canonical(name: str) -> str:
 
 
 def base(key: str) -> str:
-  """The subject of an image without gender, hair and the like. All of a base is in one split.
+  """The subject of an image without gender, hair and the like. A base is in one split.
 
-  Each flag is a base, and all keycaps are one. A person with an object has the base of the object:
-  man, woman and person cooking have the same base as the cooking pan.
+  Each flag is a base, and all keycaps have the same base. A person with an object has the base of
+  the object: man, woman and person cooking have the same base as the cooking pan.
   """
   points = key.split('-')
   if is_flag(key):

@@ -37,7 +37,7 @@ class RejectedError(Exception):
   """A pair is rejected.
 
   Attributes:
-    reason: a short category, by which rejected pairs are counted.
+    reason: a short category, for the counts of rejected pairs.
   """
 
   def __init__(self, reason: str, detail: str = ''):
@@ -57,7 +57,7 @@ class StoredImage(NamedTuple):
 
 
 def read(data: bytes, *, max_pixels: int, store_side: int = 0) -> StoredImage:
-  """Checks an image and converts it, if needed, for which all decoders give the same pixels.
+  """Checks an image and converts it, if needed, so that all decoders give the same pixels.
 
   Args:
     data: the bytes of the file.
