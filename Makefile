@@ -43,7 +43,7 @@ lint: $(READY)
 
 # All tests of a file run in one process, because their fixtures train models for several tests.
 test: lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 clean:
 	rm -rf .venv demo build dist fluid_jax.egg-info .pytest_cache .ruff_cache

@@ -51,6 +51,23 @@ SMALL = {
 }
 
 
+# The files that take the longest start first, so that both workers finish at about the same time.
+_LONGEST = (
+  'test_distributed.py',
+  'test_train_tokenizer.py',
+  'test_train.py',
+  'test_frozen.py',
+  'test_encode.py',
+  'test_cli.py',
+  'test_models.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  order = {name: number for number, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope='session')
 def make_config():
   """A function from settings by dotted name to a small config with prepared tokens."""

@@ -1,4 +1,4 @@
-"""A head and an order from outside the package train, are saved, and sample."""
+"""A head, an order and a data source from outside the package train, are saved, and sample."""
 
 import json
 
@@ -13,12 +13,13 @@ from fluid_jax import config as config_lib
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A run of the command with `--config.model.module=own_model`."""
+  """A run of the command with the head and order of own_model.py and the data of squares.py."""
   workdir = tmp_path_factory.mktemp('extend')
   done = commands.run(
     '-m', 'fluid_jax.main', '--config=tiny', f'--workdir={workdir}',
     '--config.model.module=own_model', '--config.model.head=gaussian',
-    '--config.model.order=outward', '--config.train.num_steps=40',
+    '--config.model.order=outward', '--config.data.task=squares',
+    '--config.data.module=squares', '--config.data.languages=()', '--config.train.num_steps=40',
     '--config.train.eval_every=40', '--config.train.checkpoint_every=40',
     env={'PYTHONPATH': f'{commands.ROOT}:{commands.ROOT / "tests"}'},
   )  # fmt: skip
@@ -30,11 +31,14 @@ def test_the_loss_of_an_own_head_falls(workdir):
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   losses = [row['train/loss'] for row in rows if 'train/loss' in row]
   assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+  assert any('validation/loss_ema' in row for row in rows)
 
 
 def test_an_own_head_and_order_sample(workdir):
   model = fluid_jax.load(workdir)
-  images, sampled_at = model.sample_arrays(['red heart', 'pizza'], [0], {}, show_progress=False)
+  images, sampled_at = model.sample_arrays(
+    ['a red square', 'a blue square'], [0], {}, show_progress=False
+  )
   assert images.shape == (2, 32, 32, 3)
   assert np.ptp(images.astype(int)) > 20
   # 16 tokens in 4 steps, the 4 central ones of the 4 x 4 grid first.

@@ -534,7 +534,8 @@ def test_without_an_aligner_the_embedded_text_enters_the_decoder(make_config, ra
   model, params = step.make_model(with_model(config, dtype='float64')), random_params(config)
   assert 'aligner' not in params
   ids, mask = make_texts(config)
-  aligned, aligned_mask = model.apply({'params': params}, ids, mask, method='align')
+  align = jax.jit(lambda *args: model.apply({'params': params}, *args, method='align'))
+  aligned, aligned_mask = align(ids, mask)
   x = params['text_embedding']['embedding'][ids] + params['text_position_embedding']
   norm = params['aligner_norm']
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -544,7 +545,11 @@ def test_without_an_aligner_the_embedded_text_enters_the_decoder(make_config, ra
   np.testing.assert_array_equal(aligned_mask[has_text], mask[has_text])
   randomness = sample_randomness(model, params, jax.random.key(0), jnp.arange(BATCH))
   inputs = make_tokens(config), ids, mask, randomness
-  grads = jax.grad(lambda p: model.apply({'params': p}, *inputs, method='losses')['loss'].sum())(
-    params
-  )
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    return model.apply({'params': params}, *inputs, method='losses')['loss'].sum()
+
+  grads = gradient(params)
   assert np.abs(grads['text_embedding']['embedding']).max() > 0

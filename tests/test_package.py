@@ -210,7 +210,7 @@ def test_documents_use_flags_and_settings_that_exist(path):
   for module, rest in used:
     for flag in re.findall(r'--(?!config\.)(\w+)', rest):
       assert re.search(rf'  (-\w, )?--{flag}\b', help_of(module)), f'{module} has no --{flag}'
-  for group, name in re.findall(r'--config\.(\w+)\.(\w+)=', text):
+  for group, name in re.findall(r'--config\.([a-z]\w*)\.(\w+)=', text):
     known = [settings() for settings in (config_lib.Config, tokenizer_config.Config)]
     assert any(hasattr(getattr(c, group, None), name) for c in known), f'{group}.{name}'
 

@@ -273,6 +273,7 @@ def uninterrupted(request, tmp_path_factory):
 PYTHONPATH = f'{commands.ROOT}:{commands.ROOT}/tests'
 
 
+@pytest.mark.slow  # the loop is that of test_train.py
 @pytest.mark.parametrize('uninterrupted', ['vq'], indirect=True)  # its state has the most parts
 def test_a_stopped_and_killed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path):
   _, workdir, changes = uninterrupted
@@ -520,7 +521,7 @@ def test_a_wrong_setting_is_explained(changes, complaint):
   [
     ({'train.metric': 'os:nothing'}, "train.metric='os:nothing' cannot be called"),
     ({'data.task': 'emojis'}, "there is no task 'emojis' (did you mean 'emoji'?)"),
-    ({'losses.perceptual': 1.0, 'losses.vgg_path': 'absent'}, 'there is no absent'),
+    ({'losses.perceptual': 1.0, 'losses.vgg_path': 'absent'}, 'absent does not exist'),
   ],
 )
 def test_errors_are_found_before_the_workdir_is_created(changes, complaint, tmp_path):
