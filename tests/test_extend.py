@@ -1,14 +1,18 @@
 """A head, an order and a data source from outside the package train, are saved, and sample."""
 
+import functools
 import json
+import re
 
 import commands
+import jax
 import numpy as np
 import pytest
 
 import fluid_jax
-from fluid_jax import cli, errors
+from fluid_jax import cli, errors, step
 from fluid_jax import config as config_lib
+from fluid_jax.models import sampling
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +51,27 @@ def test_an_own_head_and_order_sample(workdir):
   for at in sampled_at:
     assert at[centre.ravel()].max() <= at[~centre.ravel()].min()
     assert at.max() == 3
+
+
+def test_the_recipe_of_the_readme_samples(make_config, random_params):
+  readme = (commands.ROOT / 'README.md').read_text()
+  (code,) = re.findall(r'```python\n# my_module.py\n(.*?)```', readme, re.DOTALL)
+  exec(code, {})
+  config = make_config({'model.head': 'noise', 'model.order': 'center'})
+  params = jax.tree.map(np.float32, random_params(config))
+  settings = sampling.Sampling(
+    num_steps=4,
+    guidance_scale=1.0,
+    guidance_schedule='constant',
+    temperature=1.0,
+    num_diffusion_steps=4,
+  )
+  generate = functools.partial(sampling.generate, step.make_model(config), sampling=settings)
+  ids = np.full((2, config.text.length), 5)
+  keys = jax.random.split(jax.random.key(0))
+  tokens, sampled_at = jax.jit(generate)(params, ids, ids > 0, keys)
+  assert np.isfinite(tokens).all()
+  assert np.asarray(sampled_at)[:, [5, 6, 9, 10]].max() <= np.asarray(sampled_at)[:, [0, 3]].min()
 
 
 def test_a_head_of_other_tokens_is_refused():

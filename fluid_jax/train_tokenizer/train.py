@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import errors, flops, loop, metrics, sharding, startup
+from fluid_jax import errors, flops, loop, metrics, plots, sharding, startup
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import kl_vae, latents, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
@@ -207,8 +207,7 @@ def sample_images(
   batches = _reconstructions(config, program, mesh, state.ema_params, 'validation')
   with contextlib.closing(batches):
     images, decoded, _ = (array[:_NUM_SHOWN] for array in next(batches))
-  rows = [np.concatenate(list(row), axis=1) for row in (images, decoded)]
-  return {'reconstructions': np.concatenate(rows)}
+  return {'reconstructions': plots.tile([*images, *decoded], len(images))}
 
 
 def export(
