@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, sharding
+from fluid_jax import errors, plots, sharding
 from fluid_jax.encoders import frozen, tokenizers
 from fluid_jax.train_tokenizer import losses as tokenizer_losses
 from fluid_jax.train_tokenizer import patches, quality
@@ -78,7 +78,7 @@ def main() -> None:
     print(f'| {name} | {found["psnr"]:.2f} | {found["ssim"]:.3f} | {bits} |')
     rows.append(decoded[::every][:NUM_SHOWN])
   if args.out:
-    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    grid = plots.tile([image for row in rows for image in row], len(rows[0]))
     Image.fromarray(grid).save(args.out)
 
 

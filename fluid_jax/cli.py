@@ -106,8 +106,9 @@ class Parser(argparse.ArgumentParser):
       UserError: a flag, the config file or a setting is wrong.
     """
     args, rest = self.parse_known_args(argv)
-    for word in rest:
-      if word.startswith('-') and not word.startswith('--config.'):
+    for before, word in zip(['', *rest], rest, strict=False):
+      is_value = before.startswith('--config.') and '=' not in before  # --config.a.b VALUE
+      if word.startswith('-') and not word.startswith('--config.') and not is_value:
         self._reject(word)
     if not args.config:
       raise errors.UserError(
@@ -206,7 +207,7 @@ def _find_config(name: str) -> pathlib.Path:
     for folder in CONFIG_FOLDERS:
       if (folder / f'{name}.py').is_file():
         return folder / f'{name}.py'
-  if path.with_suffix('.py').is_file():
+  if path.name and path.with_suffix('.py').is_file():
     raise errors.UserError(f'--config={name} is not a file: did you mean {path}.py?')
   close = difflib.get_close_matches(path.stem, config_names(), n=1, cutoff=0.5)
   hint = f'did you mean {close[0]}?' if close else f'known names: {", ".join(config_names())}.'

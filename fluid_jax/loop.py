@@ -244,7 +244,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process
   path = workdir / 'config.json'
   with files.writing(f'--workdir={workdir}'):
     workdir.mkdir(parents=True, exist_ok=True)
-    old = path.read_text() if path.exists() else None
+    old = path.read_bytes() if path.exists() else None
   if old is not None:
     try:
       changed = settings.differences(json.loads(old), config)

@@ -40,8 +40,8 @@ def run(
   return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
-def run_ok(*args: object, num_devices: int = 1) -> str:
+def run_ok(*args: object, num_devices: int = 1, env: Mapping[str, str] | None = None) -> str:
   """Runs `python *args`, which must succeed; returns its output."""
-  done = run(*args, num_devices=num_devices)
+  done = run(*args, num_devices=num_devices, env=env)
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout

@@ -282,3 +282,15 @@ def test_slices_have_the_documented_shapes(name, generation, shape):
   assert hardware.slice_shape(name) == (generation, shape)
   assert math.prod(shape) > 0
   assert all(hardware.has_wraparound(shape)) == (name not in ('v6e:2x4',))
+
+
+def test_the_command_uses_no_accelerator():
+  """JAX_PLATFORMS is set before the config, which imports JAX, is read."""
+  script = """
+import sys
+from fluid_jax.aot import command
+assert 'jax' not in sys.modules
+import jax
+assert jax.config.jax_platforms == 'cpu', jax.config.jax_platforms
+"""
+  commands.run_ok('-c', script, env={'JAX_PLATFORMS': ''})

@@ -133,6 +133,9 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
     ([TINY, '--wrkdir=x'], 'unknown flag --wrkdir; did you mean --workdir?'),
     (['--config=configs/tiny'], 'did you mean configs/tiny.py?'),
     (['--config=tyni'], 'did you mean tiny?'),
+    (['--config=:order=raster'], 'is neither a file nor the name of a config'),
+    (['--config=/'], 'is neither a file nor the name of a config'),
+    ([TINY, '--config.model.width', '-4'], 'model.width is -4; it must be above 0'),
     (['--config=tokenizer_kl'], 'network is not a setting'),
     ([TINY, '--config.model.width=wide'], '--config.model.width=wide'),
     ([TINY, '--config.train.sample_prompts=(1,)'], 'train.sample_prompts is (1,), which is not'),
@@ -284,10 +287,11 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(trained, tm
 
 
 def test_a_corrupt_config_in_the_workdir_is_named(tmp_path):
-  (tmp_path / 'config.json').write_text('{"name": ')
-  with pytest.raises(errors.UserError, match='is not valid JSON') as caught:
-    loop.claim_workdir(tmp_path, {}, is_main_process=True)
-  assert caught.value.exit_code == errors.CORRUPT
+  for content in (b'{"name": ', b'{"name": "\xff"}'):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(errors.UserError, match='is not valid JSON') as caught:
+      loop.claim_workdir(tmp_path, {}, is_main_process=True)
+    assert caught.value.exit_code == errors.CORRUPT
 
 
 def test_a_workdir_without_checkpoint_exits_with_5(tmp_path):

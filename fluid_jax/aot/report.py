@@ -21,12 +21,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# JAX reads these when it is imported. This machine has no TPU, and another process may hold libtpu.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-
 import jax
 import numpy as np
 from jax.experimental import serialize_executable, topologies

@@ -165,10 +165,10 @@ class Decoder:
       ids = tf.concat([ids[:-1][: length - 1], ids[-1:]], 0)  # keeps EOS
       row['text_ids'] = tf.ensure_shape(tf.pad(ids, [[0, length - tf.size(ids)]]), [length])
     if self._options.captions:
-      row['key'], row['text'] = (
-        example['key'],
-        example.get('text_pretokenized', example.get('text', '')),
-      )
+      caption = example.get('text_pretokenized', example.get('text', tf.constant('')))
+      # A task may provide ids without their text.
+      row['text'] = caption if caption.dtype == tf.string else tf.constant('')
+      row['key'] = example['key']
     return row
 
 

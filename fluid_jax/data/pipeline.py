@@ -106,7 +106,6 @@ class Stream:
     names = [task.name for task in task_list]
     self._reader = reader.Reader(task_name, dict(zip(names, self.sources, strict=True)), options)
     self._decoders = [Decoder(task, options) for task in task_list]
-    self._shuffle = options.shuffle
     self._rows = np.arange(options.batch_size) if rows is None else rows
     self.num_examples = self._index.num_examples
     self.step = start_step

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from fluid_jax import errors
+from fluid_jax.encoders import weights
 
 WEIGHTS = pathlib.Path(__file__).parent / 'weights'
 
@@ -201,7 +201,7 @@ def save(tokenizer: PatchPCA | PatchKMeans, path: pathlib.Path) -> None:
     for key, array in arrays.items()
   }
   meta = {'kind': tokenizer.name, 'patch': str(tokenizer.patch)}
-  safetensors.numpy.save_file(half, path, metadata=meta)
+  weights.save(half, pathlib.Path(path), meta)
 
 
 @functools.cache

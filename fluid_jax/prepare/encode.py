@@ -24,6 +24,7 @@ from fluid_jax.data import examples, pipeline, sources, tasks
 from fluid_jax.encoders import frozen, latents, tokenizers
 from fluid_jax.prepare import record_writer
 
+_MAX_EXAMPLES = 1 << 36  # of a split; more are computed, not stored
 PART_EXAMPLES = 1024  # per shard; about 160 MB with T5-XXL features of 20 tokens per text
 
 
@@ -241,6 +242,11 @@ def _encode_split(program: Encode, parts: record_writer.Writer, split: str) -> r
   stream = program.stream(split)
   num_examples = stream.num_examples
   stream.close()
+  if num_examples > _MAX_EXAMPLES:
+    raise errors.UserError(
+      f'split {split!r} has {num_examples:,} examples, too many to encode in advance: run the '
+      'encoders in the training step, with image.prepared=False.'
+    )
   count, process = jax.process_count(), jax.process_index()
   steps = max(1, PART_EXAMPLES * count // program.batch_size)
   num_parts = -(-num_examples // (steps * program.batch_size))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, startup
 from fluid_jax.data import examples, records
 from fluid_jax.prepare import tables, webdataset
 from fluid_jax.prepare.pairs import SUFFIXES, Fault, Pair, is_inside, short
@@ -238,6 +238,7 @@ class TFDS:
     self._split, self._columns = self._split or 'train', columns
 
   def _builder(self) -> Any:
+    startup.load_seqio()  # imports TensorFlow silently
     import tensorflow_datasets as tfds
 
     try:
@@ -262,6 +263,7 @@ class TFDS:
     return sum(-(-length // _UNIT_ROWS) for length in self._builder()[1])
 
   def read(self, unit: list[int]) -> Iterator[Pair | Fault]:
+    startup.load_seqio()  # imports TensorFlow silently
     import tensorflow_datasets as tfds
 
     builder, _ = self._builder()

@@ -14,7 +14,8 @@ _DESCRIPTION = """\
 Fits two patch tokenizers on the training split of a task: PCA (continuous tokens) and k-means
 (discrete tokens). Prints PSNR and SSIM on the validation split.
 
-  python -m fluid_jax.train_tokenizer.patches --size 64 --patch 8 --channels 16 --vocab_size 1024
+  python -m fluid_jax.train_tokenizer.patches --size 64 --patch 8 --channels 16 --vocab_size 1024 \
+      --out DIR
 """
 
 
@@ -40,13 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--vocab_size', type=int, default=1024, help='number of k-means codes (default: 1024)'
   )
-  parser.add_argument(
-    '--out',
-    type=pathlib.Path,
-    default=patches.WEIGHTS,
-    help='folder for the weights (default: the one in the package)',
-  )
+  parser.add_argument('--out', type=pathlib.Path, help='folder for the weights of both tokenizers')
   args = parser.read(sys.argv[1:] if argv is None else argv)
+  if args.out is None:
+    raise errors.UserError('--out is missing: give a folder for the weights.')
   if args.size % args.patch:
     raise errors.UserError(f'--size {args.size} is not divisible by --patch {args.patch}.')
   train = read_images(args.task, 'train', args.size)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import os
 import pathlib
@@ -22,6 +23,7 @@ from fluid_jax.train_tokenizer import config as tokenizer_config
 from fluid_jax.train_tokenizer import losses, quality, step
 
 _NUM_SHOWN = 8  # images in a grid of reconstructions
+_NUM_MEASURED = 10_000  # training images for the statistics of the latents
 
 
 def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> int:
@@ -220,27 +222,34 @@ def export(
   """Writes the averaged weights to `path`.
 
   For 'kl' the file also has the mean and the scale of each channel of the latents, measured on the
-  training split.
+  first images of the training split.
   """
   is_main_process = jax.process_index() == 0
   network, params = tokenizer_config.make_network(config), state.ema_params
   if isinstance(network, kl_vae.KLVAE):
     metrics.log('measuring the latents of the training split ...', is_main_process)
-    sums = [
-      latents.moment_sums(moments_BxLx2C.astype(np.float64))
-      for _, _, moments_BxLx2C in _reconstructions(config, program, mesh, params, 'train')
-    ]
+    batches = _reconstructions(config, program, mesh, params, 'train')
+    with contextlib.closing(batches):
+      sums = [
+        latents.moment_sums(moments_BxLx2C.astype(np.float64))
+        for _, _, moments_BxLx2C in itertools.islice(
+          batches, -(-_NUM_MEASURED // config.train.batch_size)
+        )
+      ]
     network = dataclasses.replace(network, **latents.statistics(sums))
   params = multihost_utils.process_allgather(params, tiled=True)
   if is_main_process:
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
     facts |= {'name': config.name, 'step': int(state.step)}
     trained.save(network, params, path, facts)
+  shape = f'--config.image.channels={config.network.channels}'
+  if config.network.kind == 'vq':
+    shape = f'--config.model.tokens=discrete --config.image.vocab_size={config.network.vocab_size}'
   metrics.log(
     f'wrote {path}; to train Fluid on its tokens, use\n'
     f'  --config.image.tokenizer=trained --config.image.tokenizer_path={path} '
     f'--config.image.prepared=False --config.image.size={config.data.image_size} '
-    f'--config.image.num_tokens={config.num_tokens}',
+    f'--config.image.num_tokens={config.num_tokens} {shape}',
     is_main_process,
   )
 
