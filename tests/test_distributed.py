@@ -358,6 +358,7 @@ def send_signal(run, index, number):
   return seconds
 
 
+@pytest.mark.slow
 def test_killed_process_ends_the_others_and_the_resumed_run_is_bit_equal(
   uninterrupted, launch, tmp_path
 ):

@@ -270,6 +270,7 @@ print(fraction)
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_encode_like_one():
   fraction = commands.run_ok('-c', _SHARDED, num_devices=8)
   assert float(fraction) > 0.5  # of the parameters are sharded

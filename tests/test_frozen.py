@@ -117,8 +117,14 @@ def prepared(config, encoder_params, batch):
   return arrays | {'image_codes': network.encode(params, batch['images'])}
 
 
-@pytest.mark.parametrize('tokens', small_encoders.IN_THE_STEP)
-@pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ('tokens', 'parts'),
+  [
+    ('continuous', 1),
+    ('discrete', 1),
+    pytest.param('continuous', 2, marks=pytest.mark.slow),
+  ],
+)
 def test_encoding_in_the_step_equals_prepared_outputs(make_config, small_networks, tokens, parts):
   settings = small_encoders.IN_THE_STEP[tokens] | {'optimizer.accumulation_steps': parts}
   config = make_config(settings)

@@ -316,6 +316,7 @@ def test_stop_also_ends_the_restart_loop(make_cloud, exit_code):
 # ---- The full sequence, with real training ----
 
 
+@pytest.mark.slow
 def test_full_sequence_from_create_to_delete(make_cloud, tmp_path):
   cloud = make_cloud(f'exec {shlex.quote(sys.executable)} "$@"', installed=False)
   (tmp_path / 'bin/gcsfuse').rename(tmp_path / 'bin/gcsfuse.uninstalled')

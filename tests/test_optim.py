@@ -284,6 +284,7 @@ def test_validation_loss_depends_only_on_the_example_and_its_index(config, five_
   assert (others['loss_B'] != sums['loss_B']).all()
 
 
+@pytest.mark.slow
 def test_int8_training_changes_the_gradients_only_slightly(config, random_params):
   params = random_params(config)
   model = dataclasses.replace(config.model, quantization='int8')

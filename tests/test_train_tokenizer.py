@@ -232,9 +232,8 @@ print(json.dumps([found, fraction]))
 """
 
 
-@pytest.mark.parametrize(
-  ('kind', 'fsdp'), [pytest.param('kl', 4, marks=pytest.mark.slow), ('vq', 1)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'fsdp'), [('kl', 4), ('vq', 1)])
 def test_eight_devices_compute_the_same_as_one(kind, fsdp):
   values = settings(
     {'network.kind': kind, 'losses.adversarial': 0.5, 'optimizer.learning_rate': 1e-4}
