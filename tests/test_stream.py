@@ -281,7 +281,7 @@ read = pipeline.Stream.__next__
 def logged(self):
   step = self.step
   batch = read(self)
-  if self._shuffle:
+  if self._index._shuffle:
     digest = hashlib.sha256(b''.join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
     with open(LOG, 'a') as f:
       f.write(f'{step} {digest}\\n')
