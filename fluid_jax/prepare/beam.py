@@ -144,7 +144,7 @@ def _write_shards(rows: beam.PCollection, options: filters.Options, out: str) ->
 
 
 def _save(name: str, out: str) -> beam.PTransform:
-  """Returns a step that writes its one JSON value to `out`/work/NAME.json."""
+  """Returns a step that writes its one JSON value to NAME.json in the folder `work` of `out`."""
   return f'save {name}' >> beam.Map(
     lambda value: files.write(
       epath.Path(out) / 'work' / f'{name}.json', json.dumps(value), is_shared=True
