@@ -47,6 +47,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Pipeline:
 def train(
   config: str | Mapping[str, Any] | ml_collections.ConfigDict | Config,
   workdir: str | os.PathLike[str],
+  start_over: bool = False,
 ) -> int:
   """Trains a model, or resumes training, in this process.
 
@@ -54,9 +55,10 @@ def train(
     config: a name ('demo'), a file, or either with a variant ('demo:order=raster'); values, such as
       `get_config()` of a config file returns; or a resolved config.
     workdir: folder for checkpoints and metrics.
+    start_over: whether to start at step 0 if an earlier run left files there, but no checkpoint.
 
   Returns:
-    0 when training is complete, 42 if SIGTERM arrived and a checkpoint was saved.
+    0 when training is complete, 42 if SIGTERM or SIGINT arrived and a checkpoint was saved.
 
   Raises:
     UserError: the config, the data or the workdir is not valid.
@@ -69,4 +71,4 @@ def train(
   if not isinstance(config, config_lib.Config):
     values = config.to_dict() if hasattr(config, 'to_dict') else config
     config = config_lib.resolve(values)
-  return training.train(config, workdir)
+  return training.train(config, workdir, start_over)

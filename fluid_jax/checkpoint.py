@@ -9,6 +9,7 @@ config, data state, versions. A step without a valid manifest is not a checkpoin
     <directory>/00001000/<field>/...             one Orbax pytree for each field of the state
     <directory>/00001000.orbax-checkpoint-tmp/   a save that is in progress or was interrupted
     <directory>/00001000.deleted/                a deletion that is in progress or was interrupted
+    <directory>/00001000.unproven/               a step without a manifest that a new save replaced
 
 `python -m fluid_jax.export` converts a checkpoint to safetensors and back.
 
@@ -16,7 +17,6 @@ The directory is a POSIX path that all processes can access. Every process calls
 the same order. Only process 0 verifies, decides, writes manifests and deletes.
 """
 
-import asyncio
 import concurrent.futures
 import contextlib
 import errno
@@ -29,19 +29,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 import fluid_jax
-from fluid_jax import errors, manifest
+from fluid_jax import distributed, errors, manifest
 
 _STEP = re.compile(r'\d{8,}')
 _LEFTOVER = re.compile(r'\d{8,}\.(deleted|orbax-checkpoint-tmp).*')
-_BARRIER_TIMEOUT_S = 1200  # process 0 may hash a large step; Orbax has the same limit for a save
-_barrier_ids = itertools.count()
 
 
 class Checkpointer:
@@ -54,6 +50,7 @@ class Checkpointer:
     keep: int,
     config: Mapping[str, Any],
     verify: Literal['full', 'size'] = 'full',
+    on_saved: Callable[[int], None] = lambda step: None,
   ):
     """Accesses no file; the first save creates the directory.
 
@@ -62,6 +59,7 @@ class Checkpointer:
       keep: number of valid steps to keep, at least 1.
       config: the resolved config as JSON values, for the manifests.
       verify: 'full' compares sizes and SHA-256 (1 to 1.5 GB/s per core); 'size' compares sizes.
+      on_saved: called by process 0 in the background thread with each step that is complete.
 
     Raises:
       UserError: `keep` is below 1, or the directory is a URL.
@@ -77,6 +75,7 @@ class Checkpointer:
     self._keep = keep
     self._config = dict(config)
     self._hash_files = verify == 'full'
+    self._on_saved = on_saved
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: concurrent.futures.Future[None] | None = None
     self._last_step: int | None = None  # last step saved or restored by this run
@@ -100,7 +99,7 @@ class Checkpointer:
     """
     self.wait()
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    if not _broadcast(lambda: self._prepare(step, num_bytes)):
+    if not distributed.agree(lambda: self._prepare(step, num_bytes)):
       return
     context = ocp.Context()
     # Otherwise Orbax waits 5 minutes for a directory that it failed to create.
@@ -121,7 +120,10 @@ class Checkpointer:
     self._pending = self._thread.submit(self._commit, step, num_bytes, response, content)
 
   def restore(
-    self, abstract_state: Any, step: int | None = None
+    self,
+    abstract_state: Any,
+    step: int | None = None,
+    check: Callable[[Mapping[str, Any]], None] = lambda config: None,
   ) -> tuple[Any, dict[str, int], int] | None:
     """Restores `step`, or by default the newest valid step.
 
@@ -131,6 +133,7 @@ class Checkpointer:
         the files of these fields.
       step: the step to restore. To continue training from a step that is not the newest, copy it to
         another directory; otherwise the next restart takes the newest step.
+      check: raises if the config in the manifest of the step is not acceptable.
 
     Returns:
       State, data state and step; None if the directory has no finished checkpoint.
@@ -139,28 +142,33 @@ class Checkpointer:
       UserError: `step` is missing or corrupt, or all steps are corrupt (exit code 5); or leaves
         differ in path, shape or dtype (4).
     """
-    found = self.find(abstract_state, step)
+    found = self._find(step, abstract_state)
     if found is None:
       return None
+    content = manifest.decode(self._path(found) / manifest.FILENAME)
+    check(content['config'])
+    _check_match(self._path(found), abstract_state)
     fields, treedef = _split(abstract_state)
     loaded = ocp.load_checkpointables(self._path(found), _without_empty(fields))
     self._last_step = found
-    data_state = manifest.decode(self._path(found) / manifest.FILENAME)['data_state']
-    return treedef.unflatten((fields | loaded).values()), data_state, found
+    return treedef.unflatten((fields | loaded).values()), content['data_state'], found
 
   def find(self, abstract_state: Any = None, step: int | None = None) -> int | None:
     """Returns the step that `restore` would restore, after the same checks.
 
     If `abstract_state` is None, all files are verified, and any state is accepted.
     """
-    self.wait()
-    fields = None if abstract_state is None else _split(abstract_state)[0]
-    found = _broadcast(lambda: self._find(step, fields))
-    if found < 0:
-      return None
-    if fields is not None:
+    found = self._find(step, abstract_state)
+    if found is not None and abstract_state is not None:
       _check_match(self._path(found), abstract_state)
     return found
+
+  def _find(self, step: int | None, abstract_state: Any) -> int | None:
+    """As `find`, without comparing leaves."""
+    self.wait()
+    fields = None if abstract_state is None else _split(abstract_state)[0]
+    found = distributed.agree(lambda: self._find_valid(step, fields))
+    return None if found < 0 else found
 
   def read(self, step: int, abstract_state: Any) -> Any:
     """Returns the leaves in `abstract_state`, a part of the saved state, of a step from `find`."""
@@ -179,7 +187,7 @@ class Checkpointer:
     if pending is not None:
       concurrent.futures.wait([pending])  # stays pending if a signal handler raises
       self._pending = None
-      _broadcast(lambda: pending.result() or 0, everywhere=True)
+      distributed.agree(lambda: pending.result() or 0, everywhere=True)
 
   def __enter__(self) -> 'Checkpointer':
     return self
@@ -203,11 +211,10 @@ class Checkpointer:
     """Removes incomplete steps; returns 1 if `step` must be written, 0 if it exists."""
     with self._storage_errors(step, num_bytes):
       self._directory.mkdir(parents=True, exist_ok=True)
-      # No save is in progress now. Reverse order removes 1.deleted before 1 is renamed to it.
-      for path in sorted(self._directory.iterdir(), reverse=True):
-        if not _is_valid(path):
-          logging.warning('Removing %s, which has no valid manifest.', path)
-          _remove(path)
+      for path in list(self._directory.iterdir()):
+        if _LEFTOVER.fullmatch(path.name):  # no save is in progress now
+          logging.warning('Removing %s, which was interrupted.', path)
+          _try_to_remove(path)
       path = self._path(step)
       if path.exists() and step == self._last_step:
         logging.info('%s already exists.', path)
@@ -222,7 +229,10 @@ class Checkpointer:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       if path.exists():
         logging.warning('Replacing %s, which is from an earlier run.', path)
-        _remove(path)
+        if (path / manifest.FILENAME).exists():
+          _remove(path)
+        else:  # it may be complete, copied by a program that skipped its manifest
+          path.rename(_unused(path.with_name(f'{path.name}.unproven')))
       return 1
 
   def _commit(
@@ -233,16 +243,24 @@ class Checkpointer:
       response.result()
       if jax.process_index() == 0:
         manifest.write(self._path(step), content)
-        self._verified.add(step)
-        self._delete_old(step)
     self._last_step = step
+    if jax.process_index() == 0:
+      self._verified.add(step)
+      self._on_saved(step)
+      self._delete_old(step)
 
   def _delete_old(self, newest: int) -> None:
-    """Deletes the steps that are older than the `keep` newest valid steps up to `newest`."""
+    """Deletes the steps that are older than the `keep` newest valid steps up to `newest`.
+
+    Steps without a manifest are kept: they may be complete. A step that cannot be deleted costs
+    space only, so it is no error.
+    """
     num_kept = 0
-    for step in reversed([step for step in _steps(self._directory) if step <= newest]):
+    for step in reversed([step for step in steps(self._directory) if step <= newest]):
+      if not (self._path(step) / manifest.FILENAME).exists():
+        continue
       if num_kept == self._keep:
-        _remove(self._path(step))
+        _try_to_remove(self._path(step))
         self._verified.discard(step)
         continue
       try:
@@ -252,11 +270,11 @@ class Checkpointer:
       except manifest.CorruptCheckpointError as error:
         logging.warning('Step %d is corrupt and is not one of the kept steps: %s.', step, error)
 
-  def _find(self, step: int | None, fields: Collection[str] | None) -> int:
+  def _find_valid(self, step: int | None, fields: Collection[str] | None) -> int:
     """Returns `step`, or the newest step whose `fields` are valid; -1 if no save ever finished."""
-    steps = _steps(self._directory)
+    found = steps(self._directory)
     reasons = []
-    for candidate in reversed(steps) if step is None else [step]:
+    for candidate in reversed(found) if step is None else [step]:
       try:
         self._verify(candidate, fields)
       except manifest.CorruptCheckpointError as error:
@@ -265,17 +283,19 @@ class Checkpointer:
       if reasons:
         logging.warning('Using step %d; skipped %s.', candidate, ', '.join(reasons))
       return candidate
-    if step is None and not any((self._path(step) / manifest.FILENAME).exists() for step in steps):
+    if step is None and not any((self._path(step) / manifest.FILENAME).exists() for step in found):
       return -1
     raise errors.UserError(
-      f'cannot restore {" or ".join(reasons)} from {self._directory}, which has the steps {steps}: '
+      f'cannot restore {" or ".join(reasons)} from {self._directory}, which has the steps {found}: '
       'replace these files with a good copy, or give another step or directory.',
       errors.CORRUPT,
     )
 
   def _verify(self, step: int, fields: Collection[str] | None) -> None:
     """Checks the files of `fields`, or all; raises CorruptCheckpointError if one differs."""
-    if manifest.verify(self._path(step), fields, self._hash_files):
+    is_complete = manifest.verify(self._path(step), fields, self._hash_files)
+    _read_manifest(self._path(step))
+    if is_complete:
       self._verified.add(step)
 
   @contextlib.contextmanager
@@ -290,10 +310,12 @@ class Checkpointer:
       if number is None:
         raise
       existing = next(p for p in (self._directory, *self._directory.parents) if p.exists())
+      is_full = number in (errno.ENOSPC, errno.EDQUOT)
+      remedy = 'free some space' if is_full else 'make it a writable folder'
       raise errors.UserError(
         f'step {step} cannot be saved in {self._directory} ({os.strerror(number)}; it needs '
-        f'{num_bytes:,} bytes and {shutil.disk_usage(existing).free:,} are free): free some space '
-        'or give a writable directory.',
+        f'{num_bytes:,} bytes and {shutil.disk_usage(existing).free:,} are free): {remedy}, or '
+        'give another directory.',
         errors.STORAGE,
       ) from error
 
@@ -307,9 +329,9 @@ def read_config(directory: str | os.PathLike[str], step: int | None = None) -> d
     UserError: there is no such step (exit code 5).
   """
   directory = pathlib.Path(directory)
-  for candidate in reversed(_steps(directory)) if step is None else [step]:
+  for candidate in reversed(steps(directory)) if step is None else [step]:
     with contextlib.suppress(manifest.CorruptCheckpointError, OSError):
-      return manifest.decode(_step_path(directory, candidate) / manifest.FILENAME)['config']
+      return _read_manifest(_step_path(directory, candidate))['config']
   raise errors.UserError(
     f'{directory} holds no {"checkpoint" if step is None else f"checkpoint of step {step}"}: train '
     'there first, or give another directory.',
@@ -317,11 +339,21 @@ def read_config(directory: str | os.PathLike[str], step: int | None = None) -> d
   )
 
 
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a step; raises CorruptCheckpointError if it is that of another step."""
+  content = manifest.decode(path / manifest.FILENAME)
+  if content['step'] != int(path.name):
+    raise manifest.CorruptCheckpointError(
+      f'{path} is the checkpoint of step {content["step"]} under another name'
+    )
+  return content
+
+
 def _step_path(directory: pathlib.Path, step: int) -> pathlib.Path:
   return directory / f'{step:08d}'
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def steps(directory: pathlib.Path) -> list[int]:
   """Returns all steps in ascending order, with or without a manifest."""
   names = (path.name for path in directory.iterdir()) if directory.is_dir() else ()
   return sorted(int(name) for name in names if _STEP.fullmatch(name))
@@ -366,16 +398,6 @@ def _check_match(path: pathlib.Path, abstract_state: Any) -> None:
     )
 
 
-def _is_valid(path: pathlib.Path) -> bool:
-  """Returns False for a step without a valid manifest and for an interrupted save or deletion."""
-  if _STEP.fullmatch(path.name):
-    # Other OSErrors are raised: a manifest that cannot be read now may still be valid.
-    with contextlib.suppress(manifest.CorruptCheckpointError, FileNotFoundError):
-      return bool(manifest.decode(path / manifest.FILENAME))
-    return False
-  return not _LEFTOVER.fullmatch(path.name)
-
-
 def _remove(path: pathlib.Path) -> None:
   """Deletes a step; renames it first, so that an interrupted deletion leaves no partial step."""
   if _STEP.fullmatch(path.name):
@@ -383,38 +405,14 @@ def _remove(path: pathlib.Path) -> None:
   shutil.rmtree(path)
 
 
-def _broadcast(decide: Callable[[], int], everywhere: bool = False) -> int:
-  """Returns the result of `decide` on process 0 to every process.
+def _try_to_remove(path: pathlib.Path) -> None:
+  try:
+    _remove(path)
+  except OSError as error:
+    logging.warning('%s cannot be deleted (%s): delete it yourself.', path, error)
 
-  If `decide` raises a UserError in one process, all processes raise one with the same exit code. If
-  a process does not call this function, the others raise after `_BARRIER_TIMEOUT_S` seconds.
 
-  Args:
-    decide: returns an int32.
-    everywhere: whether the other processes also call `decide`, for its errors.
-  """
-  if jax.process_count() == 1:
-    return decide()
-  value, error = 0, None
-  if everywhere or jax.process_index() == 0:
-    try:
-      value = decide()
-    except errors.UserError as caught:
-      error = caught
-  barrier = f'fluid_jax_checkpoint_{next(_barrier_ids)}'
-  asyncio.run(
-    ocp.multihost.sync_global_processes(
-      'broadcast', operation_id=barrier, timeout=_BARRIER_TIMEOUT_S
-    )
-  )
-  answers = multihost_utils.process_allgather(
-    np.array([value, error.exit_code if error else 0], np.int32)
-  )
-  if error is not None:
-    raise error
-  for process, exit_code in enumerate(answers[:, 1]):
-    if exit_code:
-      raise errors.UserError(
-        f'process {process} failed to save or restore a checkpoint: see its log.', int(exit_code)
-      )
-  return int(answers[0, 0])
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or with a number appended if it exists."""
+  names = (path.with_name(f'{path.name}{number or ""}') for number in itertools.count())
+  return next(name for name in names if not os.path.lexists(name))

@@ -320,6 +320,12 @@ def add_run_flags(parser: Parser) -> None:
     action='store_true',
     help='check the config, print parameters, FLOPs and bytes, and exit; uses no device',
   )
+  parser.add_argument(
+    '--start_over',
+    action='store_true',
+    help='if an earlier run left files in the workdir, but no checkpoint that can be restored, '
+    'move them to WORKDIR/old-N and start at step 0; otherwise resume',
+  )
   add_process_flags(parser)
 
 

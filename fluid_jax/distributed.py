@@ -5,9 +5,11 @@ collective fails or its heartbeats stop, and JAX aborts the other processes. In 
 with code 134 and an error message that names the remedy.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -16,16 +18,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 # The only private module of JAX in this package. The public API (jax 0.10.2) has no key-value store
 # and no number of processes that work before the devices are initialized. `check_consistent` needs
 # both: processes with different code or configs must not start collectives. JAX's compilation cache
 # and Orbax use the same store. tests/test_distributed.py names the versions that were tested.
 from jax._src import distributed as jax_distributed
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
 
 import fluid_jax
 from fluid_jax import errors, settings
@@ -35,11 +40,13 @@ _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
 _CHECK_TIMEOUT_S = 300  # JAX waits equally long for the last process to start
 _BARRIER_TIMEOUT_S = 3600  # the slowest process may compile that long
+_AGREE_TIMEOUT_S = 1200  # process 0 may hash a large step; Orbax has the same limit for a save
 _EXIT_TIMEOUT_S = 10  # if all processes have the same error, each exits with its code in this time
 # Found in the errors of collectives and of the store if another process does not answer.
 _PROCESS_LOST = re.compile(
   r'Gloo|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED'
 )
+_agreement_ids = itertools.count()
 _REMEDY = 'start all processes again; training resumes from the newest checkpoint.'
 
 
@@ -85,6 +92,21 @@ def initialize(timeout_s: int) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     raise
+
+
+def run_job(train: Callable[[], int], timeout_s: int) -> int:
+  """Runs `train` inside `initialize` and returns its exit code.
+
+  A single process that was stopped exits here: threads that read from a dead disk, or a computation
+  that no one waits for, would delay its exit.
+  """
+  with initialize(timeout_s):
+    code = train()
+  if code == errors.PREEMPTED and count() == 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 @contextlib.contextmanager
@@ -171,6 +193,39 @@ def barrier(name: str) -> None:
     jax_distributed.global_state.client.wait_at_barrier(
       f'fluid_jax/{name}', _BARRIER_TIMEOUT_S * 1000
     )
+
+
+def agree(decide: Callable[[], int], everywhere: bool = False) -> int:
+  """Returns the result of `decide` on process 0 to every process.
+
+  If `decide` raises a UserError in one process, all processes raise one with the same exit code. If
+  a process does not call this function, the others raise after `_AGREE_TIMEOUT_S` seconds.
+
+  Args:
+    decide: returns an int32.
+    everywhere: whether the other processes also call `decide`, for its errors.
+  """
+  if jax.process_count() == 1:
+    return decide()
+  value, error = 0, None
+  if everywhere or jax.process_index() == 0:
+    try:
+      value = decide()
+    except errors.UserError as caught:
+      error = caught
+  barrier = f'fluid_jax_agree_{next(_agreement_ids)}'
+  asyncio.run(
+    ocp.multihost.sync_global_processes('agree', operation_id=barrier, timeout=_AGREE_TIMEOUT_S)
+  )
+  answers = multihost_utils.process_allgather(
+    np.array([value, error.exit_code if error else 0], np.int32)
+  )
+  if error is not None:
+    raise error
+  for process, exit_code in enumerate(answers[:, 1]):
+    if exit_code:
+      raise errors.UserError(f'process {process} failed: see its log.', int(exit_code))
+  return int(answers[0, 0])
 
 
 def code_facts() -> dict[str, str]:

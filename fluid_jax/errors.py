@@ -9,14 +9,14 @@ from typing import NoReturn
 # Exit codes:
 #   0              finished
 #   1 to 41        permanent error: a restart cannot fix it
-#   42             preempted: the state is saved, and the same command resumes
+#   42             stopped by SIGTERM or SIGINT: the state is saved, and the same command resumes
 #   128 and above  crash or signal
 # A scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on a permanent
 # error.
 CONFIG = 2  # wrong config, flag or prompt
 DEVICES = 3  # the mesh does not fit the devices, or the processes cannot connect to each other
-MISMATCH = 4  # the checkpoint, the workdir or another process has a different config
-CORRUPT = 5  # data or a checkpoint is corrupt or missing
+MISMATCH = 4  # the checkpoint or another process has a different config, or a workdir is in use
+CORRUPT = 5  # data, a checkpoint or all checkpoints of a workdir are corrupt or missing
 STORAGE = 6  # the disk is full or not writable
 PREEMPTED = 42
 INTERRUPTED = 130  # Ctrl-C
@@ -51,7 +51,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     print(f'error: {error}', file=sys.stderr)
     code = error.exit_code
   except KeyboardInterrupt:
-    print('error: interrupted; the same command resumes.', file=sys.stderr)
+    print('error: interrupted: run the same command again.', file=sys.stderr)
     code = INTERRUPTED
   except Exception as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):

@@ -4,21 +4,17 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from absl import logging
 
-from fluid_jax import checkpoint, distributed, errors, files, flops, metrics, settings, sharding
-from fluid_jax.data import pipeline, tasks
-
-# Settings that may change when a run is resumed, because they do not affect the trained parameters.
-RESUMABLE = ('train.log_', 'train.eval_', 'train.sample_', 'train.checkpoint_', 'train.keep_')
-RESUMABLE += ('sampling.', 'mesh.', 'data.max_corrupt_fraction')
+from fluid_jax import checkpoint, distributed, errors, files, flops, lease, metrics, sharding, stop
+from fluid_jax import workdir as workdir_lib
+from fluid_jax.data import pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +30,10 @@ class Job:
     train_step: (state, batch, frozen) -> (state, metrics), jitted; 'loss' is one of the metrics.
     frozen: parameters that are not trained.
     open_stream: first step -> stream of batches for `sharding.put_batch`.
-    evaluate: state -> metrics by name, 'validation/NAME_ema' and 'validation/NAME_raw'.
+    evaluate: (state, poll) -> metrics by name, 'validation/NAME_ema' and 'validation/NAME_raw'. It
+      calls `poll`, which may raise, between batches; see `stop.Stopper`.
     shown_metrics: each NAME of them that is printed.
-    sample_images: state -> images_HxWx3 uint8 by name, or None.
+    sample_images: (state, poll) -> images_HxWx3 uint8 by name, or None.
     flops_per_image: FLOPs of a training step per image.
     tokens_per_image: for the throughput in tokens.
   """
@@ -49,16 +46,11 @@ class Job:
   train_step: Callable[..., Any]
   frozen: Any
   open_stream: Callable[[int], pipeline.Stream]
-  evaluate: Callable[[Any], dict[str, float]]
+  evaluate: Callable[[Any, Callable[[], None]], dict[str, float]]
   shown_metrics: tuple[str, ...]
-  sample_images: Callable[[Any], dict[str, np.ndarray]] | None
+  sample_images: Callable[[Any, Callable[[], None]], dict[str, np.ndarray]] | None
   flops_per_image: float
   tokens_per_image: int
-
-
-def saved(config: Any) -> dict[str, Any]:
-  """A config as JSON values."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
@@ -66,47 +58,89 @@ def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]
   if distributed.count() > 1:
     distributed.check_consistent(
       {
-        'config': saved(config),
+        'config': workdir_lib.saved(config),
         'workdir': str(workdir.absolute()),
         'code': distributed.code_facts(),
-        'data': data_facts(config.data),
+        'data': workdir_lib.data_digests(config.data),
         **facts,
       }
     )
 
 
-def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) -> tuple[Any, int]:
+def run(
+  job: Job, workdir: pathlib.Path, stopper: stop.Stopper, start_over: bool = False
+) -> tuple[Any, int]:
   """Trains `job` in `workdir`, from its newest valid checkpoint if there is one.
 
   Args:
     job: see `Job`.
     workdir: folder for checkpoints and metrics.
-    is_preempted: step -> whether to save and stop after it, see `preemption_signal`.
+    stopper: from `stop.run`.
+    start_over: whether to start at step 0 if an earlier run left files there, but no checkpoint.
 
   Returns:
-    The state, and the exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
+    The state, and the exit code: 0 when done, 42 if a signal arrived and the state was saved.
 
   Raises:
-    UserError: the workdir belongs to another config, or files cannot be read or written.
+    UserError: the workdir belongs to another config, is in use, or lost its checkpoints; or files
+      cannot be read or written.
   """
-  config, mesh, is_main_process = job.config, job.mesh, jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    is_main_process = jax.process_index() == 0
+    held = lease.Lease(workdir) if is_main_process else None
+
+    def hold() -> int:
+      with files.writing(f'--workdir={workdir}'):
+        workdir.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(held)
+      return 0
+
+    distributed.agree(hold)
+    return _run(job, workdir, stopper, start_over, held)
+
+
+def _run(
+  job: Job,
+  workdir: pathlib.Path,
+  stopper: stop.Stopper,
+  start_over: bool,
+  held: lease.Lease | None,
+) -> tuple[Any, int]:
+  """As `run`; process 0 holds the lease of the workdir."""
+  config, mesh, is_main_process = job.config, job.mesh, held is not None
 
   def log(text: str) -> None:
     metrics.log(text, is_main_process)
 
-  # ---- Workdir and state ----
-  saved_config = saved(config) | job.facts
-  claim_workdir(workdir, saved_config, is_main_process)
+  # ---- State ----
+  saved_config = {
+    **workdir_lib.saved(config),
+    **job.facts,
+    'data_digests': workdir_lib.data_digests(config.data),
+  }
+
+  def on_saved(step_number: int) -> None:
+    """The workdir is now that of this config, and its earlier metrics are superseded."""
+    writer.drop_superseded()
+    try:
+      workdir_lib.write_config(workdir, saved_config)
+      held.record(step_number)
+    except OSError as error:
+      logging.warning('%s cannot be written to: %s.', workdir, error)
+
   log(f'looking for a checkpoint in {workdir} ...')
   checkpointer = checkpoint.Checkpointer(
-    workdir / 'checkpoints', keep=config.train.keep_checkpoints, config=saved_config
+    workdir / 'checkpoints',
+    keep=config.train.keep_checkpoints,
+    config=saved_config,
+    on_saved=on_saved,
   )
-  restored = checkpointer.restore(job.state)
+  restored = _restore(job, workdir, checkpointer, saved_config, start_over, held)
   if restored is None:
     log('initializing the parameters ...')
-    state, start = job.init(), 0
+    state, data_state, start = stopper.wait(job.init), {}, 0
   else:
-    state, _, start = restored
+    state, data_state, start = restored
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
   log(
     f'{config.name}: {num_params / 1e6:.1f}M parameters, '
@@ -118,20 +152,26 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
 
   # ---- Data and metrics ----
   log('loading the first batch ...')
-  batches = job.open_stream(start)
+  batches = stopper.wait(lambda: job.open_stream(start))
   writer = metrics.Writer(workdir, start, is_main_process)
   writer.text(start, 'config', f'```json\n{json.dumps(saved_config, indent=2)}\n```')
   peak_flops = flops.peak_flops() * len(jax.devices())
 
-  def report(step_number: int, values: Mapping[str, jax.Array]) -> None:
-    """Writes the metrics of a step. Reading them waits for it, while the next one is running."""
-    nonlocal last_report
+  def report() -> None:
+    """Writes pending metrics. Reading them waits for their step, while the next one is running."""
+    nonlocal last_report, pending
+    if pending is None:
+      return
+    if held is not None:
+      held.check()
+    number, values = pending
+    pending = None
     values = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
-    line = f'step {step_number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}'
-    if step_number > last_report:  # false for the first step, which included compilation
+    line = f'step {number}/{config.train.num_steps}  loss {values["train/loss"]:.4f}'
+    if number > last_report:  # false for the first step, which included compilation
       seconds, data_fraction = timer.read()
-      rate = (step_number - last_report) * config.train.batch_size / seconds
-      last_report = step_number
+      rate = (number - last_report) * config.train.batch_size / seconds
+      last_report = number
       values |= {
         'speed/images_per_s': rate,
         'speed/tokens_per_s': rate * job.tokens_per_image,
@@ -139,81 +179,152 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         'speed/mfu': rate * job.flops_per_image / peak_flops,
         'speed/data_wait_fraction': data_fraction,
       }
-      left = (config.train.num_steps - step_number) * config.train.batch_size / rate
+      left = (config.train.num_steps - number) * config.train.batch_size / rate
       line += f'  {rate:.1f} images/s  ETA {metrics.duration(left)}'
-    writer.scalars(step_number, values)
+    writer.scalars(number, values)
     log(line)
 
   def is_due(every: int) -> bool:
-    return step_number % every == 0 or step_number == config.train.num_steps
+    return done % every == 0 or done == config.train.num_steps
 
-  timer = metrics.Timer()
+  def evaluate() -> None:
+    log(f'step {done}  evaluating the validation split ...')
+
+    def call() -> dict[str, float]:
+      with jax.transfer_guard('disallow'):  # also in the thread of `wait`
+        return job.evaluate(state, stopper.poll)
+
+    validation = stopper.wait(call)
+    writer.scalars(done, validation)
+    log(f'step {done}  validation {_format(validation, job.shown_metrics)}')
+
+  def sample() -> None:
+    log(f'step {done}  sampling images ...')
+
+    def call() -> dict[str, np.ndarray]:
+      with jax.transfer_guard('allow'):
+        return job.sample_images(state, stopper.poll)
+
+    images = stopper.wait(call)
+    for name, image in images.items():
+      writer.images(done, name, image)
+
+  def save() -> None:
+    report()  # a run that resumes here will not write them again
+    writer.flush()
+    # What is due at this step and not done yet is done by the run that resumes here.
+    data_state = {'step': done, **{name: int(name in due) for name in tasks_at_steps}}
+    if held is not None:
+      held.check()
+    with jax.transfer_guard('allow'):
+      checkpointer.save(done, state, data_state)
+
+  tasks_at_steps = {'evaluate': (evaluate, config.train.eval_every)}
+  if job.sample_images:
+    tasks_at_steps['sample'] = sample, config.train.sample_every
 
   # ---- Loop: step n + 1 is dispatched before the metrics of step n are read ----
-  pending = None
-  step_number = last_report = start
-  exit_code = 0
+  stopper.defer()
+  timer = metrics.Timer()
+  pending, stopped_by = None, ''
+  done = last_report = start
+  due = [name for name in tasks_at_steps if data_state.get(name)]
+  # Evaluated by a run that was stopped after that.
+  if 'evaluate' in due and distributed.agree(
+    lambda: 'validation/' in ' '.join(writer.names_at_start)
+  ):
+    due.remove('evaluate')
   # Checkpoints and events that are being written are finished even after an error. Transfers
   # between host and device raise unless they are explicit.
   guard = jax.transfer_guard('disallow')
-  with contextlib.closing(writer), checkpointer, contextlib.closing(batches), guard:
-    for step_number in range(start + 1, config.train.num_steps + 1):
-      waiting = time.perf_counter()
-      batch = next(batches)
-      timer.add_data(time.perf_counter() - waiting)
-      num_rows = len(batch.pop('valid'))  # all rows are valid in training
-      batch = sharding.put_batch(batch, mesh)
-      if step_number == start + 1:
-        log('compiling the train step ...')
-        compiling = time.perf_counter()
-        job.train_step.lower(state, batch, job.frozen).compile()
-        log(f'compiled the train step in {time.perf_counter() - compiling:.1f} s')
-        distributed.barrier('compiled')  # the first collective on CPUs waits only 30 s
-      state, values = job.train_step(state, batch, job.frozen)
-      if 'text_ids' in batch:
-        values['truncated_text_fraction'] = batches.num_truncated / num_rows
-      if pending is not None:
-        report(*pending)
-        pending = None
-      if step_number == start + 1:
-        jax.block_until_ready(values)
-        timer.read()  # excludes compilation from the speed
-        last_report = step_number
-      if is_due(config.train.log_every):
-        pending = step_number, values
-      stop = is_preempted(step_number)
-      is_saving = is_due(config.train.checkpoint_every) or stop
-      if is_saving and pending is not None:  # a run that resumes here will not write them again
-        report(*pending)
-        pending = None
+  with contextlib.closing(writer), checkpointer, guard:
+    try:
+      while True:
+        is_saving = done > start and is_due(config.train.checkpoint_every)
+        if due or is_saving:
+          jax.block_until_ready(state)  # the time of the step itself is not a pause
+          report()
+          pausing = time.perf_counter()
+          while due:
+            tasks_at_steps[due[0]][0]()
+            del due[0]
+          if is_saving:
+            save()
+          timer.pause(time.perf_counter() - pausing)
+        if done >= config.train.num_steps:
+          break
+        waiting = time.perf_counter()
+        batch = stopper.wait(lambda: next(batches))
+        timer.add_data(time.perf_counter() - waiting)
+        num_rows = len(batch.pop('valid'))  # all rows are valid in training
+        batch = sharding.put_batch(batch, mesh)
+        if done == start:
+          _compile(job, state, batch, stopper, log)
+        state, values = job.train_step(state, batch, job.frozen)
+        done += 1
+        if 'text_ids' in batch:
+          values['truncated_text_fraction'] = batches.num_truncated / num_rows
+        report()
+        if done == start + 1:
+          jax.block_until_ready(values)
+          timer.read()  # excludes compilation from the speed
+          last_report = done
+        if is_due(config.train.log_every):
+          pending = done, values
+        due = [name for name, (_, every) in tasks_at_steps.items() if is_due(every)]
+        stopper.poll()
+      report()
+    except stop.Stopped as signal_name:
+      stopped_by = str(signal_name)
+      if done > start:
+        log(f'step {done}  saving ...')
+        save()
+  if not stopped_by:
+    batches.close()
 
-      if is_saving or is_due(config.train.eval_every) or is_due(config.train.sample_every):
-        jax.block_until_ready(values)  # the time of the step itself is not a pause
-      pausing = time.perf_counter()
-      if is_due(config.train.eval_every):
-        log(f'step {step_number}  evaluating the validation split ...')
-        validation = job.evaluate(state)
-        writer.scalars(step_number, validation)
-        log(f'step {step_number}  validation {_format(validation, job.shown_metrics)}')
-      if job.sample_images and is_due(config.train.sample_every):
-        log(f'step {step_number}  sampling images ...')
-        with jax.transfer_guard('allow'):
-          images = job.sample_images(state)
-        for name, image in images.items():
-          writer.images(step_number, name, image)
-      if is_saving:
-        writer.flush()
-        with jax.transfer_guard('allow'):
-          checkpointer.save(step_number, state, {'step': step_number})
-      timer.pause(time.perf_counter() - pausing)
-      if stop:
-        exit_code = errors.PREEMPTED
-        break
-    if pending is not None:
-      report(*pending)
+  if stopped_by:
+    log(f'stopped by {stopped_by}; saved at step {done}: the same command resumes {workdir}')
+  else:
+    log(f'done at step {done}: {workdir}')
+  return state, errors.PREEMPTED if stopped_by else 0
 
-  log(f'{"preempted; saved" if exit_code else "done"} at step {step_number}: {workdir}')
-  return state, exit_code
+
+def _restore(
+  job: Job,
+  workdir: pathlib.Path,
+  checkpointer: checkpoint.Checkpointer,
+  saved_config: Mapping[str, Any],
+  start_over: bool,
+  held: lease.Lease | None,
+) -> tuple[Any, dict[str, int], int] | None:
+  """The newest valid checkpoint; None to start at step 0, see `workdir.start_over`."""
+  restored = None
+  try:
+    restored = checkpointer.restore(
+      job.state, check=lambda old: workdir_lib.check_config(old, saved_config, workdir)
+    )
+  except errors.UserError as error:
+    if not start_over or error.exit_code != errors.CORRUPT:
+      raise
+
+  def begin() -> int:
+    if restored is None:
+      workdir_lib.start_over(workdir, held.saved_step, start_over)
+    held.record(restored[2] if restored else None)
+    return 0
+
+  distributed.agree(begin)
+  return restored
+
+
+def _compile(
+  job: Job, state: Any, batch: Any, stopper: stop.Stopper, log: Callable[[str], None]
+) -> None:
+  log('compiling the train step ...')
+  compiling = time.perf_counter()
+  stopper.wait(lambda: job.train_step.lower(state, batch, job.frozen).compile())
+  log(f'compiled the train step in {time.perf_counter() - compiling:.1f} s')
+  distributed.barrier('compiled')  # the first collective on CPUs waits only 30 s
 
 
 def _format(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
@@ -227,74 +338,3 @@ def _format(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
       found.append(f'{values[key]:.4f}{error} ({label})')
     parts.append(f'{name} {", ".join(found)}')
   return '; '.join(parts)
-
-
-def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process: bool) -> None:
-  """Creates the workdir with `config.json`, or compares the one that it has with `config`.
-
-  Args:
-    workdir: folder for checkpoints and metrics.
-    config: as JSON values, see `saved`.
-    is_main_process: whether this process writes.
-
-  Raises:
-    UserError: the workdir belongs to another config (exit code 4), its `config.json` is corrupt
-      (5), or it cannot be written (6).
-  """
-  path = workdir / 'config.json'
-  with files.writing(f'--workdir={workdir}'):
-    workdir.mkdir(parents=True, exist_ok=True)
-    old = path.read_bytes() if path.exists() else None
-  if old is not None:
-    try:
-      changed = settings.differences(json.loads(old), config)
-    except ValueError as error:
-      raise errors.UserError(
-        f'{path} is not valid JSON ({error}): delete it or give another --workdir.', errors.CORRUPT
-      ) from error
-    refused = [line for line in changed if not line.startswith(RESUMABLE)]
-    if refused:
-      raise errors.UserError(
-        f'{workdir} was trained with another config ({"; ".join(refused)}): give the same config '
-        'or another --workdir.',
-        errors.MISMATCH,
-      )
-  if is_main_process:
-    with files.writing(f'--workdir={workdir}'):
-      files.write(path, json.dumps(config, indent=2) + '\n')
-
-
-def preemption_signal() -> Callable[[int], bool]:
-  """Starts to listen for SIGTERM.
-
-  Returns:
-    step -> whether SIGTERM has arrived. All processes of a run stop after the same step.
-  """
-  if jax.process_count() > 1:
-    return multihost_utils.reached_preemption_sync_point
-  received = []
-
-  def on_sigterm(number, frame):
-    received.append(number)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process immediately
-
-  signal.signal(signal.SIGTERM, on_sigterm)
-  return lambda step_number: bool(received)
-
-
-def data_facts(data: Any) -> dict[str, str]:
-  """Size and digest of each split, or the error that its files raise.
-
-  Args:
-    data: group `data` of a config.
-  """
-  facts = {}
-  for split in ('train', 'validation'):
-    try:
-      facts[split] = ' and '.join(
-        f'{len(part.source)} examples with digest {part.digest[:12]} at rate {part.rate:g}'
-        for part in tasks.components(data.task, data.module, split)
-      )
-    except errors.UserError as error:  # raised again by the stream if all processes have it
-      facts[split] = str(error)
-  return facts

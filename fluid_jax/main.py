@@ -38,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
   from fluid_jax import distributed
 
-  with distributed.initialize(args.peer_timeout_s):
+  def run() -> int:
     from fluid_jax import training
 
-    return training.train(config, args.workdir)
+    return training.train(config, args.workdir, args.start_over)
+
+  return distributed.run_job(run, args.peer_timeout_s)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,23 @@
 """Writes metrics to TensorBoard, to metrics.jsonl, and as lines to standard output."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import re
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+from absl import logging
 
 from fluid_jax import files, startup
 
+FILENAME, OLD_FILENAME = 'metrics.jsonl', 'metrics.old.jsonl'
 # TensorBoard runs. TensorBoard shows equal tags of different runs in one chart. Training and
 # validation loss have the same tag, so that overfitting is visible.
 _RUNS = ('train', 'validation_ema', 'validation_raw')
@@ -23,8 +28,11 @@ class Writer:
 
   `metrics.jsonl` is the source of truth: one object with `step` per line. TensorBoard events are
   written to `tensorboard/train`, `tensorboard/validation_ema` and `tensorboard/validation_raw`. A
-  run that resumes at `start_step` drops later lines and events of earlier processes, so that no
-  step appears twice.
+  run that resumes at `start_step` writes later steps again. Once it has saved, it moves the lines
+  of earlier processes for them to `metrics.old.jsonl`, so that no step appears twice.
+
+  A file that cannot be written costs a warning, not the run: lines are kept and written with the
+  next ones, and TensorBoard is given up.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], start_step: int, is_active: bool = True):
@@ -34,25 +42,27 @@ class Writer:
       workdir: existing folder.
       start_step: last step whose metrics are kept.
       is_active: whether this process writes.
-
-    Raises:
-      UserError: the files cannot be written (exit code 6).
     """
     self._is_active = is_active
+    self._runs = {}
+    self._file: io.FileIO | None = None
+    self._unwritten: list[bytes] = []
+    self._lock = threading.Lock()  # `drop_superseded` is called by the thread of checkpoints
+    workdir = pathlib.Path(workdir)
+    self._path, self._old_path = workdir / FILENAME, workdir / OLD_FILENAME
+    lines = self._read() if is_active else []
+    kept = [line for line in lines if _step(line) <= start_step]
+    self._num_earlier, self._start_step = len(lines), start_step
+    # Names of the metrics of `start_step` itself.
+    self.names_at_start = {
+      name for line in kept if _step(line) == start_step for name in json.loads(line)
+    }
     if not is_active:
       return
     startup.load_seqio()
     from clu import metric_writers
 
-    workdir = pathlib.Path(workdir)
-    path = workdir / 'metrics.jsonl'
-    with files.writing(workdir):
-      if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= start_step]
-        files.write(path, ''.join(f'{line}\n' for line in kept))
-      self._path = path
-      self._file = path.open('a')
-      self._runs = {}
+    with self._tensorboard():
       for run in _RUNS:
         folder = workdir / 'tensorboard' / run
         _mark_start(folder, start_step + 1)
@@ -64,39 +74,117 @@ class Writer:
       return
     values = {name: float(value) for name, value in values.items()}
     finite = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-    self._file.write(json.dumps({'step': step, **finite}) + '\n')
-    self._file.flush()
+    with self._lock:
+      self._unwritten.append(json.dumps({'step': step, **finite}).encode() + b'\n')
+      self._write()
     by_run = defaultdict(dict)
     for name, value in values.items():
       run, tag = tensorboard_tag(name)
       by_run[run][tag] = value
-    for run, tagged in by_run.items():
-      self._runs[run].write_scalars(step, tagged)
+    with self._tensorboard():
+      for run, tagged in by_run.items():
+        if run in self._runs:
+          self._runs[run].write_scalars(step, tagged)
 
   def images(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
     """Writes a uint8 image that was made with the averaged weights."""
-    if self._is_active:
-      self._runs['validation_ema'].write_images(step, {name: image_HxWx3[None]})
+    with self._tensorboard():
+      if self._runs:
+        self._runs['validation_ema'].write_images(step, {name: image_HxWx3[None]})
 
   def text(self, step: int, name: str, text: str) -> None:
     """Writes a text in Markdown."""
-    if self._is_active:
-      self._runs['train'].write_texts(step, {name: text})
+    with self._tensorboard():
+      if self._runs:
+        self._runs['train'].write_texts(step, {name: text})
 
   def flush(self) -> None:
     """Hands everything written to the operating system, so that it survives this process."""
-    if self._is_active:
+    with self._lock:
+      self._close_file()  # in a mounted bucket a file is stored only once it is closed
+    with self._tensorboard():
       for run in self._runs.values():
         run.flush()
-      self._file.close()  # in a mounted bucket a file is stored only once it is closed
-      self._file = self._path.open('a')
+
+  def drop_superseded(self) -> None:
+    """Moves the lines of earlier processes that this run has written again to `metrics.old.jsonl`.
+
+    Call it once this run has saved: only then the steps after its start are its own.
+    """
+    with self._lock, _warn(self._path):
+      if not self._num_earlier:
+        return
+      self._close_file()
+      lines = self._read()
+      earlier, ours = lines[: self._num_earlier], lines[self._num_earlier :]
+      superseded = [line for line in earlier if _step(line) > self._start_step]
+      if superseded:
+        with self._old_path.open('ab') as file:
+          file.writelines(superseded)
+        kept = [line for line in earlier if _step(line) <= self._start_step]
+        files.write(self._path, b''.join(kept + ours))
+      self._num_earlier = 0
 
   def close(self) -> None:
-    """Closes the files."""
+    """Writes what is left and closes the files."""
     if self._is_active:
-      self._file.close()
+      with self._lock:
+        self._write()
+        self._close_file()
+    with self._tensorboard():
       for run in self._runs.values():
         run.close()
+
+  def _read(self) -> list[bytes]:
+    """Lines of `metrics.jsonl`, each ended by a newline, whatever bytes they hold."""
+    with _warn(self._path):
+      return [line + b'\n' for line in self._path.read_bytes().splitlines()]
+    return []
+
+  def _write(self) -> None:
+    """Appends the unwritten lines."""
+    with _warn(self._path):
+      if self._file is None:
+        # An earlier process may have been killed within a line.
+        is_complete = not self._path.exists() or self._path.read_bytes()[-1:] in (b'', b'\n')
+        self._file = self._path.open('ab', buffering=0)
+        if not is_complete:
+          self._file.write(b'\n')
+      start, data = self._file.tell(), b''.join(self._unwritten)
+      try:
+        while data:
+          data = data[self._file.write(data) :]
+      except OSError:
+        self._file.truncate(start)
+        raise
+      self._unwritten = []
+
+  def _close_file(self) -> None:
+    with _warn(self._path):
+      if self._file is not None:
+        self._file.close()
+    self._file = None
+
+  @contextlib.contextmanager
+  def _tensorboard(self) -> Iterator[None]:
+    """Gives TensorBoard up at the first error: its writers cannot continue after one."""
+    try:
+      yield
+    except Exception as error:  # of TensorFlow or of the operating system
+      reason = str(error).splitlines()[0]
+      logging.warning('TensorBoard is given up (%s): metrics are in %s.', reason, self._path)
+      self._runs = {}
+
+
+@contextlib.contextmanager
+def _warn(path: pathlib.Path) -> Iterator[None]:
+  """Turns an error of a file into a warning; a file that does not exist yet is no error."""
+  try:
+    yield
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    logging.warning('%s cannot be read or written: %s.', path, error.strerror or error)
 
 
 def tensorboard_tag(name: str) -> tuple[str, str]:
@@ -129,11 +217,13 @@ def _mark_start(folder: pathlib.Path, step: int) -> None:
   events.close()
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
+  """The step of a line; infinite if it is damaged, for example because the process was killed."""
   try:
-    return json.loads(line)['step']
+    step = json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
-    return math.inf  # a line that is incomplete because the process was killed
+    return math.inf
+  return step if isinstance(step, int) else math.inf
 
 
 class Timer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import fluid_jax
 from fluid_jax import config as config_lib
-from fluid_jax import flops, summary
+from fluid_jax import flops, metrics, summary
 
 _TEMPLATE = """\
 ---
@@ -93,8 +93,8 @@ def last_validation_loss(workdir: pathlib.Path, last_step: int, weights: str) ->
   key = f'validation/loss_{weights}'
   found = ''
   with contextlib.suppress(OSError):
-    for line in (workdir / 'metrics.jsonl').read_text().splitlines():
-      # An interrupted run may leave an incomplete line.
+    for line in (workdir / metrics.FILENAME).read_bytes().splitlines():
+      # An interrupted run may leave a damaged line.
       with contextlib.suppress(ValueError, KeyError, TypeError):
         row = json.loads(line)
         if row['step'] <= last_step:

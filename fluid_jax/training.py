@@ -1,34 +1,48 @@
 """Fluid as a job of the training loop: its programs, its batches and its validation loss."""
 
 import functools
+import hashlib
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, flops, loop, metrics, sharding, startup, step
+from fluid_jax import errors, flops, loop, metrics, sharding, startup, step, stop
 from fluid_jax.data import pipeline, tasks
-from fluid_jax.encoders import frozen, text
+from fluid_jax.encoders import frozen, text, tokenizers
 from fluid_jax.sample import pipeline as sample_pipeline
 
 
-def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
+def train(
+  config: config_lib.Config, workdir: str | os.PathLike[str], start_over: bool = False
+) -> int:
   """Trains `config` in `workdir`, from its newest valid checkpoint if there is one.
 
+  Args:
+    config: resolved.
+    workdir: folder for checkpoints and metrics.
+    start_over: whether to start at step 0 if an earlier run left files there, but no checkpoint.
+
   Returns:
-    The exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
+    The exit code: 0 when done, 42 if SIGTERM or SIGINT arrived and the state was saved.
 
   Raises:
     UserError: the config, the data, the encoders, the devices or the workdir are wrong. Earlier
       checkpoints are kept.
   """
   startup.enable_compilation_cache()
+  return stop.run(lambda stopper: _train(config, pathlib.Path(workdir), start_over, stopper))
+
+
+def _train(
+  config: config_lib.Config, workdir: pathlib.Path, start_over: bool, stopper: stop.Stopper
+) -> int:
   # All checks come before the first change to the workdir.
-  is_preempted = loop.preemption_signal()
-  workdir = pathlib.Path(workdir)
   loop.check_processes(config, workdir, {'encoders': frozen.file_facts(config)})
   mesh = sharding.make_mesh(config)
   sharding.check_batch(config, mesh)
@@ -42,7 +56,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
   open_stream(config, mesh, 'validation', shuffle=False).close()
   job = loop.Job(
     config=config,
-    facts={'encoder_digests': digests},
+    facts={'encoder_digests': digests, 'file_digests': _file_digests(config)},
     mesh=mesh,
     state=program.state,
     init=program.init,
@@ -55,11 +69,11 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> int:
     flops_per_image=flops.step_flops(config) / config.train.batch_size,
     tokens_per_image=config.image.num_tokens,
   )
-  return loop.run(job, workdir, is_preempted)[1]
+  return loop.run(job, workdir, stopper, start_over)[1]
 
 
 def _image_sampler(components: step.Components, encoder_params: frozen.Params) -> Any:
-  """state -> a grid of samples of `train.sample_prompts`; None if there are none.
+  """(state, poll) -> a grid of samples of `train.sample_prompts`; None if there are none.
 
   Raises:
     UserError: a prompt is too long.
@@ -70,8 +84,9 @@ def _image_sampler(components: step.Components, encoder_params: frozen.Params) -
   text.encode_prompts(config.train.sample_prompts, config.text)
   sampler = sample_pipeline.Sampler(config, components.model, components.encoders, encoder_params)
 
-  def sample_images(state: step.TrainState) -> dict[str, np.ndarray]:
-    return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts, num_images=4)}
+  def sample_images(state: step.TrainState, poll: Callable[[], None]) -> dict[str, np.ndarray]:
+    prompts = config.train.sample_prompts
+    return {'samples': sampler.grid(state.ema_params, prompts, num_images=4, poll=poll)}
 
   return sample_images
 
@@ -111,6 +126,18 @@ def encoder_digests(config: config_lib.Config, loaded: dict[str, str]) -> dict[s
   return loaded | prepared_by
 
 
+def _file_digests(config: config_lib.Config) -> dict[str, str]:
+  """SHA-256 of the files that make the model's inputs and have no digest of their parameters."""
+  paths = {}
+  if config.image.tokenizer == 'patch' and not config.image.prepared:
+    paths['image.tokenizer'] = tokenizers.path_of(config)
+  if config.text.source == 't5':
+    paths['text.vocabulary'] = config.text.vocabulary
+  return {
+    name: hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() for name, path in paths.items()
+  }
+
+
 def open_stream(
   config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
 ) -> pipeline.Stream:
@@ -144,12 +171,13 @@ def evaluate(
   encoder_params: frozen.Params,
   mesh: jax.sharding.Mesh,
   state: step.TrainState,
+  poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """Loss over the complete validation split, for raw and averaged weights.
 
   Masks, diffusion times and noise of an example are the same at every call and for both weights.
   The loss is the mean over all predicted tokens: a ratio of sums. Its standard error is that of a
-  ratio estimate, with images as the sampling units.
+  ratio estimate, with images as the sampling units. `poll` is called before each batch.
 
   Returns:
     'validation/NAME_raw' and 'validation/NAME_ema' for the loss and its parts, and with '_se' added
@@ -159,6 +187,7 @@ def evaluate(
   sums = {'raw': [], 'ema': []}
   batches = open_stream(config, mesh, 'validation', shuffle=False)
   for index, batch in enumerate(batches):
+    poll()
     del batch['valid']  # the first num_examples rows are valid
     batch = sharding.put_batch(batch, mesh)
     first = sharding.put_replicated(np.int32(index * config.train.batch_size), mesh)

@@ -7,7 +7,7 @@ import numpy as np
 import own_set
 import pytest
 
-from fluid_jax import errors, loop
+from fluid_jax import errors, workdir
 from fluid_jax.data import examples, pipeline, sources, tasks
 
 PNG = {'image': own_set.image('a'), 'text': 'a'}
@@ -223,7 +223,7 @@ def test_the_data_facts_of_a_run_include_the_digest(register):
   import ml_collections
 
   name = register([PNG] * 3)
-  facts = loop.data_facts(ml_collections.ConfigDict({'task': name, 'module': ''}))
+  facts = workdir.data_digests(ml_collections.ConfigDict({'task': name, 'module': ''}))
   assert facts['train'].startswith(f'3 examples with digest {sources.digest([PNG] * 3)[:12]}')
 
 

@@ -7,7 +7,7 @@ images = model.sample(['red heart'], seed=0, guidance_scale=3.0)
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,11 @@ class Sampler:
     )
 
   def sample(
-    self, params: Any, prompts: Sequence[str], seeds: Sequence[int]
+    self,
+    params: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    poll: Callable[[], None] = lambda: None,
   ) -> tuple[np.ndarray, np.ndarray]:
     """One image for each prompt and seed.
 
@@ -71,6 +75,7 @@ class Sampler:
       params: of the model.
       prompts: n texts.
       seeds: n integers from 0 to 2**32 - 1.
+      poll: called before each batch.
 
     Returns:
       images (n, H, W, 3) uint8, and sampled_at (n, L) int32, the step that sampled each token.
@@ -78,6 +83,7 @@ class Sampler:
     ids = text.encode_prompts(prompts, self.config.text)
     images, sampled_at = [], []
     for start in range(0, len(ids), BATCH_SIZE):
+      poll()
       rows = np.minimum(np.arange(start, start + BATCH_SIZE), len(ids) - 1)
       self._label = f'images {start + 1} to {rows[-1] + 1} of {len(ids)}'
       keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[row] for row in rows], jnp.uint32))
@@ -91,10 +97,16 @@ class Sampler:
       sampled_at.append(at)
     return np.concatenate(images)[: len(ids)], np.concatenate(sampled_at)[: len(ids)]
 
-  def grid(self, params: Any, prompts: Sequence[str], num_images: int = 4) -> np.ndarray:
+  def grid(
+    self,
+    params: Any,
+    prompts: Sequence[str],
+    num_images: int = 4,
+    poll: Callable[[], None] = lambda: None,
+  ) -> np.ndarray:
     """Images of prompts (rows) by seeds 0, 1, ... (columns) as one image (H, W, 3) uint8."""
     pairs = [(prompt, seed) for prompt in prompts for seed in range(num_images)]
-    images, _ = self.sample(params, *zip(*pairs, strict=True))
+    images, _ = self.sample(params, *zip(*pairs, strict=True), poll=poll)
     return np.asarray(plots.image_grid(images, prompts, num_images, max(128, images.shape[1])))
 
   def _progress(self, done: np.ndarray) -> None:

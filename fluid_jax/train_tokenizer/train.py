@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fluid_jax import errors, flops, loop, metrics, plots, sharding, startup
+from fluid_jax import errors, flops, loop, metrics, plots, sharding, startup, stop
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import kl_vae, latents, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
@@ -26,25 +26,38 @@ _NUM_SHOWN = 8  # images in a grid of reconstructions
 _NUM_MEASURED = 10_000  # training images for the statistics of the latents
 
 
-def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> int:
+def train(
+  config: tokenizer_config.Config, workdir: str | os.PathLike[str], start_over: bool = False
+) -> int:
   """Trains `config` in `workdir`, from its newest valid checkpoint if there is one.
 
   When done, it writes `tokenizer.safetensors` to the workdir.
 
+  Args:
+    config: resolved.
+    workdir: folder for checkpoints and metrics.
+    start_over: whether to start at step 0 if an earlier run left files there, but no checkpoint.
+
   Returns:
-    The exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
+    The exit code: 0 when done, 42 if SIGTERM or SIGINT arrived and the state was saved.
 
   Raises:
     UserError: the config, the data, the weights, the devices or the workdir are wrong. Earlier
       checkpoints are kept.
   """
   startup.enable_compilation_cache()
+  return stop.run(lambda stopper: _train(config, pathlib.Path(workdir), start_over, stopper))
+
+
+def _train(
+  config: tokenizer_config.Config, workdir: pathlib.Path, start_over: bool, stopper: stop.Stopper
+) -> int:
   # All checks come before the first change to the workdir.
-  is_preempted = loop.preemption_signal()
-  workdir = pathlib.Path(workdir)
   paths = config.losses.vgg_path, config.losses.lpips_path
-  files = [path for path in paths if path]
-  loop.check_processes(config, workdir, {path: weights.fingerprint(path) for path in files})
+  files = {name: path for name, path in zip(('vgg', 'lpips'), paths, strict=True) if path}
+  loop.check_processes(
+    config, workdir, {name: weights.fingerprint(path) for name, path in files.items()}
+  )
   mesh = sharding.make_mesh(config)
   sharding.check_divides(
     mesh, config.train.batch_size, 'images', 'set train.batch_size to a multiple of the devices'
@@ -59,7 +72,9 @@ def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> i
   make_metric(config.train.metric)
   job = loop.Job(
     config=config,
-    facts={'perceptual_files': {path: weights.digests(path) for path in files}},
+    facts={
+      'perceptual_digests': {k: sorted(weights.digests(v).values()) for k, v in files.items()}
+    },
     mesh=mesh,
     state=program.state,
     init=program.init,
@@ -72,7 +87,7 @@ def train(config: tokenizer_config.Config, workdir: str | os.PathLike[str]) -> i
     flops_per_image=3 * _forward_flops(config, program.state.params),
     tokens_per_image=config.num_tokens,
   )
-  state, code = loop.run(job, workdir, is_preempted)
+  state, code = loop.run(job, workdir, stopper, start_over)
   if not code:
     export(config, program, mesh, state, workdir / 'tokenizer.safetensors')
   return code
@@ -127,11 +142,16 @@ def _reconstructions(
   mesh: Mesh,
   params: Any,
   split: str,
+  poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields for each batch of a split: images, reconstructions, and moments or codes."""
+  """Yields for each batch of a split: images, reconstructions, and moments or codes.
+
+  `poll` is called before each batch.
+  """
   with contextlib.closing(_open_stream(config, mesh, split, shuffle=False)) as batches:
     left = batches.num_examples
     for batch in batches:
+      poll()
       images = sharding.put_batch({'images': batch['images']}, mesh)['images']
       arrays = jax.device_get(program.reconstruct(params, images))
       yield tuple(array[:left] for array in arrays)
@@ -143,6 +163,7 @@ def evaluate(
   program: step.TokenizerProgram,
   mesh: Mesh,
   state: step.TokenizerState,
+  poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """Metrics of the validation split, for raw and averaged weights.
 
@@ -155,7 +176,8 @@ def evaluate(
   for name, params in (('raw', state.params), ('ema', state.ema_params)):
     sums, count, metric = {}, 0, make_metric(config.train.metric)
     counts_V = np.zeros(config.network.vocab_size)
-    for images, decoded, encoded in _reconstructions(config, program, mesh, params, 'validation'):
+    batches = _reconstructions(config, program, mesh, params, 'validation', poll)
+    for images, decoded, encoded in batches:
       found = quality.measure(images, decoded)
       if config.network.kind == 'kl':
         found['kl_bits'] = _kl_bits(encoded)
@@ -204,9 +226,10 @@ def sample_images(
   program: step.TokenizerProgram,
   mesh: Mesh,
   state: step.TokenizerState,
+  poll: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
   """A grid of the first validation images, above their reconstructions."""
-  batches = _reconstructions(config, program, mesh, state.ema_params, 'validation')
+  batches = _reconstructions(config, program, mesh, state.ema_params, 'validation', poll)
   with contextlib.closing(batches):
     images, decoded, _ = (array[:_NUM_SHOWN] for array in next(batches))
   return {'reconstructions': plots.tile([*images, *decoded], len(images))}
