@@ -340,7 +340,9 @@ def import_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
       workdir.mkdir(parents=True, exist_ok=True)
       _copy_tokenizer(config, workdir)
       saved['image']['tokenizer_path'] = str(workdir.absolute() / _TOKENIZER)
-  with checkpoint.Checkpointer(checkpoints, keep=1, config=saved) as checkpointer:
+  # Training may continue with another config or other data.
+  config_of_checkpoint = saved | {'is_imported': True}
+  with checkpoint.Checkpointer(checkpoints, keep=1, config=config_of_checkpoint) as checkpointer:
     checkpointer.save(content['step'], state, {'step': content['step']})
   return content['step']
 

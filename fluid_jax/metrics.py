@@ -138,7 +138,8 @@ class Writer:
   def _read(self) -> list[bytes]:
     """Lines of `metrics.jsonl`, each ended by a newline, whatever bytes they hold."""
     with _warn(self._path):
-      return [line + b'\n' for line in self._path.read_bytes().splitlines()]
+      if self._path.is_file():  # not a device
+        return [line + b'\n' for line in self._path.read_bytes().splitlines()]
     return []
 
   def _write(self) -> None:
@@ -146,7 +147,7 @@ class Writer:
     with _warn(self._path):
       if self._file is None:
         # An earlier process may have been killed within a line.
-        is_complete = not self._path.exists() or self._path.read_bytes()[-1:] in (b'', b'\n')
+        is_complete = not self._path.is_file() or self._path.read_bytes()[-1:] in (b'', b'\n')
         self._file = self._path.open('ab', buffering=0)
         if not is_complete:
           self._file.write(b'\n')
@@ -155,7 +156,8 @@ class Writer:
         while data:
           data = data[self._file.write(data) :]
       except OSError:
-        self._file.truncate(start)
+        with contextlib.suppress(OSError):
+          self._file.truncate(start)
         raise
       self._unwritten = []
 

@@ -16,6 +16,8 @@ from fluid_jax import errors
 
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
+# Saved with the config of a run, see `loop.Job.facts`.
+_FACTS = ('encoder_digests', 'file_digests', 'data_digests', 'is_imported')
 MAX_REPLICATED = 0.02  # fraction of the parameters that may be replicated by accident
 
 # Mesh axes of the logical axes of parameters, which are named as in T5X. Arrays split over `fsdp`
@@ -132,7 +134,7 @@ def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
   divide its width.
 
   Args:
-    saved: JSON values of the config, with or without `encoder_digests`.
+    saved: JSON values of the config, with or without the facts that are saved with it.
 
   Raises:
     UserError: it is the config of a tokenizer.
@@ -143,7 +145,7 @@ def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
       'was trained on its tokens.'
     )
   fsdp = math.gcd(jax.device_count(), saved['model']['width'])
-  settings = {name: value for name, value in saved.items() if name != 'encoder_digests'}
+  settings = {name: value for name, value in saved.items() if name not in _FACTS}
   return config_lib.resolve({**settings, 'mesh': {'replica': -1, 'fsdp': fsdp}})
 
 

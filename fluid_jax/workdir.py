@@ -61,9 +61,13 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathli
     old, new: as JSON values, see `saved`, with facts such as digests.
     workdir: for the message.
 
+  A checkpoint that `fluid_jax.export` imported may be trained with any config.
+
   Raises:
     UserError: they differ in what is trained (exit code 4).
   """
+  if old.get('is_imported'):
+    return
   accepted = RESUMABLE
   if old.get('optimizer', {}).get('schedule') == 'constant':
     accepted += ('train.num_steps',)  # with other schedules each learning rate depends on it

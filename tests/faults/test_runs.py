@@ -35,7 +35,8 @@ def refused(code, words, workdir, *args):
   before = snapshot(workdir)
   done = train(workdir, *args)
   assert done.returncode == code, done.stderr[-3000:]
-  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+  assert done.stderr.startswith('error: '), done.stderr
+  assert done.stderr.count('\n') == 1, done.stderr
   assert words in done.stderr
   assert snapshot(workdir) == before
   return done.stderr
@@ -275,9 +276,9 @@ def test_a_signal_in_any_phase_stops_at_once_and_what_was_due_is_done_later(
   time.sleep(0.3)
   sent = time.monotonic()
   process.send_signal(number)
-  out, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=120)
   assert process.returncode == errors.PREEMPTED, err
-  assert time.monotonic() - sent < 15
+  assert time.monotonic() - sent < 30
   assert 'Traceback' not in err
   done = commands.run(*args)
   assert done.returncode == 0, done.stderr
