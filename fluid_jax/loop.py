@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -67,14 +67,39 @@ def check_processes(config: Any, workdir: pathlib.Path, facts: Mapping[str, Any]
     )
 
 
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[lease.Lease | None]:
+  """Creates the workdir and holds its lease; None in all processes but the first.
+
+  Raises:
+    UserError: another run holds it (exit code 4), or it cannot be written (6).
+  """
+  held = lease.Lease(workdir) if jax.process_index() == 0 else None
+  with contextlib.ExitStack() as stack:
+
+    def take() -> int:
+      with files.writing(f'--workdir={workdir}'):
+        workdir.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(held)
+      return 0
+
+    distributed.agree(take)
+    yield held
+
+
 def run(
-  job: Job, workdir: pathlib.Path, stopper: stop.Stopper, start_over: bool = False
+  job: Job,
+  workdir: pathlib.Path,
+  held: lease.Lease | None,
+  stopper: stop.Stopper,
+  start_over: bool = False,
 ) -> tuple[Any, int]:
   """Trains `job` in `workdir`, from its newest valid checkpoint if there is one.
 
   Args:
     job: see `Job`.
     workdir: folder for checkpoints and metrics.
+    held: its lease, from `hold`.
     stopper: from `stop.run`.
     start_over: whether to start at step 0 if an earlier run left files there, but no checkpoint.
 
@@ -82,31 +107,9 @@ def run(
     The state, and the exit code: 0 when done, 42 if a signal arrived and the state was saved.
 
   Raises:
-    UserError: the workdir belongs to another config, is in use, or lost its checkpoints; or files
-      cannot be read or written.
+    UserError: the workdir belongs to another config, or lost its checkpoints; or files cannot be
+      read or written.
   """
-  with contextlib.ExitStack() as stack:
-    is_main_process = jax.process_index() == 0
-    held = lease.Lease(workdir) if is_main_process else None
-
-    def hold() -> int:
-      with files.writing(f'--workdir={workdir}'):
-        workdir.mkdir(parents=True, exist_ok=True)
-      stack.enter_context(held)
-      return 0
-
-    distributed.agree(hold)
-    return _run(job, workdir, stopper, start_over, held)
-
-
-def _run(
-  job: Job,
-  workdir: pathlib.Path,
-  stopper: stop.Stopper,
-  start_over: bool,
-  held: lease.Lease | None,
-) -> tuple[Any, int]:
-  """As `run`; process 0 holds the lease of the workdir."""
   config, mesh, is_main_process = job.config, job.mesh, held is not None
 
   def log(text: str) -> None:

@@ -69,7 +69,8 @@ def _train(
     flops_per_image=flops.step_flops(config) / config.train.batch_size,
     tokens_per_image=config.image.num_tokens,
   )
-  return loop.run(job, workdir, stopper, start_over)[1]
+  with loop.hold(workdir) as held:
+    return loop.run(job, workdir, held, stopper, start_over)[1]
 
 
 def _image_sampler(components: step.Components, encoder_params: frozen.Params) -> Any:

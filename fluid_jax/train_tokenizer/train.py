@@ -87,9 +87,10 @@ def _train(
     flops_per_image=3 * _forward_flops(config, program.state.params),
     tokens_per_image=config.num_tokens,
   )
-  state, code = loop.run(job, workdir, stopper, start_over)
-  if not code:
-    export(config, program, mesh, state, workdir / 'tokenizer.safetensors')
+  with loop.hold(workdir) as held:
+    state, code = loop.run(job, workdir, held, stopper, start_over)
+    if not code:
+      export(config, program, mesh, state, workdir / 'tokenizer.safetensors')
   return code
 
 
