@@ -240,7 +240,8 @@ from fluid_jax import config as config_lib
 
 workdir, replica, fsdp, tensor, order = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 values = json.loads((workdir / 'config.json').read_text())
-del values['encoder_digests']
+for fact in ('encoder_digests', 'file_digests', 'data_digests'):
+  del values[fact]
 values['mesh'] = dict(replica=int(replica), fsdp=int(fsdp), tensor=int(tensor))
 config = config_lib.resolve(values)
 
