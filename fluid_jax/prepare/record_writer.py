@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
-from fluid_jax import errors, files
+from fluid_jax import errors, files, manifest
 from fluid_jax.data import records
 
 
@@ -156,7 +156,7 @@ class Writer:
           )
       index['splits'][split] = shards
       index['languages'][split] = dict(sorted(languages.items()))
-    files.write(self._directory / records.INDEX, json.dumps(index, indent=1) + '\n', is_shared=True)
+    files.write(self._directory / records.INDEX, manifest.encode(index), is_shared=True)
     self._clear()
 
   def _clear(self) -> None:
