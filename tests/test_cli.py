@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 
@@ -350,6 +351,43 @@ def test_an_unexpected_error_exits_with_134_and_a_traceback():
   done = commands.run('-c', 'from fluid_jax import errors; errors.run(lambda: 1 / 0)')
   assert done.returncode == errors.CRASH
   assert 'ZeroDivisionError' in done.stderr
+
+
+_PRINTS = """
+import sys
+from fluid_jax import errors
+def main():
+  for number in range(int(sys.argv[1])):
+    print(number, chr(0x1f600))
+  if number == 2:
+    raise errors.UserError(f'no {chr(0x1f600)} and {chr(0xdcff)}', errors.CORRUPT)
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_characters_that_the_terminal_lacks_are_escaped(encoding):
+  done = commands.run('-c', _PRINTS, 3, env={'PYTHONIOENCODING': f'{encoding}:strict'})
+  assert done.returncode == errors.CORRUPT
+  shown = chr(0x1F600) if encoding == 'utf-8' else r'\U0001f600'
+  assert done.stdout == f'0 {shown}\n1 {shown}\n2 {shown}\n'
+  assert done.stderr == f'error: no {shown} and \\udcff\n'
+
+
+@pytest.mark.parametrize(
+  ('lines', 'codes'), [(1, (errors.CLOSED_PIPE,)), (99_999, (141,)), (3, (errors.CORRUPT, 141))]
+)
+@pytest.mark.parametrize('both', [True, False])
+def test_a_closed_pipe_ends_a_command_without_a_traceback(lines, codes, both):
+  read, write = os.pipe()
+  os.close(read)
+  errors_to = {'stderr': write} if both else {}
+  process = commands.start('-c', _PRINTS, lines, stdout=write, **errors_to)
+  os.close(write)
+  _, written = process.communicate()
+  assert process.returncode in codes
+  assert 'Traceback' not in (written or '')
+  assert 'BrokenPipe' not in (written or '')
 
 
 # ---- Sampling ----
