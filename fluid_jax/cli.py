@@ -372,7 +372,7 @@ def add_process_flags(parser: Parser) -> None:
   """The flags of commands that may run as several processes."""
   parser.add_argument(
     '--peer_timeout_s',
-    type=int,
+    type=number(int, 1, 2**31 - 1),
     # Longer than delays of a busy host or network, and short compared with a training run.
     default=60,
     metavar='SECONDS',

@@ -84,6 +84,8 @@ def write(
     return found, found
 
   try:
+    with files.writing(out):  # found before the checkpoint is read
+      folder.mkdir(parents=True, exist_ok=True)
     found = retry.read(workdir / 'checkpoints', wanted_step, fill)
     with files.writing(out):
       folder.rename(out)
@@ -399,7 +401,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     '--weights', choices=tuple(FIELDS), help='averaged (ema, the default) or raw weights'
   )
   parser.add_argument(
-    '--step', type=int, help='step of the checkpoint (default: the newest valid one)'
+    '--step',
+    type=cli.number(int, 0, 2**31 - 1),
+    help='step of the checkpoint (default: the newest valid one)',
   )
   parser.add_argument('--format', choices=('safetensors',), help='file format of the export')
   parser.add_argument(

@@ -498,8 +498,11 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     (['--prompt=a', '--num_diffusion_steps=1'], 'choose 2 to 1000'),
     (['--prompt=a', '--num_diffusion_steps=1001'], 'choose 2 to 1000'),
     (['--prompt=a', '--temperature=-1'], 'sampling.temperature is -1.0; choose'),
-    (['--prompt=a', '--num_images=0'], '--num_images=0 is out of range'),
-    (['--prompt=a', '--seed=-1'], '--seed=-1 is out of range'),
+    (['--prompt=a', '--num_images=0'], "'0' is not an integer from 1 to 2147483647"),
+    (['--prompt=a', '--seed=-1'], "'-1' is not an integer from 0 to 2147483647"),
+    (['--prompt=a', '--seed=2147483648'], "--seed: '2147483648' is not an integer from 0 to 214"),
+    (['--prompt=a', '--seed=one'], "'one' is not an integer from 0 to 2147483647"),
+    (['--prompt=a', '--step=-1'], "'-1' is not an integer from 0 to 2147483647"),
     (['--prompt=a', '--out=absent/grid.png'], 'the folder of --out=absent/grid.png does not exist'),
     (['--prompt=a', '--out=grid'], '--out=grid is not a file name that ends in .png'),
     (
