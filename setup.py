@@ -28,7 +28,7 @@ setuptools.setup(
     'Topic :: Scientific/Engineering :: Artificial Intelligence',
     'Typing :: Typed',
   ],
-  # tensorflow-text has no wheel beyond 3.13; for 3.13, pip compiles editdistance, which seqio needs.
+  # tensorflow-text has no wheel beyond 3.13; for 3.13, pip compiles editdistance (of seqio).
   python_requires='>=3.11,<3.14',
   packages=[*setuptools.find_packages(include=['fluid_jax', 'fluid_jax.*']), 'fluid_jax.configs'],
   package_dir={'fluid_jax.configs': 'configs'},  # so that --config=NAME finds them
