@@ -4,7 +4,7 @@
 # make lint   runs the linter
 # make clean  removes .venv, the demo and all build outputs
 #
-# This needs only Python 3.11 to 3.13. Dependencies are installed into .venv, with the versions in
+# This needs only Python 3.11, 3.12, or 3.13 with a C++ compiler. Dependencies are installed into .venv, with the versions in
 # constraints.txt. `make PYTHON=python3.12 setup` selects the Python version of .venv.
 
 PYTHON ?= python3
@@ -23,6 +23,10 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo 'error: fluid_jax needs Python 3.11 to 3.13, but $(PYTHON) is another version:' \
 	    'select a version, as in make PYTHON=python3.12 $(or $(MAKECMDGOALS),setup).'; exit 1; } >&2
+	@$(PYTHON) -c 'import os, shutil, sys; \
+	    sys.exit(sys.version_info >= (3, 13) and not shutil.which(os.environ.get("CXX", "c++")))' || { \
+	  echo 'error: with Python 3.13, a package that seqio needs (editdistance) is compiled, but there is' \
+	    'no C++ compiler: install one, such as g++, or use Python 3.11 or 3.12.'; exit 1; } >&2
 	@echo "Installing into .venv with $$($(PYTHON) --version): about a minute, 4 GB."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv

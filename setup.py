@@ -28,7 +28,8 @@ setuptools.setup(
     'Topic :: Scientific/Engineering :: Artificial Intelligence',
     'Typing :: Typed',
   ],
-  python_requires='>=3.11,<3.14',  # tensorflow-text has no wheel beyond 3.13
+  # tensorflow-text has no wheel beyond 3.13; for 3.13, pip compiles editdistance (of seqio).
+  python_requires='>=3.11,<3.14',
   packages=[*setuptools.find_packages(include=['fluid_jax', 'fluid_jax.*']), 'fluid_jax.configs'],
   package_dir={'fluid_jax.configs': 'configs'},  # so that --config=NAME finds them
   package_data={

@@ -1,5 +1,7 @@
 """Lists the commands."""
 
+from fluid_jax import errors
+
 _COMMANDS = {
   'main': 'train Fluid, or resume training',
   'sample': 'sample images from a trained model',
@@ -11,6 +13,12 @@ _COMMANDS = {
   'aot': 'compile a config for a TPU slice, without a TPU',
 }
 
-print('Commands (each has --help):\n')
-for name, description in _COMMANDS.items():
-  print(f'  python -m {f"fluid_jax.{name}":<28}{description}')
+
+def main() -> None:
+  print('Commands (each has --help):\n')
+  for name, description in _COMMANDS.items():
+    print(f'  python -m {f"fluid_jax.{name}":<28}{description}')
+
+
+if __name__ == '__main__':
+  errors.run(main)

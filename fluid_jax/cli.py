@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.machinery
+import importlib.util
 import inspect
 import io
 import math
@@ -22,11 +24,13 @@ import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 import fluid_jax
 from fluid_jax import errors
+from fluid_jax import settings as settings_lib
 
 T = TypeVar('T')
 
@@ -59,7 +63,7 @@ class Parser(argparse.ArgumentParser):
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
-    self._settings = settings
+    self._settings, self._example = settings, example
     if settings is not None:
       self.add_argument(
         '--config',
@@ -115,7 +119,22 @@ class Parser(argparse.ArgumentParser):
         f'--config is missing: give a name, such as --config=demo ({", ".join(config_names())}), '
         'or a file.'
       )
-    return args, resolve(load_config(args.config, rest))
+    values = load_config(args.config, rest)
+    self._check_kind(args.config, values)
+    return args, resolve(values)
+
+  def _check_kind(self, config: str, values: Mapping[str, Any]) -> None:
+    """UserError for a config of the other kind: of a tokenizer, or of Fluid."""
+    known = {field.name for field in dataclasses.fields(self._settings)}
+    for group, kind, command in (
+      ('network', 'an image tokenizer', 'train_tokenizer'),
+      ('model', 'a Fluid model', 'main'),
+    ):
+      if group in values and group not in known:
+        raise errors.UserError(
+          f'--config={config} is a config of {kind}, for python -m fluid_jax.{command}: give this '
+          f'command another config, such as {self._example}.'
+        )
 
   def _reject(self, word: str) -> NoReturn:
     if not word.startswith('-'):
@@ -143,31 +162,57 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     UserError: there is no such config, it fails, or an override does not fit it.
   """
   name, colon, variant = value.partition(':')
-  path = _find_config(name)
-  words = ['', f'--config={path}{colon}{variant}', *overrides]
+  config = _run_config(_find_config(name), [variant] if colon else [])
+  known = config.to_dict()
   values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=words)
+  words = ['', *overrides]
   try:
     with contextlib.redirect_stderr(io.StringIO()):  # absl also prints the error that it raises
+      config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=words)
       rest = values(words)
-    config = holder.value.to_dict()
-  except errors.UserError:
-    raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    if _raised_in(error, path):
-      raise _config_failed(path, error) from error
-    if overrides:
-      _check_names(overrides, load_config(value))
-    # The libraries name the flag or key and may suggest another.
-    reason = error.args[0] if error.args else error
-    if isinstance(reason, KeyError):  # ml_collections' error for a key that does not exist
-      reason = f'the config has no key {reason.args[0]}'
-    reason = ': '.join(line.strip() for line in str(reason).splitlines())
+  except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+    _check_names(overrides, known)
+    # The libraries name the flag.
+    reason = str(error.args[0] if error.args else error)
+    reason = re.sub('invalid literal for int.*', 'write an integer, such as 1000', reason)
+    reason = re.sub('could not convert string to float.*', 'write a number, such as 0.1', reason)
+    reason = re.sub("[(]'Non-boolean argument.*", 'write True or False', reason)
+    reason = ': '.join(line.strip() for line in reason.splitlines())
     raise errors.UserError(f'{reason} (see --help)') from error
-  except Exception as error:
-    raise _config_failed(path, error) from error
   if rest[1:]:
     raise errors.UserError(f'{rest[1]!r} is not a flag: flags begin with -- (see --help).')
+  return config.to_dict()
+
+
+def _run_config(path: pathlib.Path, variant: Sequence[str]) -> ml_collections.ConfigDict:
+  """Runs a config file; `variant` is empty or has one item.
+
+  Raises:
+    UserError: the file fails, with the line, or makes no config.
+  """
+  loader = importlib.machinery.SourceFileLoader('config', str(path))
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader('config', loader))
+  try:
+    loader.exec_module(module)
+    make = getattr(module, 'get_config', None)
+    if not callable(make):
+      raise errors.UserError(
+        f'{path} has no function get_config: define it, as the files in configs/ do.'
+      )
+    if variant and not inspect.signature(make).parameters:
+      raise errors.UserError(
+        f'get_config of {path} takes no variant: leave out ":{variant[0]}" in --config.'
+      )
+    config = make(*variant)
+  except errors.UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise _config_failed(path, error) from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.UserError(
+      f'get_config of {path} returns {type(config).__name__} and not a ConfigDict: begin it with '
+      'config = config_lib.base_config(), and end it with return config.'
+    )
   return config
 
 
@@ -176,10 +221,16 @@ def _check_names(overrides: Sequence[str], config: Mapping[str, Any]) -> None:
   known = set(_setting_names(config))
   for word in overrides:
     name = word.partition('=')[0].removeprefix('--config.')
-    if word.startswith('--config.') and name not in known:
-      similar = _similar(name, sorted(known))
-      hint = f'did you mean {" or ".join(similar)}?' if similar else 'see --help for the settings.'
-      raise errors.UserError(f'{name} is not a setting of this config; {hint}')
+    if not word.startswith('--config.') or name in known:
+      continue
+    inside = sorted(setting for setting in known if setting.startswith(f'{name}.'))
+    if inside:
+      raise errors.UserError(
+        f'{name} is a group of settings: set one of them, as in --config.{inside[0]}=VALUE.'
+      )
+    similar = settings_lib.similar(name, sorted(known))
+    hint = f'did you mean {" or ".join(similar)}?' if similar else 'see --help for the settings.'
+    raise errors.UserError(f'{name or word} is not a setting of this config; {hint}')
 
 
 def _setting_names(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
@@ -188,15 +239,6 @@ def _setting_names(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]
       yield from _setting_names(value, f'{prefix}{name}.')
     else:
       yield prefix + name
-
-
-def _similar(name: str, known: Sequence[str]) -> list[str]:
-  """Up to three settings that `name` may mean: similar to it, abbreviated by it, or with it."""
-  last = name.rpartition('.')[2]
-  abbreviated = [k for k in known if ''.join(w[0] for w in k.rpartition('.')[2].split('_')) == last]
-  similar = difflib.get_close_matches(name, known, n=1, cutoff=0.9) or abbreviated
-  similar = similar or difflib.get_close_matches(name, known, n=3)
-  return (similar or [k for k in known if last and last in k])[:3]
 
 
 def _find_config(name: str) -> pathlib.Path:
@@ -209,6 +251,8 @@ def _find_config(name: str) -> pathlib.Path:
         return folder / f'{name}.py'
   if path.name and path.with_suffix('.py').is_file():
     raise errors.UserError(f'--config={name} is not a file: did you mean {path}.py?')
+  if name and path.is_dir():
+    raise errors.UserError(f'--config={name} is a folder: give the name or the file of a config.')
   close = difflib.get_close_matches(path.stem, config_names(), n=1, cutoff=0.5)
   hint = f'did you mean {close[0]}?' if close else f'known names: {", ".join(config_names())}.'
   raise errors.UserError(f'--config={name} is neither a file nor the name of a config; {hint}')
@@ -224,13 +268,14 @@ def _raised_in(error: BaseException, path: pathlib.Path) -> int:
   return line
 
 
-def _config_failed(path: pathlib.Path, error: Exception) -> errors.UserError:
-  line = getattr(error, 'lineno', None) or _raised_in(error, path)
+def _config_failed(path: pathlib.Path, error: BaseException) -> errors.UserError:
+  line = _raised_in(error, path)
+  if isinstance(error, SyntaxError) and error.filename in (str(path), None):
+    line = error.lineno
+  place = f'{path}, line {line}' if line else str(path)
   reason = str(getattr(error, 'msg', error)).splitlines()
-  return errors.UserError(
-    f'{path}, line {line}: {type(error).__name__}: {reason[0] if reason else ""}; '
-    'correct the config file.'
-  )
+  said = f': {reason[0]}' if reason else ''
+  return errors.UserError(f'{place}: {type(error).__name__}{said}; correct the config file.')
 
 
 def describe_settings(settings: type) -> str:
@@ -333,7 +378,7 @@ def add_process_flags(parser: Parser) -> None:
   """The flags of commands that may run as several processes."""
   parser.add_argument(
     '--peer_timeout_s',
-    type=int,
+    type=number(int, 1, 2**31 - 1),
     # Longer than delays of a busy host or network, and short compared with a training run.
     default=60,
     metavar='SECONDS',

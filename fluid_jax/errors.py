@@ -1,6 +1,9 @@
 """Errors that the user can fix, and the exit codes of all commands."""
 
+import contextlib
 import errno
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ STORAGE = 6  # the disk is full or not writable
 PREEMPTED = 42
 INTERRUPTED = 130  # Ctrl-C
 CRASH = 134
+CLOSED_PIPE = 141  # the reader of the output ended
 
 
 class UserError(Exception):
@@ -44,23 +48,41 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   """Calls `main` and exits with its return value, or with the exit code of its error.
 
   A UserError, Ctrl-C or a full disk prints one line; any other exception prints a traceback.
+  Characters that the terminal cannot show are printed as escapes. If the reader of the output has
+  ended, as in `... | head -1`, the rest is discarded.
   """
+  for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
+    stream.reconfigure(errors='backslashreplace')
   try:
     code = main() or 0
+    print(end='', flush=True)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
     code = error.exit_code
+    _report(f'error: {error}')
   except KeyboardInterrupt:
-    print('error: interrupted: run the same command again.', file=sys.stderr)
     code = INTERRUPTED
+    _report('error: interrupted: run the same command again.')
   except Exception as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-      print(
-        f'error: the disk is full ({error}): free some space and run the same command again.',
-        file=sys.stderr,
-      )
       code = STORAGE
+      _report(f'error: the disk is full ({error}): free some space and run the same command again.')
+    elif isinstance(error, BrokenPipeError) and any(_is_closed(n) for n in (1, 2)):
+      code = CLOSED_PIPE
     else:
-      traceback.print_exc()
       code = CRASH
+      _report(traceback.format_exc().rstrip())
+  for number in filter(_is_closed, (1, 2)):  # Python would report them at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
   sys.exit(code)
+
+
+def _report(text: str) -> None:
+  with contextlib.suppress(BrokenPipeError):
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_closed(descriptor: int) -> bool:
+  """Whether a descriptor is a pipe whose reader has ended."""
+  poll = select.poll()
+  poll.register(descriptor, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -6,7 +6,7 @@ python -m fluid_jax.export --import=EXPORT --workdir=NEW
 EXPORT/model.safetensors      parameters by path, such as 'blocks.mlp.wi.kernel'; a large model
                               has model-00001-of-0000N.safetensors and an index instead
 EXPORT/tokenizer.safetensors  the image tokenizer, if the user trained it
-EXPORT/README.md              a model card
+EXPORT/README.md              a model card; it refers to a LICENSE, which the user adds
 EXPORT/config.json            written last: config, step, and the SHA-256 of the files above, of
                               itself, and of the encoders' files, which are not copied
 """
@@ -34,6 +34,7 @@ from fluid_jax import (
   manifest,
   model_card,
   optim,
+  retry,
   sharding,
   step,
 )
@@ -47,7 +48,7 @@ FILE_BYTES = 4 << 30  # maximum size of a file, unless a single parameter is lar
 # Settings of encoders that have a digest of their parameters: the key of that digest.
 _DIGEST_KEY = {'image.tokenizer_path': 'image', 'text.t5_path': 'text'}
 _MODEL, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
-_TOKENIZER, _CONFIG = 'tokenizer.safetensors', 'config.json'
+_TOKENIZER, _CARD, _CONFIG = 'tokenizer.safetensors', 'README.md', 'config.json'
 
 
 # ---- Export ----
@@ -61,7 +62,7 @@ def write(
   Host memory contains the parameters of one file at a time, besides the arrays of CPU devices.
 
   Args:
-    workdir: the folder of a training run.
+    workdir: the folder of a training run, which may continue meanwhile.
     out: the folder to create; it may exist if it is empty.
     weights: 'ema' or 'raw'.
     wanted_step: the step of the checkpoint, by default the newest valid one.
@@ -75,43 +76,64 @@ def write(
   """
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise errors.UserError(f'--out={out} already exists: remove it or give another folder.')
+  # The folder gets its final name when it is complete.
+  folder = out.absolute().with_name(f'{out.absolute().name}.export-tmp')
+
+  def fill() -> tuple[int, int]:
+    found = _fill(folder, out, workdir, weights, wanted_step)
+    return found, found
+
+  try:
+    with files.writing(out):  # found before the checkpoint is read
+      folder.mkdir(parents=True, exist_ok=True)
+    found = retry.read(workdir / 'checkpoints', wanted_step, fill)
+    with files.writing(out):
+      folder.rename(out)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+  return found
+
+
+def _fill(
+  folder: pathlib.Path,
+  out: pathlib.Path,
+  workdir: pathlib.Path,
+  weights: str,
+  wanted_step: int | None,
+) -> int:
+  """Writes all files of an export to a new folder; returns the step. Errors name `out`."""
   directory = workdir / 'checkpoints'
   saved = checkpoint.read_config(directory, wanted_step)
   config = sharding.config_here(saved)
   shapes = step.state_shapes(config, sharding.make_mesh(config))
   wanted = {FIELDS[weights]: getattr(shapes, FIELDS[weights]), 'num_skipped': shapes.num_skipped}
   encoders = {name: weights_lib.digests(path) for name, path in _references(config).items()}
-  checkpointer = checkpoint.Checkpointer(directory, keep=1, config=saved)
-  found = checkpointer.find(wanted, wanted_step)
-  saved = checkpoint.read_config(directory, found)
-  num_skipped = checkpointer.read(found, {'num_skipped': shapes.num_skipped})['num_skipped']
-  # The folder gets its final name when it is complete.
-  folder = out.absolute().with_name(f'{out.absolute().name}.export-tmp')
-  with files.writing(out, (safetensors.SafetensorError,)):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+  with checkpoint.Checkpointer(directory, keep=1, config=saved) as checkpointer:
+    found = checkpointer.find(wanted, wanted_step)
+    saved = checkpoint.read_config(directory, found)
+    num_skipped = checkpointer.read(found, {'num_skipped': shapes.num_skipped})['num_skipped']
+    with files.writing(out, (safetensors.SafetensorError,)):
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir(parents=True)
+      model = _write_model(checkpointer, found, FIELDS[weights], wanted[FIELDS[weights]], folder)
+      written = weights_lib.digests(str(model))
       if _own_tokenizer(config):
         _copy_tokenizer(config, folder)
         saved['image'] |= {'tokenizer_path': _TOKENIZER}
         encoders['image.tokenizer_path'] = weights_lib.digests(str(folder / _TOKENIZER))
-      model = _write_model(checkpointer, found, FIELDS[weights], wanted[FIELDS[weights]], folder)
+        written |= encoders['image.tokenizer_path']
       content = {
         'weights': weights,
         'step': found,
         'num_skipped': int(num_skipped),
         'versions': {'fluid_jax': fluid_jax.__version__, 'jax': jax.__version__},
         'config': saved,
-        'files': weights_lib.digests(str(model)),
         'encoders': encoders,
       }
       validation_loss = model_card.last_validation_loss(workdir, found, weights)
-      files.write(folder / 'README.md', model_card.make(config, content, validation_loss))
+      files.write(folder / _CARD, model_card.make(config, content, validation_loss))
+      content['files'] = written | weights_lib.digests(str(folder / _CARD))
       files.write(folder / _CONFIG, manifest.encode(content))
-      folder.rename(out)
-    finally:
-      shutil.rmtree(folder, ignore_errors=True)
-  checkpointer.close()
   return found
 
 
@@ -223,12 +245,11 @@ def _verify(directory: pathlib.Path, moved: Mapping[str, str]) -> dict[str, Any]
       'train there until the first checkpoint.',
       errors.CORRUPT,
     ) from error
-  _compare(
-    weights_lib.digests(str(_model_path(directory))),
-    content['files'],
-    str(directory),
-    'copy the export again.',
-  )
+  found = weights_lib.digests(str(_model_path(directory)))
+  for name in content['files'].keys() - found.keys():
+    if (directory / name).is_file():
+      found |= weights_lib.digests(str(directory / name))
+  _compare(found, content['files'], str(directory), 'copy the export again.')
   for name, value in moved.items():
     group, key = name.split('.')
     content['config'][group][key] = value
@@ -382,7 +403,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     '--weights', choices=tuple(FIELDS), help='averaged (ema, the default) or raw weights'
   )
   parser.add_argument(
-    '--step', type=int, help='step of the checkpoint (default: the newest valid one)'
+    '--step',
+    type=cli.number(int, 0, 2**31 - 1),
+    help='step of the checkpoint (default: the newest valid one)',
   )
   parser.add_argument('--format', choices=('safetensors',), help='file format of the export')
   parser.add_argument(

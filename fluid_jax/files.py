@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator
 
 from etils import epath
@@ -69,3 +70,30 @@ def writing(
       f'{path} cannot be written ({reason}): free some space or give a writable path.',
       errors.STORAGE,
     ) from error
+
+
+def check_output(name: str, path: os.PathLike[str] | str, suffix: str = '') -> None:
+  """Checks that a file can be written, before the work whose result it is to hold.
+
+  Args:
+    name: of the flag, for the message.
+    path: the file, which may exist.
+    suffix: the required end of its name, such as '.png'; '' for any.
+
+  Raises:
+    UserError: it is a folder, has another suffix, or its folder does not exist (exit code 2); or it
+      cannot be written (6).
+  """
+  path = pathlib.Path(path)
+  if not os.path.isdir(path.absolute().parent):  # false also for a name that is too long
+    raise errors.UserError(f'the folder of {name}={path} does not exist: create it first.')
+  if os.path.isdir(path):
+    raise errors.UserError(f'{name}={path} is a folder: give the name of a file.')
+  if not path.name.lower().endswith(suffix):
+    raise errors.UserError(f'{name}={path} is not a file name that ends in {suffix}: change it.')
+  exists = os.path.lexists(path)
+  with writing(path):
+    # Without O_NONBLOCK, a named pipe would wait for a reader.
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK))
+    if not exists:
+      path.unlink()

@@ -1,7 +1,8 @@
-"""Manifests: JSON files that prove that a checkpoint or an export is complete and unchanged.
+"""Manifests: JSON files that prove that stored data is complete and unchanged.
 
 A manifest starts with the SHA-256 of its own content. The manifest of a checkpoint step also
-records the size and the SHA-256 of every file of the step.
+records the size and the SHA-256 of every file of the step. The config.json of an export and the
+index of a record set are manifests too.
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ FILENAME = 'MANIFEST.json'
 
 
 class CorruptCheckpointError(Exception):
-  """A checkpoint or an export does not match its manifest.
+  """A checkpoint, an export or the index of a record set does not match its manifest.
 
   The message is a clause without a final period, so that callers can quote it in a sentence.
   """
@@ -43,7 +44,7 @@ def decode(path: pathlib.Path) -> dict[str, Any]:
   try:
     content = json.loads(encoded)
     recorded = content.pop('sha256', None)
-  except (ValueError, AttributeError, TypeError) as error:
+  except (ValueError, AttributeError, TypeError, RecursionError) as error:
     raise CorruptCheckpointError(f'{path} is not a JSON manifest') from error
   if encode(content) != encoded:
     raise CorruptCheckpointError(f'{path} does not match its own SHA-256, {recorded}')

@@ -15,7 +15,8 @@ _TEMPLATE = """\
 library_name: fluid_jax
 pipeline_tag: text-to-image
 tags: [jax, text-to-image]
-# license: fill in; the licenses of the training data and of the encoders affect it
+license: other
+license_link: LICENSE
 ---
 
 # {name}
@@ -40,7 +41,10 @@ python -m fluid_jax.export --import=THIS_FOLDER --workdir=NEW   # to continue tr
 
 ## License
 
-Fill in the license here and in the first lines of this file.
+See the file LICENSE in this folder. If there is none, no license was given. The licenses of the
+training data and of the encoders affect it.
+
+Loading checks this file too, against its SHA-256 in `config.json`.
 """
 
 _ENCODERS = """\

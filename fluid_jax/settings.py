@@ -92,6 +92,8 @@ def check_run(c: Any) -> list[str]:
       f'optimizer.warmup_steps {c.optimizer.warmup_steps} is not below train.num_steps '
       f'{c.train.num_steps}; lower it.'
     )
+  if not 0 <= c.train.seed < 2**31:
+    problems.append(f'train.seed is {c.train.seed}; choose 0 to {2**31 - 1}.')
   for name in ('b1', 'b2'):
     value = getattr(c.optimizer, name)
     if not 0 <= value < 1:
@@ -112,12 +114,30 @@ def closest(word: str, known: Iterable[str]) -> str:
   return next(iter(difflib.get_close_matches(word, known, n=1)), '')
 
 
+def similar(name: str, known: Iterable[str]) -> list[str]:
+  """Up to three settings that `name` may mean: similar to it, or abbreviated by it."""
+  last = name.rpartition('.')[2]
+
+  def alike(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+  scores = {}
+  for setting in known:
+    own = setting.rpartition('.')[2]
+    words = own.split('_')
+    initials = [''.join(word[0] for word in words)] if len(words) > 1 else []
+    scores[setting] = alike(name, setting) + max(alike(last, w) for w in (own, *words, *initials))
+  best = max(scores.values(), default=0)
+  near = [setting for setting, score in scores.items() if score > max(1.2, best - 0.1)]
+  return sorted(near, key=scores.get, reverse=True)[:3]
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
   types = typing.get_type_hints(cls)
   for key in values:
     if key not in types:
-      near = closest(key, types)
-      hint = f'did you mean {prefix}{near}?' if near else f'choose one of {", ".join(types)}.'
+      near = ' or '.join(f'{prefix}{name}' for name in similar(key, types))
+      hint = f'did you mean {near}?' if near else f'choose one of {", ".join(types)}.'
       problems.append(f'{prefix}{key} is not a setting; {hint}')
   built = {}
   for key, kind in types.items():

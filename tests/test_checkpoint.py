@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -426,19 +427,20 @@ def test_interrupted_wait_keeps_the_save_pending(tmp_path, monkeypatch):
   def interrupt(*_):
     raise InterruptedError
 
-  write_manifest = manifest.write
+  write_manifest, is_interrupted = manifest.write, threading.Event()
 
-  def write_slowly(*args):
-    time.sleep(1)
+  def write_late(*args):
+    assert is_interrupted.wait(60)
     write_manifest(*args)
 
-  monkeypatch.setattr(manifest, 'write', write_slowly)
+  monkeypatch.setattr(manifest, 'write', write_late)
   handler = signal.signal(signal.SIGALRM, interrupt)
   with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep=5, config=CONFIG)) as saver:
     saver.save(10, small_state(10), {})
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     with pytest.raises(InterruptedError):
       saver.wait()
+    is_interrupted.set()
     signal.signal(signal.SIGALRM, handler)
     saver.save(20, small_state(20), {})
   for step in [10, 20]:

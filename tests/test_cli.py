@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 
@@ -17,6 +18,7 @@ from fluid_jax import checkpoint, cli, errors, main
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
 from fluid_jax.sample import command, pipeline
+from fluid_jax.train_tokenizer import __main__ as tokenizer_command
 from fluid_jax.train_tokenizer import config as tokenizer_config
 
 TINY = '--config=configs/tiny.py'
@@ -127,16 +129,27 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
   ('args', 'words'),
   [
     ([TINY, '--config.model.wdth=3'], 'did you mean model.width?'),
-    ([TINY, '--config.model.heds=3'], 'model.heds is not a setting of this config; did you mean'),
+    ([TINY, '--config.model.heds=3'], 'did you mean model.num_heads or model.head?'),
+    ([TINY, '--config.train.steps=3'], 'did you mean train.num_steps?'),
+    ([TINY, '--config.optimizer=5'], 'optimizer is a group of settings: set one of them, as in'),
+    ([TINY, '--config.train.num_steps=1e3'], 'num_steps=1e3: write an integer, such as 1000'),
+    ([TINY, '--config.optimizer.learning_rate=fast'], 'rate=fast: write a number, such as 0.1'),
+    ([TINY, '--config.train.seed=-1'], 'train.seed is -1; choose 0 to 2147483647.'),
+    ([TINY, '--config.train.seed=2147483648'], 'is 2147483648; choose 0 to 2147483647.'),
+    ([TINY, f'--config.train.seed={2**70}'], f'is {2**70}; choose 0 to 2147483647.'),
     ([TINY, '--config.optimizer.lr=1'], 'did you mean optimizer.learning_rate?'),
     ([TINY, '--config.optimiser.learning_rate=1'], 'did you mean optimizer.learning_rate?'),
     ([TINY, '--wrkdir=x'], 'unknown flag --wrkdir; did you mean --workdir?'),
     (['--config=configs/tiny'], 'did you mean configs/tiny.py?'),
     (['--config=tyni'], 'did you mean tiny?'),
     (['--config=:order=raster'], 'is neither a file nor the name of a config'),
-    (['--config=/'], 'is neither a file nor the name of a config'),
+    ([TINY, '--config.image.prepared=maybe'], 'prepared=maybe: write True or False'),
+    ([TINY, '--config.train.sample_prompts[0]=a'], 'did you mean train.sample_prompts?'),
+    ([TINY, '--config.=3'], '--config.=3 is not a setting'),
+    (['--config=/'], '--config=/ is a folder'),
+    (['--config=demo.py'], 'did you mean demo?'),
     ([TINY, '--config.model.width', '-4'], 'model.width is -4; it must be above 0'),
-    (['--config=tokenizer_kl'], 'network is not a setting'),
+    (['--config=tokenizer_kl'], 'a config of an image tokenizer, for python -m fluid_jax.train_t'),
     ([TINY, '--config.model.width=wide'], '--config.model.width=wide'),
     ([TINY, '--config.train.sample_prompts=(1,)'], 'train.sample_prompts is (1,), which is not'),
     ([TINY, '--config.model.width=33'], 'multiple of it, such as 32'),
@@ -215,6 +228,13 @@ def test_a_config_is_found_by_name_and_by_file(monkeypatch, tmp_path):
     ('  1 / 0', 'line 4: ZeroDivisionError: division by zero'),
     ('  return return', 'line 4: SyntaxError'),
     ('  import absent_module', "line 4: ModuleNotFoundError: No module named 'absent_module'"),
+    ('  raise ValueError', 'line 4: ValueError; correct the config file.'),
+    ("  raise TypeError('first\\nsecond')", 'line 4: TypeError: first; correct the config file.'),
+    ("  config.model.width = 'wide'", 'line 4: TypeError: '),
+    ('  raise SystemExit(3)', 'line 4: SystemExit: 3'),
+    ("  import json; json.loads('{')", 'line 4: JSONDecodeError: '),
+    ('  open("absent")', 'line 4: FileNotFoundError: '),
+    ("  import ast; ast.parse('a b')", 'line 4: SyntaxError: '),
   ],
 )
 def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, line, words):
@@ -227,6 +247,30 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, line, words):
     read_config(f'--config={path}')
   assert f'{path}, {words}' in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'variant', 'words'),
+  [
+    ('', '', 'has no function get_config'),
+    ('get_config = 3', '', 'has no function get_config'),
+    ('def get_config(): pass', '', 'returns NoneType and not a ConfigDict'),
+    ('def get_config(): return {}', '', 'returns dict and not a ConfigDict'),
+    ('def get_config(): return {}', ':order=raster', 'takes no variant: leave out ":order=raster"'),
+    ('\0', '', 'mine.py: SyntaxError: source code string cannot contain null bytes'),
+  ],
+)
+def test_a_config_file_that_makes_no_config_is_named(tmp_path, text, variant, words):
+  (tmp_path / 'mine.py').write_text(text)
+  with pytest.raises(errors.UserError) as caught:
+    read_config(f'--config={tmp_path}/mine.py{variant}', '--config.model.width=32')
+  assert words in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_config_of_fluid_is_not_for_tokenizers():
+  with pytest.raises(errors.UserError, match='is a config of a Fluid model, for python -m fluid_j'):
+    tokenizer_command.main(['--config=demo'])
 
 
 def test_all_problems_of_a_config_are_named_at_once():
@@ -329,6 +373,43 @@ def test_an_unexpected_error_exits_with_134_and_a_traceback():
   assert 'ZeroDivisionError' in done.stderr
 
 
+_PRINTS = """
+import sys
+from fluid_jax import errors
+def main():
+  for number in range(int(sys.argv[1])):
+    print(number, chr(0x1f600))
+  if number == 2:
+    raise errors.UserError(f'no {chr(0x1f600)} and {chr(0xdcff)}', errors.CORRUPT)
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_characters_that_the_terminal_lacks_are_escaped(encoding):
+  done = commands.run('-c', _PRINTS, 3, env={'PYTHONIOENCODING': f'{encoding}:strict'})
+  assert done.returncode == errors.CORRUPT
+  shown = chr(0x1F600) if encoding == 'utf-8' else r'\U0001f600'
+  assert done.stdout == f'0 {shown}\n1 {shown}\n2 {shown}\n'
+  assert done.stderr == f'error: no {shown} and \\udcff\n'
+
+
+@pytest.mark.parametrize(
+  ('lines', 'codes'), [(1, (errors.CLOSED_PIPE,)), (99_999, (141,)), (3, (errors.CORRUPT, 141))]
+)
+@pytest.mark.parametrize('both', [True, False])
+def test_a_closed_pipe_ends_a_command_without_a_traceback(lines, codes, both):
+  read, write = os.pipe()
+  os.close(read)
+  errors_to = {'stderr': write} if both else {}
+  process = commands.start('-c', _PRINTS, lines, stdout=write, **errors_to)
+  os.close(write)
+  _, written = process.communicate()
+  assert process.returncode in codes
+  assert 'Traceback' not in (written or '')
+  assert 'BrokenPipe' not in (written or '')
+
+
 # ---- Sampling ----
 
 
@@ -394,8 +475,11 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     (['--prompt=a', '--num_diffusion_steps=1'], 'choose 2 to 1000'),
     (['--prompt=a', '--num_diffusion_steps=1001'], 'choose 2 to 1000'),
     (['--prompt=a', '--temperature=-1'], 'sampling.temperature is -1.0; choose'),
-    (['--prompt=a', '--num_images=0'], '--num_images=0 is out of range'),
-    (['--prompt=a', '--seed=-1'], '--seed=-1 is out of range'),
+    (['--prompt=a', '--num_images=0'], "'0' is not an integer from 1 to 2147483647"),
+    (['--prompt=a', '--seed=-1'], "'-1' is not an integer from 0 to 2147483647"),
+    (['--prompt=a', '--seed=2147483648'], "--seed: '2147483648' is not an integer from 0 to 214"),
+    (['--prompt=a', '--seed=one'], "'one' is not an integer from 0 to 2147483647"),
+    (['--prompt=a', '--step=-1'], "'-1' is not an integer from 0 to 2147483647"),
     (['--prompt=a', '--out=absent/grid.png'], 'the folder of --out=absent/grid.png does not exist'),
     (['--prompt=a', '--out=grid'], '--out=grid is not a file name that ends in .png'),
     (

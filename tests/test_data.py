@@ -3,6 +3,7 @@
 import collections
 import functools
 import io
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluid_jax import errors
+from fluid_jax import errors, manifest
 from fluid_jax.data import decode, emoji, order, pipeline, records, tasks
 from fluid_jax.data import examples as examples_lib
 from fluid_jax.prepare import record_writer
@@ -145,13 +146,47 @@ def test_index_errors(tmp_path):
   with pytest.raises(errors.UserError, match='already holds a record set'):
     record_writer.Writer(tmp_path)
   index = tmp_path / records.INDEX
-  text = index.read_text()
-  index.write_text(text[: len(text) // 2])
-  with pytest.raises(errors.UserError, match='is not a valid index'):
-    records.Records(tmp_path, 'train')
-  index.write_text(text.replace('"format": 2', '"format": 1'))
-  with pytest.raises(errors.UserError, match='has format 1, and this version reads 2'):
-    records.Records(tmp_path, 'train')
+  for content in ({'format': 2}, {'splits': {}}):
+    index.write_bytes(manifest.encode(content))
+    words = f'has format {content.get("format")}, and this version reads 3'
+    with pytest.raises(errors.UserError, match=words) as error:
+      records.Records(tmp_path, 'train')
+    assert error.value.exit_code == errors.CORRUPT
+
+
+def test_every_changed_byte_of_an_index_is_refused(tmp_path):
+  _write(tmp_path, {f'k{i}': b'payload' for i in range(23)}, shard_records=11)
+  index = tmp_path / records.INDEX
+  valid = index.read_bytes()
+  changed = [valid[:i] + valid[i + 1 :] for i in range(len(valid))]
+  changed += [valid[:i] for i in range(len(valid))]
+  for i, byte in enumerate(valid):
+    others = b'0123456789' if byte in b'0123456789' else [byte ^ 1 << bit for bit in (0, 3, 5)]
+    changed += [valid[:i] + bytes([other]) + valid[i + 1 :] for other in others if other != byte]
+  undigested = json.loads(valid)
+  del undigested['sha256']
+  changed += [json.dumps(undigested, indent=1).encode(), b'[' * 100_000, b'[1]', b'null']
+  for data in changed:
+    index.write_bytes(data)
+    with pytest.raises(errors.UserError, match='restore it or rebuild the set') as error:
+      records.Records(tmp_path, 'train')
+    assert error.value.exit_code == errors.CORRUPT
+    assert len(str(error.value).splitlines()) == 1
+  index.write_bytes(valid)
+  assert len(records.Records(tmp_path, 'train')) == 23
+
+
+def test_a_shard_of_another_size_is_named(tmp_path, caplog):
+  _write(tmp_path, {'a': b'first', 'b': b'second'})
+  shard = tmp_path / 'train-00000.tfrecord'
+  assert records.Records(tmp_path, 'train')[0] == b'first'
+  assert not caplog.messages
+  shard.write_bytes(shard.read_bytes()[:-1])
+  read = records.Records(tmp_path, 'train')
+  assert read[0] == b'first'
+  assert caplog.messages == [f'shard {shard} has 42 bytes, and index.json has 43: restore it.']
+  with pytest.raises(errors.UserError, match='is truncated'):
+    read[1]
 
 
 def test_an_unfinished_set_cannot_be_read(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from test_train import PROMPTS, assert_same, events, load
 
-from fluid_jax import errors, sharding
+from fluid_jax import errors, manifest, sharding
 
 MAIN = ('-m', 'fluid_jax.main', f'--config={commands.ROOT}/configs/tiny.py', '--peer_timeout_s=10')
 NUM_STEPS = 20  # configs/tiny.py, which saves every 5
@@ -182,9 +182,9 @@ def test_processes_that_differ_exit_with_the_list_of_differences(launch, tmp_pat
   with (other / 'fluid_jax/step.py').open('a') as file:
     file.write('# changed\n')
   (index,) = (other / 'fluid_jax').rglob('index.json')
-  text = index.read_text()
-  index.write_text(text.replace('"sha256": "', '"sha256": "0'))
-  assert index.read_text() != text
+  content = manifest.decode(index)
+  content['splits']['train'][0]['sha256'] = '0' * 64
+  index.write_bytes(manifest.encode(content))
   run = launch(
     2, *MAIN, f'--workdir={tmp_path / "run"}',
     last=['--config.optimizer.learning_rate=0.001'],

@@ -16,7 +16,17 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from fluid_jax import checkpoint, errors, export, manifest, model_card, optim, sharding, step
+from fluid_jax import (
+  checkpoint,
+  errors,
+  export,
+  manifest,
+  model_card,
+  optim,
+  retry,
+  sharding,
+  step,
+)
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import autoencoder, frozen, kl_vae, patches
 from fluid_jax.encoders import trained as trained_files
@@ -146,7 +156,8 @@ def test_config_json_lists_all_files_with_digests(trained, exported):
   found = {name: content[name] for name in ('weights', 'step', 'num_skipped')}
   assert found == {'weights': 'ema', 'step': STEP, 'num_skipped': NUM_SKIPPED}
   assert content['versions']['jax'] == jax.__version__
-  assert content['files'] == {'model.safetensors': sha256(exported / 'model.safetensors')}
+  others = ('model.safetensors', 'README.md')
+  assert content['files'] == {name: sha256(exported / name) for name in others}
   shipped = patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'
   assert content['encoders'] == {'image.tokenizer_path': {shipped.name: sha256(shipped)}}
 
@@ -170,7 +181,8 @@ def test_large_models_are_split_into_files_with_an_index(trained, tmp_path, monk
   assert_same_bits(found, expected)
   assert_same_bits(by_name(sample.load_workdir(out)[2]), expected)
   recorded = json.loads((out / 'config.json').read_text())['files']
-  assert recorded == {name: sha256(out / name) for name in ('model.safetensors.index.json', *files)}
+  others = ('model.safetensors.index.json', 'README.md')
+  assert recorded == {name: sha256(out / name) for name in (*files, *others)}
   last = (out / files[-1]).read_bytes()
   (out / files[-1]).unlink()
   assert f'{files[-1]} is in the index but does not exist' in error_message(
@@ -187,7 +199,7 @@ def test_model_card(trained, exported):
   for part in (
     'random order, continuous tokens', f'| parameters | {count:,} (decoder', 'task `emoji_demo`',
     f'{STEP} steps of 16 images ({STEP * 16} in total)', 'adamw, learning rate 0.002',
-    '| validation loss | 0.1500 +- 0.0100 at step 15 |', '# license: fill in',
+    '| validation loss | 0.1500 +- 0.0100 at step 15 |', 'license_link: LICENSE',
     sha256(patches.WEIGHTS / 'patch_pca_32px_8x8_16.safetensors'),
   ):  # fmt: skip
     assert part in card, part
@@ -233,6 +245,7 @@ def test_user_trained_tokenizer_is_copied(name, trained, tmp_path):
   frozen.load(loaded, frozen.make(loaded), sharding.make_mesh(loaded))
   content = json.loads((moved / 'config.json').read_text())
   digest = sha256(moved / 'tokenizer.safetensors')
+  assert content['files']['tokenizer.safetensors'] == digest
   assert content['encoders'] == {'image.tokenizer_path': {'tokenizer.safetensors': digest}}
   # An import contains a copy too.
   export.import_into(moved, tmp_path / 'new')
@@ -396,6 +409,18 @@ def test_corrupt_exports_are_detected(copy):
   assert sample.load_workdir(copy)[3] == STEP
 
 
+def test_every_file_of_an_export_is_compared_with_its_digest(copy):
+  for path in sorted(copy.iterdir()):
+    data = path.read_bytes()
+    for changed in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], data + b'\n', None):
+      path.unlink() if changed is None else path.write_bytes(changed)
+      message = error_message(5, sample.load_workdir, copy)
+      assert path.name in message or (path.name, changed) == ('config.json', None)
+      path.write_bytes(data)
+  (copy / 'LICENSE').write_text('a file that the user adds')
+  assert sample.load_workdir(copy)[3] == STEP
+
+
 def test_tensors_that_do_not_fit_the_model_are_an_error(copy):
   model = copy / 'model.safetensors'
   tensors = safetensors.numpy.load_file(model)
@@ -447,6 +472,96 @@ def test_messages_name_the_path_that_cannot_be_read_or_written(trained, exported
   (tmp_path / 'config.json').write_text('{"name": "tiny"}')  # a run without a checkpoint
   assert 'train there until the first checkpoint' in error_message(5, sample.load_workdir, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {'file', 'config.json'}
+
+
+@pytest.fixture
+def retired(trained, tmp_path, monkeypatch):
+  """A workdir whose step N is replaced by the next of `steps` right after N was verified."""
+  workdir, _, state = trained
+  shutil.copytree(workdir, tmp_path / 'run')
+  directory, steps = tmp_path / 'run/checkpoints', []
+  saver = checkpoint.Checkpointer(directory, keep=1, config=checkpoint.read_config(directory))
+  saver.restore({'step': state.step})
+  verify = manifest.verify
+
+  def verify_then_retire(path, parts, hash_files):
+    is_all = verify(path, parts, hash_files)
+    if parts is not None and steps:
+      number = steps.pop(0)
+      if number:
+        saver.save(number, dataclasses.replace(state, step=jnp.int32(number)), {'step': number})
+        saver.wait()
+      else:
+        shutil.rmtree(path)
+    return is_all
+
+  monkeypatch.setattr(manifest, 'verify', verify_then_retire)
+  yield tmp_path / 'run', steps
+  saver.close()
+
+
+def test_a_step_that_training_deletes_is_replaced_by_the_next(
+  trained, retired, tmp_path, monkeypatch
+):
+  workdir, steps = retired
+  steps += [20]
+  assert sample.load_workdir(workdir)[3] == 20
+  steps += [21]
+  assert export.write(workdir, tmp_path / 'out') == 21
+  assert_same_bits(
+    by_name(sample.load_workdir(tmp_path / 'out')[2]), by_name(trained[2].ema_params)
+  )
+  steps += [22]
+  message = error_message(5, export.write, workdir, tmp_path / 'new', 'ema', 21)
+  assert 'step 21 was deleted' in message
+  assert {path.name for path in tmp_path.iterdir()} == {'run', 'out'}
+  monkeypatch.setattr(retry, '_ATTEMPTS', 2)
+  steps += [23, 24]
+  assert 'raise train.keep_checkpoints' in error_message(5, sample.load_workdir, workdir)
+  steps[:] = [0]
+  assert 'holds no checkpoint' in error_message(5, sample.load_workdir, workdir)
+
+
+_SAVER = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp
+from configs import tiny
+from fluid_jax import checkpoint, sharding, step
+from fluid_jax import config as config_lib
+config = config_lib.resolve(tiny.get_config().to_dict())
+shapes = step.state_shapes(config, sharding.make_mesh(config))
+saved = json.loads(json.dumps(dataclasses.asdict(config)))
+with checkpoint.Checkpointer(sys.argv[1], keep=1, config=saved) as saver:
+  for number in range(1, 10**6):
+    state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, number, leaf.dtype), shapes)
+    saver.save(number, state, {'step': number})
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_reading_beside_a_process_that_saves_and_deletes_never_fails(tmp_path):
+  process = commands.start('-c', _SAVER, tmp_path / 'checkpoints', stderr=None)
+  try:
+    process.stdout.readline()
+    process.stdout.readline()  # the first step is complete
+    steps = []
+    for number in range(20):
+      _, _, params, found = sample.load_workdir(tmp_path)
+      steps.append(found)
+      for leaf in jax.tree.leaves(params):
+        np.testing.assert_array_equal(leaf, found)
+      if number % 4 == 0:
+        found = export.write(tmp_path, tmp_path / f'export{number}')
+        steps.append(found)
+        for leaf in jax.tree.leaves(sample.load_workdir(tmp_path / f'export{number}')[2]):
+          np.testing.assert_array_equal(leaf, found)
+  finally:
+    process.kill()
+    process.communicate()
+  assert steps == sorted(steps)
+  assert len(set(steps)) > 5
 
 
 def test_interrupted_export_leaves_no_folder(trained, tmp_path, monkeypatch):

@@ -40,6 +40,32 @@ def test_writing_converts_only_the_given_exceptions(tmp_path):
     raise ValueError('a bug')
 
 
+def test_outputs_are_checked_without_a_change(tmp_path):
+  (tmp_path / 'old.png').write_bytes(b'old')
+  (tmp_path / 'folder.png').mkdir()
+  os.mkfifo(tmp_path / 'pipe.png')
+  (tmp_path / 'link.png').symlink_to('absent/x')
+  before = sorted(tmp_path.iterdir())
+  for name in ('new.png', 'NEW.PNG', 'old.png'):
+    files.check_output('--out', tmp_path / name, '.png')
+  for name, code, words in (
+    ('folder.png', 2, 'is a folder'),
+    ('new.jpg', 2, 'is not a file name that ends in .png'),
+    ('absent/new.png', 2, 'the folder of --out='),
+    ('old.png/new.png', 2, 'the folder of --out='),
+    ('pipe.png', 6, 'cannot be written'),
+    ('link.png', 6, 'cannot be written'),
+    ('a' * 300 + '.png', 6, 'cannot be written (File name too long)'),
+    ('/proc/new.png', 6, 'cannot be written'),
+  ):
+    with pytest.raises(errors.UserError) as caught:
+      files.check_output('--out', tmp_path / name, '.png')
+    assert words in str(caught.value)
+    assert caught.value.exit_code == code
+  assert sorted(tmp_path.iterdir()) == before
+  assert (tmp_path / 'old.png').read_bytes() == b'old'
+
+
 def test_and_more_shortens_a_list():
   assert errors.and_more(['a', 'b', 'c']) == 'a; b; c'
   assert errors.and_more(['a', 'b', 'c', 'd'], limit=2, separator=', ') == 'a, b and 2 more'

@@ -22,7 +22,7 @@ MAX_PIXELS = 32_000_000
 
 
 @contextlib.contextmanager
-def _deadline(seconds=4):
+def _deadline(seconds=30):
   """Fails a test that hangs. `pytest.fail` is not an Exception, so the package cannot catch it."""
   signal.signal(signal.SIGALRM, lambda *_: pytest.fail('hangs'))
   signal.alarm(seconds)
@@ -113,7 +113,7 @@ def test_memory_and_time_are_bounded(name, tmp_path):
   settings = json.dumps(kind.make(tmp_path))
   process = commands.start('-c', _PEAK + _READ, settings)
   try:
-    out, err = process.communicate(timeout=12)
+    out, err = process.communicate(timeout=60)
   finally:
     process.kill()
   assert not process.returncode, err[-2000:]
@@ -121,7 +121,8 @@ def test_memory_and_time_are_bounded(name, tmp_path):
   assert kind.kept <= set(keys)
   assert dropped if kind.reason else not dropped
   # An image with alpha needs up to four copies of 4 bytes per pixel; others a few files of a pair.
-  assert megabytes < (16 * MAX_PIXELS >> 20) + 100 if 'alpha' in name else megabytes < 300
+  # The bounds are at least twice what was measured.
+  assert megabytes < (16 * MAX_PIXELS >> 20) + 100 if 'alpha' in name else megabytes < 250
 
 
 # --- images ---

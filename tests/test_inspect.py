@@ -33,7 +33,7 @@ def test_lists_the_batch_of_a_step_and_writes_its_images(tmp_path):
 def test_wrong_flags_give_one_sentence(tmp_path):
   done = commands.run(*COMMAND, f'--image={tmp_path}/absent/batch.png')
   assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-  assert 'must be a .png file in an existing folder' in done.stderr
+  assert '/absent/batch.png does not exist' in done.stderr
   done = commands.run(*COMMAND, '--step=0')
   assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-  assert "--step: '0' is not an integer of at least 1" in done.stderr
+  assert "--step: '0' is not an integer from 1 to 2147483647" in done.stderr

@@ -16,7 +16,7 @@ import own_set
 import pytest
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, manifest
 from fluid_jax.data import examples, order, pipeline, records, tasks
 from fluid_jax.prepare import record_writer
 
@@ -61,7 +61,7 @@ def test_epochs_permute_windows_and_the_examples_in_them(monkeypatch):
 
 def test_a_huge_set_opens_fast_and_a_batch_reads_few_entries(tmp_path, monkeypatch):
   """A set of 2**33 records: opening reads only its index, and a batch only a window's entries."""
-  shards, width = 1 << 17, 1 << 16
+  shards, width = 1 << 15, 1 << 18
   entry = json.dumps({'lengths': ' '.join(['4'] * 8), 'keys': ' '.join(f'k{i}' for i in range(8))})
   described = {
     'records': width, 'bytes': 0, 'sha256': '0' * 64,
@@ -72,7 +72,7 @@ def test_a_huge_set_opens_fast_and_a_batch_reads_few_entries(tmp_path, monkeypat
     'languages': {'train': {}},
     'splits': {'train': [{'file': f'train-{i:06}.tfrecord'} | described for i in range(shards)]},
   }
-  (tmp_path / records.INDEX).write_text(json.dumps(index))
+  (tmp_path / records.INDEX).write_bytes(manifest.encode(index))
   tracemalloc.start()
   start = time.process_time()
   opened = records.Records(tmp_path, 'train')

@@ -83,8 +83,8 @@ def check_flags(args: argparse.Namespace) -> None:
   if args.slices < 1:
     raise errors.UserError(f'--slices={args.slices} is below 1: give the number of slices.')
   for name, path in (('save', args.save), ('hlo', args.hlo)):
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-      raise errors.UserError(f'the folder of --{name}={path} does not exist: create it first.')
+    if path:
+      files.check_output(f'--{name}', path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

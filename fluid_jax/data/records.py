@@ -9,12 +9,14 @@ also read. Each of its records consists of
 (little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). Each shard has an entry,
 `SHARD.json`, with the payload lengths and keys of its records. The offset of a record is the sum
 of length + 16 over the records before it. `index.json` lists the shards of each split in reading
-order, with the number of records and the SHA-256 of shard and entry. An entry is read when its
-shard is first used, so a set of any size opens quickly.
+order, with the number of records and the SHA-256 of shard and entry, and starts with the SHA-256 of
+its own content, see `fluid_jax.manifest`. An entry is read when its shard is first used, so a set
+of any size opens quickly.
 
 Directories are local or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -28,13 +30,14 @@ from typing import BinaryIO
 import fsspec
 import google_crc32c
 import numpy as np
+from absl import logging
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, manifest
 from fluid_jax.data import sources
 
 INDEX = 'index.json'
-FORMAT = 2
+FORMAT = 3
 HEADER, FOOTER = 12, 4  # bytes around a payload
 _CACHED_ENTRIES = 128  # more than training reads at the same time, see `order.WINDOW`
 
@@ -52,25 +55,26 @@ def read_index(directory: epath.PathLike) -> dict:
   """Reads `index.json` of a record set.
 
   Raises:
-    UserError: the index is missing, is not JSON or has another format version.
+    UserError: the index is missing, has changed since it was written or has another format version.
   """
   path = epath.Path(directory) / INDEX
   try:
-    index = json.loads(path.read_text())
+    index = manifest.decode(path)
   except OSError as error:
     raise errors.UserError(
       f'{path} cannot be read ({error.strerror or error}): name a directory that holds a record '
       'set.',
       errors.CORRUPT,
     ) from error
-  except ValueError as error:
+  except manifest.CorruptCheckpointError as error:
     raise errors.UserError(
-      f'{path} is not a valid index ({error}): restore it or rebuild the set.', errors.CORRUPT
+      f'the index of a record set is corrupt, or from a version that stored no digest ({error}): '
+      'restore it or rebuild the set.',
+      errors.CORRUPT,
     ) from error
-  found = index.get('format') if isinstance(index, dict) else None
-  if found != FORMAT:
+  if index.get('format') != FORMAT:
     raise errors.UserError(
-      f'{path} has format {found}, and this version reads {FORMAT}: rebuild the set.',
+      f'{path} has format {index.get("format")}, and this version reads {FORMAT}: rebuild the set.',
       errors.CORRUPT,
     )
   return index
@@ -197,7 +201,18 @@ class Records(Sequence):
         f'{path} does not match its SHA-256 in {INDEX}: restore it or rebuild the set.',
         errors.CORRUPT,
       )
+    self._compare_size(shard)
     return _Entry(text)
+
+  def _compare_size(self, shard: dict) -> None:
+    """Warns of a shard that was not copied completely; its missing records fail when read."""
+    path = self._directory / shard['file']
+    with contextlib.suppress(OSError):  # reading a record reports it
+      size = path.stat().length
+      if size != shard['bytes']:
+        logging.warning(
+          'shard %s has %d bytes, and %s has %d: restore it.', path, size, INDEX, shard['bytes']
+        )
 
   def _find(self, i: int) -> tuple[int, int]:
     """The shard of record `i` and the number of the record in it."""

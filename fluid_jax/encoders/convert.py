@@ -342,6 +342,7 @@ def convert(path: pathlib.Path, out: pathlib.Path, key: str | None = None) -> st
     raise errors.UserError(f'{out} does not end in .safetensors: change its name.')
   if out.exists():
     raise errors.UserError(f'{out} exists: remove it, or choose another name.')
+  files.check_output('out', out)
   checkpoint = Checkpoint(path)
   arrays = {name: checkpoint.read(name, t) for name, t in choose(checkpoint, key).items()}
   temporary = out.with_name(f'{out.name}.tmp')

@@ -49,7 +49,7 @@ def _parser() -> cli.Parser:
   cli.add_process_flags(group)
   group.add_argument(
     '--num_examples',
-    type=cli.number(int, 1),
+    type=cli.number(int, 1, 2**31 - 1),
     default=10_000,
     metavar='N',
     help='measure: number of training examples to read (default: 10000)',

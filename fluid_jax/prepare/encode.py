@@ -192,6 +192,7 @@ def encode(config: config_lib.Config, out: str) -> list[str]:
       f'data.task={config.data.task!r} is a mixture: encode each of its tasks, and mix the encoded '
       'sets.'
     )
+  record_writer.make_directory(out)  # an error is better found before the encoders are loaded
   program = Encode(config)
   length, text = config.image.num_tokens, config.text
   arrays = {'image_codes': [length]}

@@ -61,14 +61,14 @@ def _parser() -> cli.Parser:
   )
   parser.add_argument(
     '--step',
-    type=cli.number(int, 1),
+    type=cli.number(int, 1, 2**31 - 1),
     default=1,
     help='training step, counted from 1 (default: 1)',
   )
   parser.add_argument('--image', metavar='FILE', help='write the images to this PNG file')
   parser.add_argument(
     '--num_images',
-    type=cli.number(int, 1),
+    type=cli.number(int, 1, 2**31 - 1),
     default=64,
     help='maximum number of images to write, from the start of the batch (default: 64)',
   )
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
   args, config = _parser().read_config(argv, config_lib.resolve)
   out = pathlib.Path(args.image) if args.image else None
-  if out and (out.suffix.lower() != '.png' or not out.absolute().parent.is_dir()):
-    raise errors.UserError(f'--image={out} must be a .png file in an existing folder.')
+  if out:
+    files.check_output('--image', out, '.png')
   batch = read(config, args.step)
   captions = [text.decode(errors='replace') for text in batch['text']]
   keys = [key.decode() for key in batch['key']]

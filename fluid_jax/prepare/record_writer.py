@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
-from fluid_jax import errors, files
+from fluid_jax import errors, files, manifest
 from fluid_jax.data import records
 
 
@@ -61,8 +61,7 @@ class Writer:
       UserError: the directory already holds a set, or an unfinished set with other metadata.
     """
     self._directory, self._metadata = epath.Path(directory), metadata
-    if '://' not in os.fspath(self._directory):  # buckets have no folders
-      self._directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     begun = self._directory / 'begun.json'
     if (self._directory / records.INDEX).exists():
       if begun.exists():  # interrupted after the index was written
@@ -156,7 +155,7 @@ class Writer:
           )
       index['splits'][split] = shards
       index['languages'][split] = dict(sorted(languages.items()))
-    files.write(self._directory / records.INDEX, json.dumps(index, indent=1) + '\n', is_shared=True)
+    files.write(self._directory / records.INDEX, manifest.encode(index), is_shared=True)
     self._clear()
 
   def _clear(self) -> None:
@@ -165,6 +164,17 @@ class Writer:
     if (self._directory / 'work').exists():
       (self._directory / 'work').rmtree()
     (self._directory / 'begun.json').unlink()
+
+
+def make_directory(path: epath.PathLike) -> None:
+  """Makes the folder of a set; buckets have no folders.
+
+  Raises:
+    UserError: it cannot be made (exit code 6).
+  """
+  if '://' not in os.fspath(path):
+    with files.writing(path):
+      epath.Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def _part(split: str, number: int) -> str:

@@ -32,8 +32,19 @@ def make_parser() -> cli.Parser:
     help='PNG (default: grid.png)',
   )
   parser.add_argument('--animation', type=pathlib.Path, help='GIF file of the sampling steps')
-  parser.add_argument('--seed', type=int, default=0, help='seed of the first column (default: 0)')
-  parser.add_argument('--num_images', type=int, default=4, help='images per prompt (default: 4)')
+  largest = 2**31 - 1
+  parser.add_argument(
+    '--seed',
+    type=cli.number(int, 0, largest),
+    default=0,
+    help='seed of the first column (default: 0)',
+  )
+  parser.add_argument(
+    '--num_images',
+    type=cli.number(int, 1, largest),
+    default=4,
+    help='images per prompt (default: 4)',
+  )
   sampling = parser.add_argument_group("sampling settings (default: the config's)")
   sampling.add_argument('--num_steps', type=int, help='autoregressive steps in random order')
   sampling.add_argument(
@@ -54,7 +65,11 @@ def make_parser() -> cli.Parser:
   loading.add_argument(
     '--weights', choices=('ema', 'raw'), default='ema', help='averaged (default) or raw'
   )
-  loading.add_argument('--step', type=int, help='checkpoint step (default: the newest valid one)')
+  loading.add_argument(
+    '--step',
+    type=cli.number(int, 0, largest),
+    help='checkpoint step (default: the newest valid one)',
+  )
   loading.add_argument('--tokenizer', help='name of the image tokenizer, if the config has none')
   loading.add_argument('--tokenizer_path', help="its weights, if not at the config's path")
   loading.add_argument('--t5_path', help="weights of T5, if not at the config's path")
@@ -81,16 +96,9 @@ def check_flags(args: argparse.Namespace) -> None:
   """UserError for a flag that would fail only after sampling."""
   if not args.workdir:
     raise errors.UserError('--workdir is missing: give the workdir of training, or an export.')
-  for name, value, low in (('num_images', args.num_images, 1), ('seed', args.seed, 0)):
-    if not low <= value < 2**31:
-      raise errors.UserError(f'--{name}={value} is out of range: choose {low} to {2**31 - 1}.')
   for name, path, suffix in (('out', args.out, '.png'), ('animation', args.animation, '.gif')):
-    if path and not path.absolute().parent.is_dir():
-      raise errors.UserError(f'the folder of --{name}={path} does not exist: create it first.')
-    if path and (path.suffix.lower() != suffix or path.is_dir()):
-      raise errors.UserError(
-        f'--{name}={path} is not a file name that ends in {suffix}: change it.'
-      )
+    if path:
+      files.check_output(f'--{name}', path, suffix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from fluid_jax import checkpoint, errors, export, plots, sharding, startup, step
+from fluid_jax import checkpoint, errors, export, plots, retry, sharding, startup, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
 from fluid_jax.models import fluid
@@ -299,15 +299,17 @@ def load_workdir(
   if export.is_export(workdir):
     return export.load(workdir, weights, checkpoint_step, replaced)
   directory = workdir / 'checkpoints'
-  saved = checkpoint.read_config(directory, checkpoint_step)
-  for name, value in (replaced or {}).items():
-    group, key = name.split('.')
-    saved[group][key] = value
-  config = sharding.config_here(saved)
-  field = export.FIELDS[weights]
-  shapes = step.state_shapes(config, sharding.make_mesh(config))
-  checkpointer = checkpoint.Checkpointer(directory, keep=1, config=saved)
-  restored = checkpointer.restore({field: getattr(shapes, field)}, checkpoint_step)
-  checkpointer.close()
-  state, _, found = restored
-  return config, saved.get('encoder_digests', {}), state[field], found
+
+  def read() -> tuple[int, tuple[config_lib.Config, dict[str, str], Any, int]]:
+    saved = checkpoint.read_config(directory, checkpoint_step)
+    for name, value in (replaced or {}).items():
+      group, key = name.split('.')
+      saved[group][key] = value
+    config = sharding.config_here(saved)
+    field = export.FIELDS[weights]
+    shapes = step.state_shapes(config, sharding.make_mesh(config))
+    with checkpoint.Checkpointer(directory, keep=1, config=saved) as checkpointer:
+      state, _, found = checkpointer.restore({field: getattr(shapes, field)}, checkpoint_step)
+    return found, (config, saved.get('encoder_digests', {}), state[field], found)
+
+  return retry.read(directory, checkpoint_step, read)

@@ -32,14 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = cli.Parser('python -m fluid_jax.train_tokenizer.patches', _DESCRIPTION)
   parser.add_argument('--task', default='emoji', help='task with the images (default: emoji)')
   parser.add_argument(
-    '--size', type=int, default=64, help='side of the images in pixels (default: 64)'
+    '--size',
+    type=cli.number(int, 1, 4096),
+    default=64,
+    help='side of the images in pixels (default: 64)',
   )
-  parser.add_argument('--patch', type=int, default=8, help='side of a patch in pixels (default: 8)')
   parser.add_argument(
-    '--channels', type=int, default=16, help='number of principal components (default: 16)'
+    '--patch',
+    type=cli.number(int, 1, 4096),
+    default=8,
+    help='side of a patch in pixels (default: 8)',
   )
   parser.add_argument(
-    '--vocab_size', type=int, default=1024, help='number of k-means codes (default: 1024)'
+    '--channels',
+    type=cli.number(int, 1, 2**31 - 1),
+    default=16,
+    help='number of principal components (default: 16)',
+  )
+  parser.add_argument(
+    '--vocab_size',
+    type=cli.number(int, 1, 2**31 - 1),
+    default=1024,
+    help='number of k-means codes (default: 1024)',
   )
   parser.add_argument('--out', type=pathlib.Path, help='folder for the weights of both tokenizers')
   args = parser.read(sys.argv[1:] if argv is None else argv)
@@ -47,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise errors.UserError('--out is missing: give a folder for the weights.')
   if args.size % args.patch:
     raise errors.UserError(f'--size {args.size} is not divisible by --patch {args.patch}.')
+  with files.writing(args.out):
+    args.out.mkdir(parents=True, exist_ok=True)
   train = read_images(args.task, 'train', args.size)
   held_out = read_images(args.task, 'validation', args.size)
   x_NxP = np.asarray(patches.to_patches(train, args.patch)).reshape(-1, args.patch**2 * 3)
-  with files.writing(args.out):
-    args.out.mkdir(parents=True, exist_ok=True)
   fits = ((patches.PatchPCA, args.channels), (patches.PatchKMeans, args.vocab_size))
   for kind, size in fits:
     path = args.out / f'{kind.name}_{args.size}px_{args.patch}x{args.patch}_{size}.safetensors'
