@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -235,6 +236,7 @@ def test_wrong_sources_are_rejected(tmp_path):
   (tmp_path / 'cc3m.tsv').write_text('a bus\thttp://a/1.jpg\na car\thttp://a/2.jpg\n')
   (tmp_path / 'url.csv').write_text('url,caption\nhttp://a/1.jpg,a bus\n')
   (tmp_path / 'text.csv').write_text('image; titel\np00.png; a bus\n')
+  (tmp_path / 'utf16.csv').write_text('image,caption\np00.png,a bus\n', encoding='utf-16')
   rows = [{'image': {'bytes': b'x', 'path': 'p00.png'}, 'caption': 'a bus'}]
   parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'bytes.parquet')
   for change, message in (
@@ -242,6 +244,7 @@ def test_wrong_sources_are_rejected(tmp_path):
     ({'captions': str(tmp_path / 'cc3m.tsv')}, "no column for the image .*'a bus, http://a/1.jpg'"),
     ({'captions': str(tmp_path / 'url.csv')}, r'no column for the image .*--columns=image=COLUMN'),
     ({'captions': str(tmp_path / 'text.csv')}, r"no column for the text .*'image, titel'"),
+    ({'captions': str(tmp_path / 'utf16.csv')}, 'is UTF-16: save it as UTF-8'),
     ({'captions': str(tmp_path / 'bytes.parquet')}, r'image \(struct<bytes: binary'),
     ({'columns': ('legend',)}, '--columns=legend is not of the form'),
     ({'captions': str(tmp_path / 'absent.csv')}, 'absent.csv is not a file'),
@@ -313,6 +316,25 @@ def test_tables_of_public_data_sets(name, tmp_path):
     'repeated.csv': [b'one', b'two'],
   }
   assert examples.decode(kept.payload)['text'] == texts.get(name, [b'a bus'])
+
+
+def test_rows_without_known_columns_show_the_names_that_they_have(tmp_path):
+  with tarfile.open(tmp_path / '0.tar', 'w') as tar:
+    add(tar, 'a.png', IMAGES['p00'])
+    add(tar, 'a.json', json.dumps({'url': 'u', 'legend': 'a bus'}).encode())
+  (tmp_path / 'a.jsonl').write_text('{"url": "u", "legend": "a bus"}\n')
+  record = examples.encode({'url': b'u', 'legend': b'a bus'})
+  with (tmp_path / 'a.tfrecord').open('wb') as f:
+    f.write(records.header(len(record)) + record + records.footer(record))
+  for source, settings in (
+    ('webdataset', {'path': str(tmp_path / '0.tar')}),
+    ('folder', {'path': str(tmp_path), 'captions': str(tmp_path / 'a.jsonl')}),
+    ('tfrecord', {'path': str(tmp_path / 'a.tfrecord')}),
+  ):
+    chosen = filters.Options(source=source, **settings)
+    (unit,) = chosen.open_source().units()
+    (fault,) = chosen.open_source().read(unit)
+    assert re.match(r'no \w+ \(the row has .*legend.*: see --columns\)', fault.reason)
 
 
 def test_files_that_are_not_read_are_counted(tmp_path):
@@ -737,7 +759,7 @@ def test_the_command_reports_its_result(tmp_path):
 
 def test_an_empty_result_is_an_error_with_reasons(tmp_path):
   chosen = write_webdataset(tmp_path)
-  with pytest.raises(errors.UserError, match=r'no pair of .* is kept \(min_side 24\)'):
+  with pytest.raises(errors.UserError, match=r'no pair of .* is kept \(min_side 24\): see'):
     run(tmp_path / 'out', filters.Options(source='webdataset', path=chosen.path, min_side=99))
 
 

@@ -25,7 +25,7 @@ their outputs. If ingest or encode is interrupted, the same command resumes it. 
 mean and scale that normalise each latent channel to mean 0 and variance 1; it writes nothing."""
 
 _UNITS = {'examine': 'units', 'gather': 'shards'}  # of the progress of each pass
-_OTHER_COUNTS = (pairs.JOINED[0], 'captions dropped', 'images repaired', pairs.NOT_READ)
+_OTHER_COUNTS = ('captions dropped', 'images repaired', pairs.NOT_READ)
 _PATH_ERRORS = (
   FileNotFoundError,
   FileExistsError,
@@ -220,6 +220,8 @@ def _log_result(options: filters.Options, out: str) -> None:
   dropped = counts.get('pairs dropped', {})
   filtered = sum(n for reason, n in dropped.items() if reason in filters.FILTERS)
   metrics.log(f'{options.path}: kept {kept} of {read} pairs')
+  if joined := sum(counts.get(pairs.JOINED[0], {}).values()):
+    metrics.log(f'  {read + joined} rows = {read} pairs + {joined} with more captions of a pair')
   metrics.log(
     f'  {read} read = {kept} kept + {filtered} filtered + {sum(dropped.values()) - filtered} in '
     f'{ingest.QUARANTINE}'

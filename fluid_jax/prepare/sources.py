@@ -1,17 +1,20 @@
 """Sources of image-caption pairs: folders, tar shards, TFRecord, TFDS and MS-COCO.
 
 A source lists its units, JSON values in a fixed order, and reads each unit as `Pair`s and `Fault`s,
-also in a fixed order. Sources treat their input as untrusted. They write nothing, do not follow
+also in a fixed order. A `Count` stands for items that are no pairs, so that all of the input is
+counted. Sources treat their input as untrusted. They write nothing, do not follow
 links out of their folder, and hold only the files of one pair in memory: an image of at most
 `max_bytes`, and texts of at most `tables.MAX_TEXT`. A file of pairs that cannot be read, for
 example because the network fails, raises OSError, so that pairs are never dropped silently.
 """
 
+import collections
 import fnmatch
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -19,7 +22,7 @@ from etils import epath
 from fluid_jax import errors, startup
 from fluid_jax.data import examples, records
 from fluid_jax.prepare import folder, tables, webdataset
-from fluid_jax.prepare.pairs import Count, Fault, Pair, compression
+from fluid_jax.prepare.pairs import NOT_READ, Count, Fault, Pair, compression, split
 
 
 def expand(pattern: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
@@ -59,10 +62,25 @@ class _Files:
     self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    return map(_file, expand(self._path, self.suffixes))
+    yield from map(_file, expand(self._path, self.suffixes))
+    if others := self._others():
+      yield others
 
   def num_units(self) -> int:
-    return len(expand(self._path, self.suffixes))
+    return len(expand(self._path, self.suffixes)) + bool(self._others())
+
+  def _others(self) -> dict[str, int]:
+    """Returns the suffixes of the other files in a folder, and their numbers."""
+    path, found = epath.Path(self._path), collections.Counter()
+    for other in path.iterdir() if path.is_dir() else ():
+      if not other.name.lower().endswith(self.suffixes):
+        found['folder' if other.is_dir() else split(other.name)[1][:50] or 'no suffix'] += 1
+    return dict(sorted(found.items()))
+
+  def read(self, unit: list[Any] | dict[str, int]) -> Iterator[Pair | Fault | Count]:
+    if isinstance(unit, dict):
+      return (Count(NOT_READ, *item) for item in unit.items())
+    return self._read(epath.Path(unit[0]))
 
 
 class WebDataset(_Files):
@@ -70,8 +88,8 @@ class WebDataset(_Files):
 
   suffixes = '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst', '.tar.zstd'
 
-  def read(self, unit: list[Any]) -> Iterator[Pair | Fault | Count]:
-    return webdataset.read(epath.Path(unit[0]), self._columns, self._max_bytes)
+  def _read(self, path: epath.Path) -> Iterator[Pair | Fault | Count]:
+    return webdataset.read(path, self._columns, self._max_bytes)
 
 
 class TFRecord(_Files):
@@ -79,8 +97,7 @@ class TFRecord(_Files):
 
   suffixes = '.tfrecord', '.tfrecords', '.tfrecord.gz', '.tfrecords.gz'
 
-  def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
-    path = epath.Path(unit[0])
+  def _read(self, path: epath.Path) -> Iterator[Pair | Fault]:
     for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
       location = f'{path}: byte {offset}'
       if isinstance(payload, str):
@@ -91,19 +108,35 @@ class TFRecord(_Files):
           return
         continue
       try:
-        row = examples.decode(payload, self._columns.names())
+        row = examples.decode(payload, self._columns.names)
       except ValueError:
         yield Fault(location, 'not a tf.train.Example')
         continue
-      yield _pair(self._columns, location, row, f'{path.name}/{number}')
+      names = functools.partial(examples.names, payload)
+      yield _pair(self._columns, location, row, f'{path.name}/{number}', names)
 
 
-def _pair(columns: tables.Columns, location: str, row: dict[str, Any], key: str) -> Pair | Fault:
-  """Returns the pair in the features of an example; `key` is used if the row has none."""
+def _pair(
+  columns: tables.Columns,
+  location: str,
+  row: dict[str, Any],
+  key: str,
+  names: Callable[[], Iterable[str]],
+) -> Pair | Fault:
+  """Returns the pair in the features of an example.
+
+  Args:
+    columns: of the pair.
+    location: of the example.
+    row: its features.
+    key: used if the example has none.
+    names: returns the names of all features, for messages.
+  """
   image = next(iter(tables.as_list(columns.value(row, 'image'))), None)
-  if not isinstance(image, bytes):
-    return Fault(location, 'no image')
   texts, langs = columns.captions(row)
+  if not isinstance(image, bytes) or not texts:
+    missing = 'caption' if isinstance(image, bytes) else 'image'
+    return Fault(location, tables.no_field(missing, names()))
   key = tables.first_text(columns.value(row, 'key')) or key
   return Pair(location, key, image, texts, langs, columns.score(row))
 
@@ -164,7 +197,7 @@ class TFDS:
       }
       if isinstance(row.get('captions'), dict):  # the layout of coco_captions
         row['captions'] = row['captions'].get('text').tolist()
-      yield _pair(self._columns, location, row, f'{self._split}/{number}')
+      yield _pair(self._columns, location, row, f'{self._split}/{number}', row.keys)
 
 
 class CocoSet(NamedTuple):

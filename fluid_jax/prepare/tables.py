@@ -4,7 +4,9 @@ import codecs
 import collections
 import csv
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from fluid_jax.prepare import pairs
 UNKNOWN = 'und'  # BCP 47: undetermined language
 MAX_TEXT = 1 << 22  # bytes of a row or of a caption file
 # Rows of Parquet per batch. A small file may expand to this many rows of MAX_TEXT bytes each.
-_BATCH = 64
+_BATCH = 16
 _LANGUAGE = re.compile(r'[A-Za-z]{2,8}(?:[-_@][A-Za-z0-9]{1,8}){0,4}')
 _DELIMITERS = ',;\t|'
 _DEFAULTS = {  # field -> the usual names of its column; the first one present is used
@@ -68,16 +70,15 @@ class Columns:
       chosen.append((f'text.{tag(lang)}' if lang else field, column))
     return cls(tuple(chosen), tag(language))
 
-  def names(self) -> set[str]:
-    """Returns the names of all columns that are read if present."""
-    return {column for _, column in self.chosen} | {
-      c for names in _DEFAULTS.values() for c in names
-    }
+  @functools.cached_property
+  def names(self) -> frozenset[str]:
+    """The names of all columns that are read if present."""
+    usual = itertools.chain.from_iterable(_DEFAULTS.values())
+    return frozenset(column for _, column in self.chosen) | frozenset(usual)
 
   def known(self, name: str) -> str:
     """Returns the name under which the fields know a column, whose case may differ, or ''."""
-    names = self.names()
-    return next((n for n in (name, name.strip().lower()) if n in names), '')
+    return next((n for n in (name, name.strip().lower()) if n in self.names), '')
 
   def keep(self, row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the known columns of a row that hold texts, numbers or lists of these."""
@@ -173,6 +174,11 @@ def first_text(value: Any) -> str:
   return as_text(next(iter(as_list(value)), ''))
 
 
+def no_field(field: str, names: Iterable[str]) -> str:
+  """Returns the fault of a row that has no image or caption; `names` are those of its columns."""
+  return f'no {field} (the row has {pairs.short(", ".join(names))}: see --columns)'
+
+
 def count(path: epath.Path) -> int:
   """Returns the approximate number of rows of a table."""
   if path.suffix.lower() == '.parquet':
@@ -201,10 +207,10 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
   for row in readers[path.suffix.lower()](path, columns):
     if row.values is not None:
       values = columns.keep(row.values)
+      fault = '' if columns.captions(values)[0] else no_field('caption', row.values)
       if columns.value(values, 'image') is None:
-        row = row._replace(fault=f'no image (the row has {pairs.short(", ".join(row.values))})')
-        values = None
-      row = row._replace(values=values)
+        fault = no_field('image', row.values)
+      row = Row(row.position, None if fault else values, fault)
     yield row
 
 
@@ -264,6 +270,9 @@ def _split(line: str, delimiter: str) -> list[str]:
 def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
   """Reads CSV and TSV. The header decides the delimiter; with tabs, each line is a row."""
   csv.field_size_limit(MAX_TEXT)
+  with path.open('rb') as f:
+    if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+      raise errors.UserError(f'{path} is UTF-16: save it as UTF-8.')
   is_tsv = path.suffix.lower() == '.tsv'
   newline = '\n' if is_tsv else ''
   with io.TextIOWrapper(path.open('rb'), 'utf-8-sig', 'surrogateescape', newline=newline) as f:
@@ -330,7 +339,7 @@ def _fields(
       first = lines.taken[0] or ''
       fields = _split(first, delimiter)
       if len(fields) != width or first.count('"') % 2:  # a caption may begin as in "One" of two
-        fault = f'row cannot be parsed ({error})'
+        fault = f'row cannot be parsed ({error}; is a quote not closed?)'
     yield position, fields, fault
 
 

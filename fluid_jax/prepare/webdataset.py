@@ -160,9 +160,11 @@ def _pair(
       row = None
     if not isinstance(row, dict):
       return pairs.Fault(location, 'row cannot be parsed')
-    row = columns.keep(row)
+  names, row = list(row), columns.keep(row)
   texts, langs = columns.captions(row)
   if '.txt' in files:
     texts, langs = [files['.txt']], langs[:1] or [columns.language]
+  elif names and not texts:
+    return pairs.Fault(location, tables.no_field('caption', names))
   key = tables.first_text(columns.value(row, 'key')) or stem
   return pairs.Pair(location, key, image, texts, langs, columns.score(row))
