@@ -617,6 +617,9 @@ FOLDERS = {
   'TSV: carriage return within a row': _kept(b'odd.jpg\ta\rb\r', '.tsv'),
   'TSV: row too long': _table(b'odd.jpg\ta\tb', 'row has too many fields', '.tsv'),
   'TSV: row too short': _table(b'odd.jpg', 'no caption', '.tsv'),
+  'JSONL: row with two images': _table(
+    b'{"image": ["odd.jpg", "before.jpg"], "caption": "c"}', 'more than one image'
+  ),
   'JSONL: row without an image': _table(b'{"caption": "c", "url": "u"}', 'no image'),
   'JSONL: captions of an image in three rows': _kept(b'\n'.join([_row('odd').strip()] * 3)),
   'JSONL: more than 1000 captions of an image': _kept(
@@ -696,6 +699,9 @@ TFRECORDS = {
   'TFRecord: in gzip': Kind(_gzip_records, 'file is gzip', frozenset(), r'shard\.tfrecord: byte 0'),
   'TFRecord: not an Example': _tfrecord(record(b'\xff' * 99), 'not a tf.train.Example'),
   'TFRecord: empty record': _tfrecord(record(b''), 'no image'),
+  'TFRecord: two images': _tfrecord(
+    record(example('odd', image=[_JPEG, _JPEG])), 'more than one image'
+  ),
   'TFRecord: image is a number': _tfrecord(record(example('odd', image=5)), 'no image'),
   'TFRecord: caption that is not UTF-8': _tfrecord(
     record(example('odd', text=b'\xff\xfe')), 'caption is not UTF-8'

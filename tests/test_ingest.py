@@ -56,6 +56,11 @@ def run(out, chosen, workers=2):
   reports = collections.defaultdict(list)
   chosen.check()
   ingest.run(chosen, str(out), workers, lambda name, *report: reports[name].append(report))
+  counts = records.read_index(out)['counts']
+  dropped = counts.get('pairs dropped', {})
+  assert counts['pairs']['read'] == counts['pairs']['kept'] + sum(dropped.values())
+  quarantine = (pathlib.Path(out) / ingest.QUARANTINE).read_text().splitlines()
+  assert len(quarantine) == sum(n for why, n in dropped.items() if why not in filters.FILTERS)
   return reports
 
 
@@ -335,6 +340,34 @@ def test_rows_without_known_columns_show_the_names_that_they_have(tmp_path):
     (unit,) = chosen.open_source().units()
     (fault,) = chosen.open_source().read(unit)
     assert re.match(r'no \w+ \(the row has .*legend.*: see --columns\)', fault.reason)
+
+
+def test_a_long_quarantine_ends_in_the_number_of_the_others(tmp_path, monkeypatch):
+  monkeypatch.setattr(filters, '_MAX_QUARANTINE', 2)
+  (tmp_path / 'a.jsonl').write_text('{}\n' * 5)
+  chosen = options('folder', tmp_path, captions=str(tmp_path / 'a.jsonl'))
+  counts, quarantine = filters.Counts(), []
+  (unit,) = chosen.open_source().units()
+  assert not list(filters.read_unit(unit, chosen, counts, quarantine))
+  assert counts.values['pairs dropped'] == {'no image': 5}
+  assert len(quarantine) == 3
+  assert quarantine[-1]['reason'] == 'the last of 3 more invalid pairs'
+  assert quarantine[-1]['location'].endswith('line 5')
+
+
+def test_files_of_a_folder_are_found_by_their_usual_names(tmp_path):
+  names = {'a.tar', 'b.TGZ', 'c.tar.gz', 'd.tfrecord', 'e.tfrecord-00001-of-00002', 'f.json'}
+  for name in names:
+    (tmp_path / name).write_bytes(b'')
+  for source, expected in (
+    ('webdataset', {'a.tar', 'b.TGZ', 'c.tar.gz'}),
+    ('tfrecord', {'d', 'e'}),
+  ):
+    *units, others = options(source, tmp_path).open_source().units()
+    found = {pathlib.Path(path).name for path, *_ in units}
+    assert found == {name for name in names if name in expected or name[0] in expected}
+    assert sum(others.values()) == len(names - found)
+    assert others['.json'] == 1
 
 
 def test_files_that_are_not_read_are_counted(tmp_path):
@@ -734,6 +767,7 @@ def test_the_command_reports_its_result(tmp_path):
     add(tar, 'x.txt', b'a caption')
   printed = commands.run_ok(*COMMAND, f'--path={chosen.path}', f'--out={tmp_path / "out"}')
   assert 'kept 24 of 25 pairs' in printed
+  assert '25 read = 24 kept + 0 filtered + 1 in quarantine.jsonl' in printed
   assert 'pairs dropped: 1  image cannot be decoded' in printed
   assert 'ETA 0:00' in printed
   assert 'peak memory of a worker' in printed

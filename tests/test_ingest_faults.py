@@ -171,6 +171,18 @@ def test_images_are_stored_upright(kind, orientation):
   assert np.abs(stored.astype(int) - np.asarray(upright)).max() <= (0 if kind == 'PNG' else 24)
 
 
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_tiff_is_stored_upright(orientation):
+  turns = {1: 0, 3: 2, 6: 1, 8: 3}  # by 90 degrees, of the upright image to the stored pixels
+  upright = np.asarray(hostile.image(size=(48, 32)))
+  stored = Image.fromarray(np.rot90(upright, turns[orientation]).copy())
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  found, repairs = _stored(hostile.encode(stored, 'TIFF', exif=exif))
+  np.testing.assert_array_equal(found, upright)
+  assert repairs == ('from TIFF',)
+
+
 @pytest.mark.parametrize('name', hostile.UNWRITABLE_EXIF)
 def test_orientation_with_exif_that_pillow_cannot_write(name):
   exif = hostile.exif(6, hostile.UNWRITABLE_EXIF[name])
@@ -200,9 +212,10 @@ def test_cmyk_is_converted_to_rgb():
 
 def test_gray_of_16_bits_is_converted_to_8():
   values = np.random.default_rng(0).integers(0, 2**16, (20, 30)).astype(np.uint16)
-  stored, repairs = _stored(hostile.encode(Image.fromarray(values), 'PNG'))
-  assert repairs == ('16 bits',)
-  np.testing.assert_array_equal(stored, values >> 8)
+  for kind in ('PNG', 'TIFF', 'PPM'):
+    stored, repairs = _stored(hostile.encode(Image.fromarray(values), kind))
+    assert repairs[-1] == '16 bits'
+    np.testing.assert_array_equal(stored, values >> 8, kind)
 
 
 def test_transparency_is_composited_on_white():

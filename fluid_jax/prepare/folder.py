@@ -57,7 +57,7 @@ class Folder:
     self._columns, self._max_bytes = columns, max_bytes
     if not self._root.is_dir():
       raise errors.UserError(f'--path={path} is not a folder: check the path.')
-    if captions and (not epath.Path(captions).exists() or epath.Path(captions).is_dir()):
+    if captions and not epath.Path(captions).is_file():  # reading a named pipe would block
       raise errors.UserError(f'--captions={captions} is not a file: check the path.')
 
   def units(self) -> Iterator[Any]:

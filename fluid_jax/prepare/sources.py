@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,15 +26,20 @@ from fluid_jax.prepare import folder, tables, webdataset
 from fluid_jax.prepare.pairs import NOT_READ, Count, Fault, Pair, compression, split
 
 
-def expand(pattern: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-  """Returns the sorted files that match a pattern, or that have one of the suffixes in a folder.
+def expand(path: str, suffix: str, name: re.Pattern[str]) -> list[epath.Path]:
+  """Returns the sorted files that match a pattern, or those in a folder.
+
+  Args:
+    path: a file, a pattern such as `in/*.tar`, or a folder.
+    suffix: of the files, for messages.
+    name: matches the lower-case names of the files to read in a folder.
 
   Raises:
     UserError: no file matches.
   """
-  path = epath.Path(pattern)
+  path = epath.Path(path)
   if path.is_dir():
-    found = [p for p in path.iterdir() if p.name.lower().endswith(suffixes)]
+    found = [p for p in path.iterdir() if name.search(p.name.lower())]
   elif any(c in path.name for c in '*?['):
     found = list(path.parent.iterdir()) if path.parent.is_dir() else []
     found = [p for p in found if fnmatch.fnmatch(p.name, path.name)]
@@ -42,7 +48,7 @@ def expand(pattern: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
   if '://' not in os.fspath(path):
     found = [p for p in found if p.is_file()]  # reading a named pipe would block
   if not found:
-    raise errors.UserError(f'--path={pattern} matches no {suffixes[0]} file: check the path.')
+    raise errors.UserError(f'--path={path} matches no {suffix} file: check the path.')
   return sorted(found)
 
 
@@ -55,25 +61,29 @@ def _file(path: epath.Path) -> list[Any]:
 class _Files:
   """A source whose units are the files that match a pattern."""
 
-  suffixes: tuple[str, ...]
+  suffix: str
+  name: re.Pattern[str]  # of the files in a folder
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
     self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    yield from map(_file, expand(self._path, self.suffixes))
+    yield from map(_file, self._expand())
     if others := self._others():
       yield others
 
   def num_units(self) -> int:
-    return len(expand(self._path, self.suffixes)) + bool(self._others())
+    return len(self._expand()) + bool(self._others())
+
+  def _expand(self) -> list[epath.Path]:
+    return expand(self._path, self.suffix, self.name)
 
   def _others(self) -> dict[str, int]:
     """Returns the suffixes of the other files in a folder, and their numbers."""
     path, found = epath.Path(self._path), collections.Counter()
     for other in path.iterdir() if path.is_dir() else ():
-      if not other.name.lower().endswith(self.suffixes):
+      if not self.name.search(other.name.lower()):
         found['folder' if other.is_dir() else split(other.name)[1][:50] or 'no suffix'] += 1
     return dict(sorted(found.items()))
 
@@ -86,7 +96,7 @@ class _Files:
 class WebDataset(_Files):
   """Tar shards in the layout that img2dataset writes, see `webdataset.read`."""
 
-  suffixes = '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst', '.tar.zstd'
+  suffix, name = '.tar', re.compile(r'\.(tar(\.(gz|bz2|xz|zstd?))?|tgz)$')
 
   def _read(self, path: epath.Path) -> Iterator[Pair | Fault | Count]:
     return webdataset.read(path, self._columns, self._max_bytes)
@@ -95,7 +105,7 @@ class WebDataset(_Files):
 class TFRecord(_Files):
   """TFRecord files of `tf.train.Example`."""
 
-  suffixes = '.tfrecord', '.tfrecords', '.tfrecord.gz', '.tfrecords.gz'
+  suffix, name = '.tfrecord', re.compile(r'\.tfrecords?(-\d+-of-\d+)?(\.gz)?$')
 
   def _read(self, path: epath.Path) -> Iterator[Pair | Fault]:
     for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
@@ -132,11 +142,12 @@ def _pair(
     key: used if the example has none.
     names: returns the names of all features, for messages.
   """
-  image = next(iter(tables.as_list(columns.value(row, 'image'))), None)
+  if fault := columns.fault(row, names()):
+    return Fault(location, fault)
+  (image,) = tables.as_list(columns.value(row, 'image'))
+  if not isinstance(image, bytes):
+    return Fault(location, 'no image (it is not bytes)')
   texts, langs = columns.captions(row)
-  if not isinstance(image, bytes) or not texts:
-    missing = 'caption' if isinstance(image, bytes) else 'image'
-    return Fault(location, tables.no_field(missing, names()))
   key = tables.first_text(columns.value(row, 'key')) or key
   return Pair(location, key, image, texts, langs, columns.score(row))
 

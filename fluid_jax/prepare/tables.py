@@ -127,6 +127,15 @@ class Columns:
     except (TypeError, ValueError, OverflowError):
       return None
 
+  def fault(self, row: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Returns why a row has not one image and a caption, with the names of its columns, or ''."""
+    images, shown = as_list(self.value(row, 'image')), pairs.short(', '.join(names))
+    if len(images) > 1:
+      return f'more than one image ({len(images)})'
+    if images and self.captions(row)[0]:
+      return ''
+    return f'no {"caption" if images else "image"} (the row has {shown}: see --columns)'
+
   def missing(self, header: Sequence[str]) -> str:
     """Returns what a table with these columns lacks, for a message, or ''."""
     for _, column in self.chosen:
@@ -174,11 +183,6 @@ def first_text(value: Any) -> str:
   return as_text(next(iter(as_list(value)), ''))
 
 
-def no_field(field: str, names: Iterable[str]) -> str:
-  """Returns the fault of a row that has no image or caption; `names` are those of its columns."""
-  return f'no {field} (the row has {pairs.short(", ".join(names))}: see --columns)'
-
-
 def count(path: epath.Path) -> int:
   """Returns the approximate number of rows of a table."""
   if path.suffix.lower() == '.parquet':
@@ -207,9 +211,7 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
   for row in readers[path.suffix.lower()](path, columns):
     if row.values is not None:
       values = columns.keep(row.values)
-      fault = '' if columns.captions(values)[0] else no_field('caption', row.values)
-      if columns.value(values, 'image') is None:
-        fault = no_field('image', row.values)
+      fault = columns.fault(values, row.values)
       row = Row(row.position, None if fault else values, fault)
     yield row
 
