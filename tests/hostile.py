@@ -294,14 +294,14 @@ TARS = {
     pax(path=b'../' + LONG + b'.jpg') + member(b'x', _JPEG), 'unsafe name'
   ),
   **{
-    f'tar: image in {kind}': _tar(
+    f'tar: image named {suffix.decode()}': _tar(
       member(b'odd' + suffix, encode(image(), kind)) + member(b'odd.TXT', b'x'), None, ODD
     )
     for suffix, kind in SUFFIXES.items()
   },
   **{
-    f'tar: {suffix} that is not decoded': _tar(
-      member(f'odd{suffix}'.encode(), np.random.default_rng(0).bytes(500)), ANY
+    f'tar: image named {suffix}, which is not decoded': _tar(
+      member(f'odd{suffix}'.encode(), b'not decoded') + member(b'odd.txt', b'x'), _UNDECODED
     )
     for suffix in ('.heic', '.jxl', '.svg', '.psd', '.ICO')
   },

@@ -170,7 +170,7 @@ def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[
   Raises:
     RejectedError: no caption passes; the reason is that of the last caption.
   """
-  texts, langs, rejected = [], [], images.RejectedError('no caption')
+  texts, langs, reason = [], [], 'no caption'
   room = 0
   for text, lang in zip(pair.texts, pair.langs, strict=True):
     try:
@@ -191,13 +191,13 @@ def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[
       if room > MAX_ROOM:
         raise images.RejectedError('too many captions')
     except images.RejectedError as error:
-      rejected = error
-      counts.add('captions dropped', error.reason)
+      reason = error.reason  # keeping the error would keep this frame and its texts in memory
+      counts.add('captions dropped', reason)
       continue
     texts.append(text)
     langs.append(lang)
   if not texts:
-    raise rejected
+    raise images.RejectedError(reason)
   return texts, langs
 
 

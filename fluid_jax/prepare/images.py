@@ -1,6 +1,7 @@
 """Checks and repairs untrusted images before they are stored, and finds near-duplicates.
 
 An image is decoded only if its header allows it, so `max_pixels` bounds the memory for one image.
+Only AVIF can hold more pixels than its header claims; its decoder refuses more than 2**28.
 """
 
 import io
