@@ -566,6 +566,21 @@ def test_rows_of_an_image_are_its_captions(tmp_path, monkeypatch, in_process, is
     assert found[0][name] == found[1][name]
 
 
+def test_the_score_of_a_caption_filters_only_this_caption(tmp_path, in_process):
+  write_folder(tmp_path, 'csv')
+  rows = [{'image': 'p00.png', 'caption': f'{i}', 's': score} for i, score in enumerate((0, 1, 1))]
+  table = tmp_path / 'rows.jsonl'
+  table.write_text('\ufeff' + ''.join(json.dumps(row) + '\n' for row in rows))
+  chosen = options(
+    'folder', tmp_path / 'in', captions=str(table), columns=('score=s',), min_score=0.5
+  )
+  run(tmp_path / 'out', chosen)
+  assert [text for _, text in read_set(tmp_path / 'out')['p00.png'][1]] == ['1', '2']
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['pairs'] == {'kept': 1, 'read': 2}
+  assert counts['pairs dropped']['min_score'] == 1
+
+
 def test_images_with_keys_that_begin_again_in_each_tar_are_told_apart(tmp_path, in_process):
   images_of = {}
   for number in range(3):

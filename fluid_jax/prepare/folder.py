@@ -128,15 +128,15 @@ class Folder:
   def _location(self, position: str) -> str:
     return ': '.join(filter(None, [self._captions or str(self._root), position]))
 
-  def _picture(self, item: list[Any]) -> tuple[str, str] | None:
-    """Returns the image and the key of a row, which rows with more captions of it share."""
+  def _picture(self, item: list[Any]) -> tuple[str, str, float | None] | None:
+    """Returns what rows with captions of one image share: the image, the key and the score."""
     _, row, fault = item
     if fault or _NOT_READ in row:
       return None
     name, key = (tables.first_text(self._columns.value(row, field)) for field in ('image', 'key'))
-    return name, key or name
+    return name, key or name, self._columns.score(row)
 
-  def _pair(self, name: str, key: str, items: list[list[Any]]) -> Pair | Fault:
+  def _pair(self, name: str, key: str, score: float | None, items: list[list[Any]]) -> Pair | Fault:
     """Returns the pair of an image and the captions in its rows."""
     rows, texts, langs = [row for _, row, _ in items], [], []
     location = f'{self._location(items[0][0])}: {short(name)}'
@@ -151,7 +151,7 @@ class Folder:
           langs += more_langs
     except _NotReadError as error:
       return Fault(location, str(error))
-    return Pair(location, key, image, texts, langs, self._columns.score(rows[0]))
+    return Pair(location, key, image, texts, langs, score)
 
   def _bytes(self, name: str, max_bytes: int) -> bytes:
     """Reads a file of the folder.

@@ -7,7 +7,7 @@ writes each shard of the set from the runs.
 
 Runs and shards are either complete or absent, so an interrupted ingestion resumes. The same source
 and options give the same bytes for any number of workers, and through `prepare.beam`. Each worker
-needs about 100 MB and the memory to decode one image of `max_pixels`. The order needs about 300
+needs about 100 MB and the memory to decode one image of `max_pixels`. The order needs about 200
 bytes for each kept pair.
 """
 

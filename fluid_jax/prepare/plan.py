@@ -84,13 +84,14 @@ class Plan:
 
   def positions(self, rows: np.ndarray) -> list[tuple[bool, list[tuple[int, int, int]]]]:
     """Returns whether each pair is renamed, and the run, offset and length of its payloads."""
-    found = []
-    for start, stop in zip(self._start[rows].tolist(), self._stop[rows].tolist(), strict=True):
-      table = self._table[start:stop]
-      columns = self._run[start:stop], table['offset'], table['length']
-      places = list(zip(*(column.tolist() for column in columns), strict=True))
-      found.append((bool(self._renamed[start]), places))
-    return found
+    start, size = self._start[rows], self._stop[rows] - self._start[rows]
+    end = np.cumsum(size)
+    places = np.arange(size.sum()) + np.repeat(start - end + size, size)
+    table = self._table[places]
+    columns = self._run[places], table['offset'], table['length']
+    places = list(zip(*(column.tolist() for column in columns), strict=True))
+    pairs_of = zip(self._renamed[start].tolist(), size.tolist(), end.tolist(), strict=True)
+    return [(is_renamed, places[stop - count : stop]) for is_renamed, count, stop in pairs_of]
 
 
 def _first(order: np.ndarray) -> np.ndarray:

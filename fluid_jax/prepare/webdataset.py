@@ -6,7 +6,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -85,7 +85,9 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
     return
   try:
     with contextlib.ExitStack() as stack:
-      file, total = _open(path, stack)
+      file, total = stack.enter_context(path.open('rb')), path.stat().length
+      if found:
+        file, total = stack.enter_context(gzip.GzipFile(fileobj=file)), total * _GZIP_RATIO
       tar = stack.enter_context(tarfile.open(fileobj=file, mode='r|', tarinfo=_Member))
       kinds = set()
       for member in tar:
@@ -104,14 +106,6 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
     *(zlib.error, gzip.BadGzipFile),
   ) as error:
     yield pairs.Fault(f'{path}: {error} at {offset}', 'archive is corrupt'), b''
-
-
-def _open(path: epath.Path, stack: contextlib.ExitStack) -> tuple[BinaryIO, int]:
-  """Opens a tar; returns it and the largest size that it may have."""
-  file, total = stack.enter_context(path.open('rb')), path.stat().length
-  if not pairs.compression(path):
-    return file, total
-  return stack.enter_context(gzip.GzipFile(fileobj=file)), total * _GZIP_RATIO
 
 
 def _examine(
