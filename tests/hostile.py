@@ -598,6 +598,9 @@ FOLDERS = {
   'CSV: quote within a field': _kept(b'odd.jpg,a 5" disk', '.csv'),
   'CSV: backslash at the end of a row': _kept(b'odd.jpg,c\\', '.csv'),
   'CSV: quote that is not closed': _table(b'odd.jpg,"Sunset', 'row cannot be parsed', '.csv'),
+  'CSV: quote that is not closed before a comma': _table(
+    b'odd.jpg,"Sunset, bay', 'row cannot be parsed', '.csv'
+  ),
   'CSV: quote that another row closes': _table(
     b'odd.jpg,"Sunset\nmissing.jpg,over the "bay"', 'row cannot be parsed', '.csv', r'line \d'
   ),

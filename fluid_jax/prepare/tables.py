@@ -289,7 +289,7 @@ def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
       raise errors.UserError(f'{path} has {missing}.')
     image = next(i for i, name in enumerate(header) if columns.known(name) in columns.of('image'))
     for position, fields, fault in _fields(lines, delimiter, len(header), image):
-      if any(fields[len(header) :]):
+      if not fault and any(fields[len(header) :]):
         fault = f'row has too many fields ({len(fields)} for the {len(header)} of the header)'
       values = collections.defaultdict(list)  # a name may stand twice in the header
       for name, field in zip(header, fields, strict=False):
@@ -340,8 +340,10 @@ def _fields(
       lines.give_back()
       first = lines.taken[0] or ''
       fields = _split(first, delimiter)
-      if len(fields) != width or first.count('"') % 2:  # a caption may begin as in "One" of two
-        fault = f'row cannot be parsed ({error}; is a quote not closed?)'
+      is_open = first.count('"') % 2 == 1
+      if len(fields) != width or is_open:  # a caption may begin as in "One" of two
+        hint = '; is a quote not closed?' if is_open else ''
+        fault = f'row cannot be parsed ({error}{hint})'
     yield position, fields, fault
 
 
