@@ -4,8 +4,11 @@ KINDS and HEAVY hold all kinds by name, for the tests and for `benchmarks/hostil
 kinds of HEAVY without limits would exhaust memory or time.
 """
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import pathlib
 import re
@@ -229,15 +232,15 @@ def _tar(
   return Kind(make, reason, frozenset(kept), r'shard\.tar: .*\bat \d+')
 
 
-def _tar_of(data: bytes, kept: Iterable[str]) -> Kind:
-  """A corrupt tar."""
+def _tar_of(data: bytes, kept: Iterable[str], reason: str | None = ANY) -> Kind:
+  """A corrupt or unusual tar."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
     path = start(folder) / 'shard.tar'
     path.write_bytes(data)
     return {'source': 'webdataset', 'path': str(path)}
 
-  return Kind(make, ANY, frozenset(kept), r'shard\.tar: .*\bat \d+')
+  return Kind(make, reason, frozenset(kept), r'shard\.tar: .*\bat \d+')
 
 
 def of_json(
@@ -250,6 +253,10 @@ def of_json(
 
 ODD = BOTH | {'odd'}
 LONG = b'n' * 1_000_000
+SUFFIXES = {
+  **{b'.JPG': 'JPEG', b'.jfif': 'JPEG', b'.jpe': 'JPEG', b'.tif': 'TIFF', b'.TIFF': 'TIFF'},
+  **{b'.ppm': 'PPM', b'.pgm': 'PPM', b'.bmp': 'BMP', b'.avif': 'AVIF', b'.jp2': 'JPEG2000'},
+}
 TARS = {
   **{f'tar: {name}': _tar(pair('odd', make()), reason) for name, (make, reason) in IMAGES.items()},
   'tar: image larger than max_bytes': _tar(
@@ -285,6 +292,44 @@ TARS = {
   ),
   'tar: unsafe name of a million characters': _tar(
     pax(path=b'../' + LONG + b'.jpg') + member(b'x', _JPEG), 'unsafe name'
+  ),
+  **{
+    f'tar: image named {suffix.decode()}': _tar(
+      member(b'odd' + suffix, encode(image(), kind)) + member(b'odd.TXT', b'x'), None, ODD
+    )
+    for suffix, kind in SUFFIXES.items()
+  },
+  **{
+    f'tar: image named {suffix}, which is not decoded': _tar(
+      member(f'odd{suffix}'.encode(), b'not decoded') + member(b'odd.txt', b'x'), _UNDECODED
+    )
+    for suffix in ('.heic', '.jxl', '.svg', '.psd', '.ICO')
+  },
+  'tar: image of floats': _tar(
+    lambda: member(b'odd.tif', encode(Image.new('F', (9, 9)), 'TIFF')) + member(b'odd.txt', b'x'),
+    'image has 32 bits per channel',
+  ),
+  'tar: files of other kinds': _tar(
+    member(b'odd.wav') + member(b'odd.cls', b'5') + member(b'README'), None
+  ),
+  'tar: caption with a file of another kind': _tar(
+    member(b'odd.xyz', _JPEG) + member(b'odd.txt', b'x'), 'no image'
+  ),
+  'tar: two images of one name': _tar(
+    pair('odd') + member(b'odd.png', _JPEG), 'another image or caption file of the same name', ODD
+  ),
+  'tar: two captions of one name': _tar(
+    pair('odd') + member(b'odd.TXT', b'x'), 'another image or caption file of the same name', ODD
+  ),
+  'tar: in gzip': _tar_of(gzip.compress(BEFORE + AFTER + bytes(1024)), BOTH, None),
+  'tar: in gzip, truncated': _tar_of(gzip.compress(BEFORE + AFTER)[:-700], ()),
+  'tar: in gzip, with a wrong checksum': _tar_of(
+    gzip.compress(BEFORE + bytes(1024))[:-8] + bytes(8), ()
+  ),
+  'tar: in bzip2': _tar_of(bz2.compress(BEFORE), (), 'archive is bzip2'),
+  'tar: in xz': _tar_of(lzma.compress(BEFORE), (), 'archive is xz'),
+  'tar: two archives in one file': _tar_of(
+    BEFORE + bytes(1024) + AFTER + bytes(1024), {'before'}, 'archive has data after its end'
   ),
   'tar: name that is only a suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
   'tar: image without caption': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
@@ -326,7 +371,9 @@ TARS = {
 # ---- Folders and tables ----
 
 
-def _folder(setup: Callable[[pathlib.Path], Any], reason: str | None) -> Kind:
+def _folder(
+  setup: Callable[[pathlib.Path], Any], reason: str | None, kept: Iterable[str] = BOTH
+) -> Kind:
   """A folder of images with caption files, and a hostile file."""
 
   def make(folder: pathlib.Path) -> dict[str, Any]:
@@ -337,7 +384,15 @@ def _folder(setup: Callable[[pathlib.Path], Any], reason: str | None) -> Kind:
     setup(path)
     return {'source': 'folder', 'path': str(path)}
 
-  return Kind(make, reason, BOTH, r'in: |/in')
+  return Kind(make, reason, frozenset(kept), r'in: |/in')
+
+
+def _files(content: dict[str, bytes]) -> Callable[[pathlib.Path], None]:
+  def setup(path: pathlib.Path) -> None:
+    for name, data in content.items():
+      (path / name).write_bytes(data)
+
+  return setup
 
 
 def _odd(data: bytes = _JPEG, text: bytes = b'a caption') -> Callable[[pathlib.Path], None]:
@@ -373,6 +428,11 @@ def _table(rows: bytes, reason: str | None, suffix: str = '.jsonl', location: st
   return _table_by(lambda path: path.write_bytes(_ROWS[suffix](rows)), reason, suffix, location)
 
 
+def _kept(rows: bytes, suffix: str = '.jsonl') -> Kind:
+  """Unusual rows of odd.jpg that are read."""
+  return _table(rows, None, suffix)._replace(kept=ODD)
+
+
 def _table_by(
   write: Callable[[pathlib.Path], Any], reason: str | None, suffix: str, location: str = ''
 ) -> Kind:
@@ -397,6 +457,7 @@ def _row(name: str) -> bytes:
 
 _ROWS = {
   '.jsonl': lambda rows: _row('before') + rows + b'\n' + _row('after'),
+  '.tsv': lambda rows: b'image\tcaption\nbefore.jpg\tc\n' + rows + b'\nafter.jpg\tc\n',
   '.csv': lambda rows: b'image,caption\nbefore.jpg,c\n' + rows + b'\nafter.jpg,c\n',
 }
 
@@ -422,6 +483,35 @@ def _dates(path: pathlib.Path) -> None:
   names = ['before.jpg', 'odd.jpg', 'after.jpg']
   dates = pa.array([0, 2**62, 0], pa.timestamp('us'))  # a year that Python cannot represent
   _parquet(path, {'image': names, 'caption': ['c'] * 3, 'date': dates})
+
+
+# Types of texts -> lists of a caption are read too.
+PARQUET_TYPES = (
+  *('string_view', 'large_string', 'binary_view', 'large_binary', 'dictionary'),
+  *('list', 'list of string_view', 'large_list', 'fixed_size_list'),
+)
+
+
+def _parquet_kind(name: str) -> Kind:
+  def write(path: pathlib.Path) -> None:
+    import pyarrow as pa
+
+    text, names = pa.string_view(), ['before.jpg', 'odd.jpg', 'after.jpg']
+    lists = {
+      'list': pa.list_(pa.string()),
+      'list of string_view': pa.list_(text),
+      'large_list': pa.large_list(pa.large_string()),
+      'fixed_size_list': pa.list_(pa.string(), 1),
+    }
+    if name in lists:
+      captions = pa.array([['a caption']] * 3, lists[name])
+    elif name == 'dictionary':
+      captions, names = pa.array(['c'] * 3).dictionary_encode(), pa.array(names).dictionary_encode()
+    else:
+      captions, names = (pa.array(v, getattr(pa, name)()) for v in (['c'] * 3, names))
+    _parquet(path, {'image': names, 'caption': captions})
+
+  return _table_by(write, None, '.parquet')._replace(kept=ODD)
 
 
 def _bad_page(path: pathlib.Path) -> None:
@@ -457,6 +547,16 @@ FOLDERS = {
   ),
   'folder: image is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
   'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), ANY),
+  'folder: suffixes in upper case': _folder(_files({'odd.JPG': _JPEG, 'odd.TXT': b'x'}), None, ODD),
+  'folder: image in TIFF': _folder(
+    _files({'odd.tif': encode(image(), 'TIFF'), 'odd.txt': b'x'}), None, BOTH | {'odd.tif'}
+  ),
+  'folder: HEIC': _folder(_files({'odd.heic': b'ftypheic', 'odd.txt': b'x'}), _UNDECODED),
+  'folder: caption without image': _folder(_files({'odd.txt': b'x'}), 'no image'),
+  'folder: caption with a file of another kind': _folder(
+    _files({'odd.xyz': _JPEG, 'odd.txt': b'x'}), 'no image'
+  ),
+  'folder: files of other kinds': _folder(_files({'odd.wav': b'', 'README': b'x'}), None),
   'folder: links to the folder itself': _folder(_loops, None),
   'folder: link to the parent folder': _folder(lambda path: (path / 'up').symlink_to('..'), None),
   **_paths(
@@ -490,9 +590,47 @@ FOLDERS = {
   'CSV: caption that is not UTF-8': _table(b'odd.jpg,\xff\xfe', 'caption is not UTF-8', '.csv'),
   'CSV: NUL in a path': _table(b'a\0b.jpg,c', 'unsafe name', '.csv'),
   'CSV: row too short': _table(b'odd.jpg', 'no caption', '.csv'),
-  'CSV: row too long': _table(b'missing.jpg,a,b,c,d', _UNREAD, '.csv'),
+  'CSV: row too long': _table(b'odd.jpg,a,b,c,d', 'row has too many fields', '.csv'),
+  'CSV: row with empty fields at its end': _kept(b'odd.jpg,c,,', '.csv'),
+  'CSV: empty lines': _table(b'\n\r\n', None, '.csv'),
+  'CSV: quoted line breaks and quotes': _kept(b'odd.jpg,"one\r\n""two"",\nthree"', '.csv'),
+  'CSV: quotes around the first word': _kept(b'odd.jpg,"one" two', '.csv'),
+  'CSV: quote within a field': _kept(b'odd.jpg,a 5" disk', '.csv'),
+  'CSV: backslash at the end of a row': _kept(b'odd.jpg,c\\', '.csv'),
+  'CSV: quote that is not closed': _table(b'odd.jpg,"Sunset', 'row cannot be parsed', '.csv'),
+  'CSV: quote that is not closed before a comma': _table(
+    b'odd.jpg,"Sunset, bay', 'row cannot be parsed', '.csv'
+  ),
+  'CSV: quote that another row closes': _table(
+    b'odd.jpg,"Sunset\nmissing.jpg,over the "bay"', 'row cannot be parsed', '.csv', r'line \d'
+  ),
+  'CSV: quote that the end of another row closes': _table(
+    b'odd.jpg,"Sunset\nmissing.jpg,over the bay"', 'row cannot be parsed', '.csv'
+  ),
+  'CSV: quotes that are not closed in two rows': _table(
+    b'odd.jpg,"Sunset\nodd.jpg,"Dawn', 'row cannot be parsed', '.csv'
+  ),
+  'CSV: row of 5 MB': _table(b'odd.jpg,' + b'x' * 5_000_000, 'row cannot be parsed', '.csv'),
+  'CSV: quoted field of 5 MB in lines': _table(
+    b'odd.jpg,"' + (b'text ' * 2000 + b'\n') * 500 + b'"', 'row cannot be parsed', '.csv'
+  ),
+  'TSV: quote that is not closed': _kept(b'odd.jpg\t"Sunset over the bay', '.tsv'),
+  'TSV: quoted and doubled quotes': _kept(b'odd.jpg\t"a ""red"" bus"', '.tsv'),
+  'TSV: backslash at the end of a row': _kept(b'odd.jpg\tc\\', '.tsv'),
+  'TSV: carriage return within a row': _kept(b'odd.jpg\ta\rb\r', '.tsv'),
+  'TSV: row too long': _table(b'odd.jpg\ta\tb', 'row has too many fields', '.tsv'),
+  'TSV: row too short': _table(b'odd.jpg', 'no caption', '.tsv'),
+  'JSONL: row with two images': _table(
+    b'{"image": ["odd.jpg", "before.jpg"], "caption": "c"}', 'more than one image'
+  ),
+  'JSONL: row without an image': _table(b'{"caption": "c", "url": "u"}', 'no image'),
+  'JSONL: captions of an image in three rows': _kept(b'\n'.join([_row('odd').strip()] * 3)),
+  'JSONL: more than 1000 captions of an image': _kept(
+    b'{"image": "odd.jpg", "caption": %s}' % json.dumps(list('ab') * 600).encode()
+  ),
   'Parquet: caption that is not UTF-8': _table_by(_bad_utf8, 'caption is not UTF-8', '.parquet'),
   'Parquet: date out of range': _table_by(_dates, None, '.parquet')._replace(kept=BOTH | {'odd'}),
+  **{f'Parquet: {name}': _parquet_kind(name) for name in PARQUET_TYPES},
   'Parquet: corrupt page': _table_by(_bad_page, ANY, '.parquet'),
 }
 
@@ -535,6 +673,12 @@ def _tfrecord(
   return Kind(make, reason, frozenset(kept), r'shard\.tfrecord: byte \d+')
 
 
+def _gzip_records(folder: pathlib.Path) -> dict[str, Any]:
+  path = start(folder) / 'shard.tfrecord'
+  path.write_bytes(gzip.compress(record(example('before', 8))))
+  return {'source': 'tfrecord', 'path': str(path)}
+
+
 _RECORD = record(example('odd'))
 TFRECORDS = {
   'TFRecord: bit flipped in the image': _tfrecord(
@@ -555,8 +699,12 @@ TFRECORDS = {
   'TFRecord: length 2**63': _tfrecord(record_header(2**63), ANY),
   'TFRecord: length 2**40': _tfrecord(record_header(2**40), ANY),
   'TFRecord: length of a million': _tfrecord(record_header(10**6), ANY),
+  'TFRecord: in gzip': Kind(_gzip_records, 'file is gzip', frozenset(), r'shard\.tfrecord: byte 0'),
   'TFRecord: not an Example': _tfrecord(record(b'\xff' * 99), 'not a tf.train.Example'),
   'TFRecord: empty record': _tfrecord(record(b''), 'no image'),
+  'TFRecord: two images': _tfrecord(
+    record(example('odd', image=[_JPEG, _JPEG])), 'more than one image'
+  ),
   'TFRecord: image is a number': _tfrecord(record(example('odd', image=5)), 'no image'),
   'TFRecord: caption that is not UTF-8': _tfrecord(
     record(example('odd', text=b'\xff\xfe')), 'caption is not UTF-8'

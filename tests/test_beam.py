@@ -24,6 +24,14 @@ def chosen(tmp_path_factory):
         key = f'{number}-{i}' if i else 'same'
         add(tar, f'{key}.png', png(7000 if i == 1 else 100 * number + i, (40, 30 - i % 2)))
         add(tar, f'{key}.json', json.dumps({'caption': [f'text {key}', 'x' * i]}).encode())
+      # Captions of one image in all tars, of which one finds no room, and an image with a key
+      # that another image takes.
+      row = {'caption': [f'{number} {i}' for i in range(400 if number < 3 else 2)]}
+      add(tar, 'row.png', png(8000))
+      add(tar, 'row.json', json.dumps(row).encode())
+      taken = f'same-{filters.image_hash(png(300)):016x}' if number == 1 else f'{number}-free'
+      add(tar, f'{taken}.png', png(9000 + number))
+      add(tar, f'{taken}.txt', b'a text')
       add(tar, 'corrupt.png', b'not an image')
       add(tar, 'corrupt.txt', b'a text')
       add(tar, 'uncaptioned.png', png(1))
@@ -49,9 +57,11 @@ def test_beam_writes_the_same_bytes(chosen, tmp_path, flags):
   assert digests(tmp_path / 'beam') == digests(tmp_path / 'workers')
   assert len(records.read_index(tmp_path / 'beam')['splits']['train']) > 2
   counts = records.read_index(tmp_path / 'beam')['counts']
-  assert counts['pairs']['read'] == 4 * 22
+  assert counts['pairs']['read'] == 4 * 24 - 1
+  assert counts['rows joined'] == {'same key and image': 1}
   assert counts['pairs dropped'] == {
-    'duplicate key': 3,
+    'duplicate key': 1,
+    'too many captions of an image': 2,
     'min_side': 40,
     'near duplicate': 0,
     'no caption': 4,

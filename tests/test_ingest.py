@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fluid_jax import errors
 from fluid_jax.data import examples, pipeline, records
 from fluid_jax.prepare import (
   filters,
+  folder,
   images,
   ingest,
   pairs,
@@ -54,6 +56,11 @@ def run(out, chosen, workers=2):
   reports = collections.defaultdict(list)
   chosen.check()
   ingest.run(chosen, str(out), workers, lambda name, *report: reports[name].append(report))
+  counts = records.read_index(out)['counts']
+  dropped = counts.get('pairs dropped', {})
+  assert counts['pairs']['read'] == counts['pairs']['kept'] + sum(dropped.values())
+  quarantine = (pathlib.Path(out) / ingest.QUARANTINE).read_text().splitlines()
+  assert len(quarantine) == sum(n for why, n in dropped.items() if why not in filters.FILTERS)
   return reports
 
 
@@ -227,9 +234,23 @@ def test_training_reads_a_set_by_its_path(tmp_path):
 
 
 def test_wrong_sources_are_rejected(tmp_path):
+  import pyarrow
+  from pyarrow import parquet
+
   chosen = write_folder(tmp_path, 'csv')
+  (tmp_path / 'cc3m.tsv').write_text('a bus\thttp://a/1.jpg\na car\thttp://a/2.jpg\n')
+  (tmp_path / 'url.csv').write_text('url,caption\nhttp://a/1.jpg,a bus\n')
+  (tmp_path / 'text.csv').write_text('image; titel\np00.png; a bus\n')
+  (tmp_path / 'utf16.csv').write_text('image,caption\np00.png,a bus\n', encoding='utf-16')
+  rows = [{'image': {'bytes': b'x', 'path': 'p00.png'}, 'caption': 'a bus'}]
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'bytes.parquet')
   for change, message in (
     ({'columns': ('text=legend',)}, "has no column 'legend': choose from image, key, caption"),
+    ({'captions': str(tmp_path / 'cc3m.tsv')}, "no column for the image .*'a bus, http://a/1.jpg'"),
+    ({'captions': str(tmp_path / 'url.csv')}, r'no column for the image .*--columns=image=COLUMN'),
+    ({'captions': str(tmp_path / 'text.csv')}, r"no column for the text .*'image, titel'"),
+    ({'captions': str(tmp_path / 'utf16.csv')}, 'is UTF-16: save it as UTF-8'),
+    ({'captions': str(tmp_path / 'bytes.parquet')}, r'image \(struct<bytes: binary'),
     ({'columns': ('legend',)}, '--columns=legend is not of the form'),
     ({'captions': str(tmp_path / 'absent.csv')}, 'absent.csv is not a file'),
     ({'captions': str(tmp_path / 'in/p00.png')}, 'has an unknown type'),
@@ -241,6 +262,8 @@ def test_wrong_sources_are_rejected(tmp_path):
     ({'source': 'coco', 'captions': ''}, '--captions is missing'),
   ):
     values = {f: getattr(chosen, f) for f in ('source', 'path', 'captions', 'columns')} | change
+    if {'captions'} == change.keys():
+      values['columns'] = ()
     with pytest.raises(errors.UserError, match=message):
       run(tmp_path / 'other', filters.Options(**values))
 
@@ -271,6 +294,92 @@ def test_tables_written_by_excel_and_polars(tmp_path):
     (unit,) = source.units()
     (kept,) = filters.read_unit(unit, chosen, counts, [])
     assert [text.decode() for text in examples.decode(kept.payload)['text']] == expected
+
+
+# Tables with the columns of public data sets -> the caption of p00.png.
+TABLES = {
+  'open_clip.csv': b'filepath\ttitle\np00.png\ta bus\n',
+  'semicolons.csv': b'image;caption\np00.png;"a; bus"\n',
+  'commas.tsv': b'image,caption\np00.png,"a\nbus"\n',
+  'flickr30k.csv': b'image_name| comment_number| comment\np00.png| 0| "A" bus\n',
+  'laion.TSV': b'\xef\xbb\xbfFILE_NAME\tTEXT\r\np00.png\ta "bus\r\n',
+  'repeated.csv': b'image,caption,caption\np00.png,one,two\n',
+}
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_tables_of_public_data_sets(name, tmp_path):
+  write_folder(tmp_path, 'csv')
+  (tmp_path / name).write_bytes(TABLES[name])
+  chosen = options('folder', tmp_path / 'in', captions=str(tmp_path / name))
+  (unit,) = chosen.open_source().units()
+  (kept,) = filters.read_unit(unit, chosen, filters.Counts(), [])
+  texts = {
+    'semicolons.csv': [b'a; bus'],
+    'flickr30k.csv': [b'"A" bus'],
+    'laion.TSV': [b'a "bus'],
+    'repeated.csv': [b'one', b'two'],
+  }
+  assert examples.decode(kept.payload)['text'] == texts.get(name, [b'a bus'])
+
+
+def test_rows_without_known_columns_show_the_names_that_they_have(tmp_path):
+  with tarfile.open(tmp_path / '0.tar', 'w') as tar:
+    add(tar, 'a.png', IMAGES['p00'])
+    add(tar, 'a.json', json.dumps({'url': 'u', 'legend': 'a bus'}).encode())
+  (tmp_path / 'a.jsonl').write_text('{"url": "u", "legend": "a bus"}\n')
+  record = examples.encode({'url': b'u', 'legend': b'a bus'})
+  with (tmp_path / 'a.tfrecord').open('wb') as f:
+    f.write(records.header(len(record)) + record + records.footer(record))
+  for source, settings in (
+    ('webdataset', {'path': str(tmp_path / '0.tar')}),
+    ('folder', {'path': str(tmp_path), 'captions': str(tmp_path / 'a.jsonl')}),
+    ('tfrecord', {'path': str(tmp_path / 'a.tfrecord')}),
+  ):
+    chosen = filters.Options(source=source, **settings)
+    (unit,) = chosen.open_source().units()
+    (fault,) = chosen.open_source().read(unit)
+    assert re.match(r'no \w+ \(the row has .*legend.*: see --columns\)', fault.reason)
+
+
+def test_a_long_quarantine_ends_in_the_number_of_the_others(tmp_path, monkeypatch):
+  monkeypatch.setattr(filters, '_MAX_QUARANTINE', 2)
+  (tmp_path / 'a.jsonl').write_text('{}\n' * 5)
+  chosen = options('folder', tmp_path, captions=str(tmp_path / 'a.jsonl'))
+  counts, quarantine = filters.Counts(), []
+  (unit,) = chosen.open_source().units()
+  assert not list(filters.read_unit(unit, chosen, counts, quarantine))
+  assert counts.values['pairs dropped'] == {'no image': 5}
+  assert len(quarantine) == 3
+  assert quarantine[-1]['reason'] == 'the last of 3 more invalid pairs'
+  assert quarantine[-1]['location'].endswith('line 5')
+
+
+def test_files_of_a_folder_are_found_by_their_usual_names(tmp_path):
+  names = {'a.tar', 'b.TGZ', 'c.tar.gz', 'd.tfrecord', 'e.tfrecord-00001-of-00002', 'f.json'}
+  for name in names:
+    (tmp_path / name).write_bytes(b'')
+  for source, expected in (
+    ('webdataset', {'a.tar', 'b.TGZ', 'c.tar.gz'}),
+    ('tfrecord', {'d', 'e'}),
+  ):
+    *units, others = options(source, tmp_path).open_source().units()
+    found = {pathlib.Path(path).name for path, *_ in units}
+    assert found == {name for name in names if name in expected or name[0] in expected}
+    assert sum(others.values()) == len(names - found)
+    assert others['.json'] == 1
+
+
+def test_files_that_are_not_read_are_counted(tmp_path):
+  chosen = write_caption_files(tmp_path)
+  for name in ('a.wav', 'b.WAV', 'README', 'deep/.DS_Store', 'notes.txt'):
+    (tmp_path / 'in' / name).touch()
+  run(tmp_path / 'out', chosen)
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['files not read'] == {'.ds_store': 1, '.wav': 2, 'no suffix': 1}
+  assert counts['pairs'] == {'kept': 24, 'read': 25}
+  (line,) = (tmp_path / 'out' / ingest.QUARANTINE).read_text().splitlines()
+  assert json.loads(line)['location'] == f"{tmp_path}/in: 'notes.txt'"
 
 
 # ---- Filters ----
@@ -406,22 +515,121 @@ def test_near_duplicates_match_brute_force(distance):
   assert 0 < expected.sum() < len(expected) - 40 * (distance > 2)
 
 
-def test_duplicate_keys_and_near_duplicates_are_dropped(tmp_path):
+def test_near_duplicates_are_dropped(tmp_path):
   with tarfile.open(tmp_path / '0.tar', 'w') as tar:
     for key, data in (('a', png(1)), ('b', png(2)), ('c', png(1)), ('d', png(3))):
       add(tar, f'{key}.png', data)
       add(tar, f'{key}.txt', f'first {key}'.encode())
   with tarfile.open(tmp_path / '1.tar', 'w') as tar:
-    add(tar, 'b.png', png(9))
+    add(tar, 'b.png', png(2))
     add(tar, 'b.txt', b'second b')
   run(tmp_path / 'out', options('webdataset', tmp_path, near_duplicates=0))
   found = read_set(tmp_path / 'out')
   first = min('ac', key=lambda key: hashlib.sha256(key.encode()).digest())
   assert found.keys() == {first, 'b', 'd'}
-  assert found['b'][1] == [('und', 'first b')]
+  assert found['b'][1] == [('und', 'first b'), ('und', 'second b')]
   counts = records.read_index(tmp_path / 'out')['counts']
-  assert counts['pairs dropped'] == {'duplicate key': 1, 'near duplicate': 1}
-  assert counts['pairs'] == {'kept': 3, 'read': 5}
+  assert counts['pairs dropped'] == {'duplicate key': 0, 'near duplicate': 1}
+  assert counts['pairs'] == {'kept': 3, 'read': 4}
+  assert counts['rows joined'] == {'same key and image': 1}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  monkeypatch.setattr(workers, 'run', lambda f, calls, n: (f(*call) for call in calls))
+
+
+@pytest.mark.parametrize('is_mixed', [False, True])
+def test_rows_of_an_image_are_its_captions(tmp_path, monkeypatch, in_process, is_mixed):
+  """As in Flickr30k; the result does not depend on where the units begin."""
+  chosen = write_folder(tmp_path, 'csv')
+  rows = [(name, f'{name} {i}') for name in IMAGES for i in range(5)]
+  if is_mixed:
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+  table = tmp_path / 'rows.csv'
+  table.write_text('image,caption\n' + ''.join(f'{n}.png,{text}\n' for n, text in rows))
+  chosen = options('folder', tmp_path / 'in', captions=str(table), validation_fraction=0.1)
+  found = []
+  for size in (512, 7):
+    monkeypatch.setattr(folder, 'UNIT_ROWS', size)
+    run(tmp_path / f'out{size}', chosen)
+    found.append(digests(tmp_path / f'out{size}'))
+    splits = [read_set(tmp_path / f'out{size}', split) for split in ('train', 'validation')]
+    assert splits[0].keys() | splits[1].keys() == {f'{name}.png' for name in IMAGES}
+    for name, (image, captions) in (splits[0] | splits[1]).items():
+      assert image == IMAGES[name.removesuffix('.png')]
+      assert captions == [('und', text) for n, text in rows if f'{n}.png' == name]
+    counts = records.read_index(tmp_path / f'out{size}')['counts']
+    assert counts['pairs'] == {'kept': 24, 'read': 24}
+    assert counts['rows joined'] == {'same key and image': 96}
+  for name in found[0].keys() - {records.INDEX, ingest.REPORT}:
+    assert found[0][name] == found[1][name]
+
+
+def test_the_score_of_a_caption_filters_only_this_caption(tmp_path, in_process):
+  write_folder(tmp_path, 'csv')
+  rows = [{'image': 'p00.png', 'caption': f'{i}', 's': score} for i, score in enumerate((0, 1, 1))]
+  table = tmp_path / 'rows.jsonl'
+  table.write_text('\ufeff' + ''.join(json.dumps(row) + '\n' for row in rows))
+  chosen = options(
+    'folder', tmp_path / 'in', captions=str(table), columns=('score=s',), min_score=0.5
+  )
+  run(tmp_path / 'out', chosen)
+  assert [text for _, text in read_set(tmp_path / 'out')['p00.png'][1]] == ['1', '2']
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['pairs'] == {'kept': 1, 'read': 2}
+  assert counts['pairs dropped']['min_score'] == 1
+
+
+def test_images_with_keys_that_begin_again_in_each_tar_are_told_apart(tmp_path, in_process):
+  images_of = {}
+  for number in range(3):
+    with tarfile.open(tmp_path / f'{number}.tar', 'w') as tar:
+      for i in range(4):
+        data = png(10 * number + i)
+        images_of[data] = f'caption {number} {i}'
+        add(tar, f'0000{i}.png', data)
+        add(tar, f'0000{i}.txt', images_of[data].encode())
+  run(tmp_path / 'out', options('webdataset', tmp_path, validation_fraction=0.2))
+  train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
+  assert len(train) + len(validation) == 12
+  for key, (image, captions) in (train | validation).items():
+    assert captions == [('und', images_of[image])]
+    suffix = '' if captions[0][1].startswith('caption 0') else f'-{filters.image_hash(image):016x}'
+    assert key == f'0000{captions[0][1][-1]}{suffix}'
+  for part in (train, validation):
+    assert list(part) == sorted(part, key=lambda key: hashlib.sha256(key.encode()).digest())
+  assert validation
+  assert all(hashlib.sha256(key.encode()).digest()[8:16] < b'3' * 8 for key in validation)
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['pairs'] == {'kept': 12, 'read': 12}
+
+
+def test_pairs_that_no_key_tells_apart_and_captions_without_room_are_named(tmp_path, in_process):
+  """A hostile source may use the key that another image is about to get."""
+  first, second = png(1), png(2)
+  taken = f'a-{filters.image_hash(second):016x}'
+  with tarfile.open(tmp_path / '0.tar', 'w') as tar:
+    for i, (key, data) in enumerate(((taken, png(3)), ('a', first), ('b', first), ('a', second))):
+      add(tar, f'{key}.png', data)
+      add(tar, f'{key}.txt', b'%d' % i)
+  for number in range(3):
+    with tarfile.open(tmp_path / f'{number + 1}.tar', 'w') as tar:
+      row = {'caption': [f'{number} {i}' for i in range(400)]}
+      add(tar, 'many.png', png(4))
+      add(tar, 'many.json', json.dumps(row).encode())
+  run(tmp_path / 'out', options('webdataset', tmp_path))
+  found = read_set(tmp_path / 'out')
+  assert found.keys() == {taken, 'a', 'b', 'many'}
+  assert len(found['many'][1]) == 800
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['pairs dropped'] == {'duplicate key': 1, 'too many captions of an image': 1}
+  assert counts['pairs'] == {'kept': 4, 'read': 6}
+  lines = (tmp_path / 'out' / ingest.QUARANTINE).read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {'location': f'{tmp_path}: key a', 'reason': 'duplicate key'},
+    {'location': f'{tmp_path}: key many', 'reason': 'too many captions of an image'},
+  ]
 
 
 # ---- Determinism and resumption ----
@@ -574,6 +782,7 @@ def test_the_command_reports_its_result(tmp_path):
     add(tar, 'x.txt', b'a caption')
   printed = commands.run_ok(*COMMAND, f'--path={chosen.path}', f'--out={tmp_path / "out"}')
   assert 'kept 24 of 25 pairs' in printed
+  assert '25 read = 24 kept + 0 filtered + 1 in quarantine.jsonl' in printed
   assert 'pairs dropped: 1  image cannot be decoded' in printed
   assert 'ETA 0:00' in printed
   assert 'peak memory of a worker' in printed
@@ -599,7 +808,7 @@ def test_the_command_reports_its_result(tmp_path):
 
 def test_an_empty_result_is_an_error_with_reasons(tmp_path):
   chosen = write_webdataset(tmp_path)
-  with pytest.raises(errors.UserError, match=r'no pair of .* is kept \(min_side 24\)'):
+  with pytest.raises(errors.UserError, match=r'no pair of .* is kept \(min_side 24\): see'):
     run(tmp_path / 'out', filters.Options(source='webdataset', path=chosen.path, min_side=99))
 
 

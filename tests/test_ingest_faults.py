@@ -16,7 +16,7 @@ from etils import epath
 from PIL import Image
 
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import filters, images, ingest, pairs
+from fluid_jax.prepare import filters, images, ingest, pairs, plan
 
 MAX_PIXELS = 32_000_000
 
@@ -41,29 +41,33 @@ def _listing(folder):
   }
 
 
-def _read(settings):
-  """Reads a source; returns examples by key, counts and quarantine.
+def _read(settings, work):
+  """Makes the first pass and the plan; returns examples by key, counts and quarantine.
 
   Units are pickled, as on the way to a worker process.
   """
-  options = filters.Options(**settings)
-  counts, quarantine, kept, number = filters.Counts(), [], {}, 0
+  options, kept, number = filters.Options(**settings), {}, 0
+  work.mkdir()
   with _deadline():
     for unit in options.open_source().units():
-      ingest.digest_of(unit)
       unit = pickle.loads(pickle.dumps(unit))
-      for pair in filters.read_unit(unit, options, counts, quarantine):
-        kept[pair.key.removesuffix('.jpg')] = pair.payload  # keys of a folder are paths
-        number += 1
-  assert number == sum(counts.values['pairs'].values()) - sum(
-    counts.values['pairs dropped'].values()
-  )
+      ingest.write_run(str(work), number, unit, ingest.digest_of(unit), options)
+      number += 1
+    counts, entries, _ = ingest._merge_runs(work, work, number)
+    plan.Plan(entries, options, counts)
+  for path in work.glob('*.tfrecord'):
+    for _, payload in records.scan(epath.Path(path), 1 << 30):
+      key = examples.decode(payload)['key'][0].decode()
+      # Keys of a folder are paths.
+      kept[re.sub(r'\.jpg$', '', key, flags=re.IGNORECASE)] = payload
+  quarantine = [json.loads(line) for line in (work / ingest.QUARANTINE).read_text().splitlines()]
   return kept, counts.asdict(), quarantine
 
 
 def _check(kind, kept, counts, quarantine):
-  dropped = counts.get('pairs dropped', {})
+  dropped = {reason: n for reason, n in counts['pairs dropped'].items() if n}
   assert kept.keys() == kind.kept
+  assert counts['pairs']['read'] == counts['pairs']['kept'] + sum(dropped.values())
   if kind.reason is None:
     assert not dropped
   elif kind.reason == hostile.ANY:
@@ -84,10 +88,11 @@ def _check(kind, kept, counts, quarantine):
 @pytest.mark.parametrize('name', hostile.KINDS)
 def test_hostile_pair_is_counted_and_good_pairs_are_kept(name, tmp_path):
   kind = hostile.KINDS[name]
-  settings = kind.make(tmp_path)
-  before = _listing(tmp_path)
-  _check(kind, *_read(settings))
-  assert _listing(tmp_path) == before
+  (tmp_path / 'input').mkdir()
+  settings = kind.make(tmp_path / 'input')
+  before = _listing(tmp_path / 'input')
+  _check(kind, *_read(settings, tmp_path / 'work'))
+  assert _listing(tmp_path / 'input') == before
 
 
 # ru_maxrss would start from the peak of the parent process.
@@ -167,6 +172,18 @@ def test_images_are_stored_upright(kind, orientation):
   assert np.abs(stored.astype(int) - np.asarray(upright)).max() <= (0 if kind == 'PNG' else 24)
 
 
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_tiff_is_stored_upright(orientation):
+  turns = {1: 0, 3: 2, 6: 1, 8: 3}  # by 90 degrees, of the upright image to the stored pixels
+  upright = np.asarray(hostile.image(size=(48, 32)))
+  stored = Image.fromarray(np.rot90(upright, turns[orientation]).copy())
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  found, repairs = _stored(hostile.encode(stored, 'TIFF', exif=exif))
+  np.testing.assert_array_equal(found, upright)
+  assert repairs == ('from TIFF',)
+
+
 @pytest.mark.parametrize('name', hostile.UNWRITABLE_EXIF)
 def test_orientation_with_exif_that_pillow_cannot_write(name):
   exif = hostile.exif(6, hostile.UNWRITABLE_EXIF[name])
@@ -196,9 +213,10 @@ def test_cmyk_is_converted_to_rgb():
 
 def test_gray_of_16_bits_is_converted_to_8():
   values = np.random.default_rng(0).integers(0, 2**16, (20, 30)).astype(np.uint16)
-  stored, repairs = _stored(hostile.encode(Image.fromarray(values), 'PNG'))
-  assert repairs == ('16 bits',)
-  np.testing.assert_array_equal(stored, values >> 8)
+  for kind in ('PNG', 'TIFF', 'PPM'):
+    stored, repairs = _stored(hostile.encode(Image.fromarray(values), kind))
+    assert repairs[-1] == '16 bits'
+    np.testing.assert_array_equal(stored, values >> 8, kind)
 
 
 def test_transparency_is_composited_on_white():
@@ -314,7 +332,7 @@ def test_captions_that_are_not_utf8_are_rejected(text):
 def test_json_values_of_wrong_types_are_counted(column, value, tmp_path):
   deep = {'caption': '"c"'} | {column: value}
   text = '{' + ', '.join(f'"{k}": {v}' for k, v in deep.items()) + '}'
-  kept, counts, quarantine = _read(hostile.of_json(text).make(tmp_path))
+  kept, counts, quarantine = _read(hostile.of_json(text).make(tmp_path), tmp_path / 'work')
   assert kept.keys() >= hostile.BOTH
   assert len(kept) + len(quarantine) == counts['pairs']['read'] == 3
 
@@ -326,7 +344,8 @@ def test_json_values_of_wrong_types_are_counted(column, value, tmp_path):
 )
 def test_min_score_handles_unusual_scores(score, least, is_kept, tmp_path):
   settings = hostile.of_json(f'{{"caption": "c", "s": {score}}}').make(tmp_path)
-  kept, _, _ = _read(settings | {'columns': ('score=s',), 'min_score': least})
+  settings |= {'columns': ('score=s',), 'min_score': least}
+  kept, _, _ = _read(settings, tmp_path / 'work')
   assert kept.keys() == ({'odd'} if is_kept else set())
 
 
@@ -404,13 +423,16 @@ def test_the_command_with_all_faults_in_one_tar(tmp_path):
   dropped = counts['pairs dropped']
   for reason, number in expected.items():
     assert dropped[reason] >= number, reason
-  assert dropped['duplicate key'] == 1
+  assert counts['rows joined'] == {'same key and image': 1}
   assert dropped['archive is corrupt'] == 1
   keys = records.Records(out, 'train').keys
   assert {f'good-{2 * i + 1}' for i in range(len(inner) // 2)} <= set(keys)
   assert counts['pairs']['kept'] == len(keys) == len(inner) // 2 + 2
   quarantine = [json.loads(line) for line in (out / ingest.QUARANTINE).read_text().splitlines()]
-  assert len(quarantine) == sum(dropped.values()) - dropped['duplicate key']
+  assert len(quarantine) == sum(dropped.values())
+  read, kept = counts['pairs']['read'], len(keys)
+  total = f'{read} read = {kept} kept + 0 filtered + {read - kept} in quarantine.jsonl'
+  assert total in done.stdout
   assert all('all/shard.tar: ' in entry['location'] for entry in quarantine)
   after = _listing(tmp_path)
   written = {name: data for name, data in after.items() if name not in before}

@@ -106,6 +106,11 @@ def decode(payload: bytes, names: Collection[str] | None = None) -> dict[str, li
   return found
 
 
+def names(payload: bytes) -> list[str]:
+  """Returns the sorted names of the features of a serialised example, without parsing them."""
+  return sorted(_message('RawExample').FromString(payload).features.feature)
+
+
 def _is_one_value(feature: bytes) -> bool:
   """Whether a feature is a list of bytes with one value, or with little after the first."""
   start = 0

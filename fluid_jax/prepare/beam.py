@@ -21,7 +21,8 @@ from apache_beam.options import pipeline_options
 from etils import epath
 
 from fluid_jax import files
-from fluid_jax.prepare import filters, images, ingest, record_writer
+from fluid_jax.data import examples
+from fluid_jax.prepare import filters, images, ingest, plan, record_writer
 
 # A kept pair: the number of its unit, its number in the unit, and the fields of `KeptPair`.
 _Row = tuple[int, int, tuple]
@@ -68,9 +69,55 @@ def _by_order(row: _Row) -> tuple[int, _Row]:
   return filters.KeptPair(*row[2]).order, row
 
 
-def _first(group: tuple[int, Iterable[_Row]]) -> _Row:
-  # Applied after GroupByKey, because a combiner would hold many payloads in memory.
-  return min(group[1], key=lambda row: row[:2])
+def _place(row: _Row) -> tuple[int, int]:
+  return row[:2]
+
+
+def _tell_apart(group: tuple[int, Iterable[_Row]]) -> Iterator[tuple[int, tuple[_Row, bool]]]:
+  """Yields the rows of a key by their order, see `plan.Plan`, and whether they are renamed."""
+  # Reads the group twice, because a combiner would hold many payloads in memory.
+  first = filters.KeptPair(*min(group[1], key=_place)[2]).image
+  for number, index, values in group[1]:
+    pair = filters.KeptPair(*values)
+    if pair.image != first:
+      pair = pair._replace(split=pair.other_split, order=pair.other_order)
+    yield pair.order, ((number, index, tuple(pair)), pair.image != first)
+
+
+class _Join(beam.DoFn):
+  """Turns the rows of an order into one, with tagged outputs for counts and dropped rows."""
+
+  COUNTS, FAULTS = 'counts', 'faults'
+
+  def __init__(self, options: filters.Options):
+    self._options = options
+
+  def process(self, group: tuple[int, Iterable[tuple[_Row, bool]]]) -> Iterator[Any]:
+    (number, index, values), is_renamed = min(group[1], key=lambda item: _place(item[0]))
+    pair, others = filters.KeptPair(*values), []
+    for row, _ in group[1]:
+      if _place(row) != (number, index):
+        other = filters.KeptPair(*row[2])
+        features = examples.decode(other.payload, {'key', 'text', 'lang'})
+        others.append((_place(row), other.image == pair.image, other.room, features))
+    room, joined, counts, dropped = pair.room, [], filters.Counts(), []
+    for place, is_same, more, features in sorted(others, key=lambda other: other[0]):
+      room += more * is_same
+      if is_same and room <= filters.MAX_ROOM:
+        joined.append(features)
+        continue
+      reason = plan.TOO_MANY if is_same else plan.DUPLICATE
+      dropped.append(reason)
+      line = ingest.describe_dropped(self._options, features['key'][0].decode(), reason)
+      # In the order of `Plan.dropped`.
+      rank = ((plan.DUPLICATE, plan.TOO_MANY).index(reason), pair.order, *place)
+      yield beam.pvalue.TaggedOutput(self.FAULTS, (rank, line))
+    plan.add_joined(counts, len(joined))
+    plan.add_dropped(counts, dropped)
+    yield beam.pvalue.TaggedOutput(self.COUNTS, counts.asdict())
+    if joined or is_renamed:
+      pair = pair._replace(payload=plan.join(pair.payload, joined, is_renamed))
+    yield number, index, tuple(pair)
 
 
 def _pieces(row: _Row, distance: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -112,8 +159,8 @@ def _drop_near_duplicates(rows: beam.PCollection, distance: int) -> beam.PCollec
 
 def _by_shard(row: _Row, sizes: dict[str, int], shard_bytes: int) -> tuple[tuple[str, int], tuple]:
   pair = filters.KeptPair(*row[2])
-  count = ingest.num_shards(sizes[pair.split], shard_bytes)
-  number = ingest.shard_of(np.array([pair.order], np.uint64), count)
+  count = plan.num_shards(sizes[pair.split], shard_bytes)
+  number = plan.shard_of(np.array([pair.order], np.uint64), count)
   return (pair.split, int(number[0])), (pair.order, pair.payload)
 
 
@@ -131,7 +178,7 @@ def _write_shards(rows: beam.PCollection, options: filters.Options, out: str) ->
   """Writes all shards; returns one list of their splits and numbers."""
   sizes = beam.pvalue.AsDict(
     rows
-    | 'payload bytes' >> beam.Map(lambda row: (row[2][0], len(row[2][3])))
+    | 'payload bytes' >> beam.Map(lambda row: (row[2][0], filters.KeptPair(*row[2]).size))
     | 'bytes per split' >> beam.CombinePerKey(sum)
   )
   return (
@@ -162,20 +209,31 @@ def _build(pipeline: beam.Pipeline, options: filters.Options, out: str) -> None:
     | 'examine'
     >> beam.ParDo(_Examine(options)).with_outputs(_Examine.COUNTS, _Examine.FAULTS, main='rows')
   )
-  unique = (
+  joined = (
     found.rows
     | 'key by order' >> beam.Map(_by_order)
+    | 'group by key' >> beam.GroupByKey()
+    | 'tell apart' >> beam.FlatMap(_tell_apart)
     | 'group by order' >> beam.GroupByKey()
-    | 'first of a key' >> beam.Map(_first)
+    | 'join' >> beam.ParDo(_Join(options)).with_outputs(_Join.COUNTS, _Join.FAULTS, main='rows')
   )
-  kept = unique
+  kept = joined.rows
   if options.near_duplicates >= 0:
-    kept = _drop_near_duplicates(unique, options.near_duplicates)
+    kept = _drop_near_duplicates(kept, options.near_duplicates)
   _ = _write_shards(kept, options, out) | _save('shards', out)
-  for name, rows in (('passed', found.rows), ('unique', unique), ('kept', kept)):
+  for name, rows in (('unique', joined.rows), ('kept', kept)):
     _ = rows | f'count {name}' >> beam.combiners.Count.Globally() | _save(name, out)
-  _ = found[_Examine.COUNTS] | 'sum counts' >> beam.CombineGlobally(_Sum()) | _save('counts', out)
-  _ = found[_Examine.FAULTS] | 'list faults' >> beam.combiners.ToList() | _save('faults', out)
+  for name, outputs in (('examine', found), ('join', joined)):
+    _ = (
+      outputs['counts']
+      | f'sum counts of {name}' >> beam.CombineGlobally(_Sum())
+      | _save(f'counts of {name}', out)
+    )
+    _ = (
+      outputs['faults']
+      | f'list faults of {name}' >> beam.combiners.ToList()
+      | _save(f'faults of {name}', out)
+    )
 
 
 def run(options: filters.Options, out: str, flags: list[str]) -> None:
@@ -201,12 +259,13 @@ def run(options: filters.Options, out: str, flags: list[str]) -> None:
     return json.loads((work / f'{name}.json').read_text())
 
   counts = filters.Counts()
-  counts.merge(saved('counts'))
-  passed, unique, kept = saved('passed'), saved('unique'), saved('kept')
-  counts.add('pairs dropped', 'duplicate key', passed - unique)
+  counts.merge(saved('counts of examine'))
+  counts.merge(saved('counts of join'))
+  unique, kept = saved('unique'), saved('kept')
   if options.near_duplicates >= 0:
     counts.add('pairs dropped', 'near duplicate', unique - kept)
   counts.add('pairs', 'kept', kept)
-  lines = [line + '\n' for _, _, line in sorted(map(tuple, saved('faults')))]
+  lines = [line + '\n' for _, _, line in sorted(map(tuple, saved('faults of examine')))]
+  lines += [line for _, line in sorted(saved('faults of join'))]
   (epath.Path(out) / ingest.QUARANTINE).write_text(''.join(lines))
   ingest.close(writer, out, list(map(tuple, saved('shards'))), options, source, counts)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fluid_jax import cli, errors, metrics
 from fluid_jax import config as config_lib
 from fluid_jax.data import records
-from fluid_jax.prepare import filters, images, ingest, sources, tables
+from fluid_jax.prepare import filters, images, ingest, pairs, sources, tables
 
 _DESCRIPTION = """\
 Prepares data for training.
@@ -25,6 +25,7 @@ their outputs. If ingest or encode is interrupted, the same command resumes it. 
 mean and scale that normalise each latent channel to mean 0 and variance 1; it writes nothing."""
 
 _UNITS = {'examine': 'units', 'gather': 'shards'}  # of the progress of each pass
+_OTHER_COUNTS = ('captions dropped', 'images repaired', pairs.NOT_READ)
 _PATH_ERRORS = (
   FileNotFoundError,
   FileExistsError,
@@ -215,8 +216,17 @@ def _log_result(options: filters.Options, out: str) -> None:
   index = records.read_index(out)
   counts = index['counts']
   sizes = {s: sum(shard['records'] for shard in shards) for s, shards in index['splits'].items()}
-  metrics.log(f'{options.path}: kept {counts["pairs"]["kept"]} of {counts["pairs"]["read"]} pairs')
-  for name in ('pairs dropped', 'captions dropped', 'images repaired'):
+  read, kept = counts['pairs']['read'], counts['pairs']['kept']
+  dropped = counts.get('pairs dropped', {})
+  filtered = sum(n for reason, n in dropped.items() if reason in filters.FILTERS)
+  metrics.log(f'{options.path}: kept {kept} of {read} pairs')
+  if joined := sum(counts.get(pairs.JOINED[0], {}).values()):
+    metrics.log(f'  {read + joined} rows = {read} pairs + {joined} with more captions of a pair')
+  metrics.log(
+    f'  {read} read = {kept} kept + {filtered} filtered + {sum(dropped.values()) - filtered} in '
+    f'{ingest.QUARANTINE}'
+  )
+  for name in ('pairs dropped', *_OTHER_COUNTS):
     for reason, number in sorted(counts.get(name, {}).items(), key=lambda item: -item[1]):
       if number:
         metrics.log(f'  {name}: {number}  {reason}')

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import itertools
 import math
 import re
 import unicodedata
@@ -15,8 +14,14 @@ from fluid_jax import errors
 from fluid_jax.data import examples
 from fluid_jax.prepare import images, pairs, sources, tables
 
-FILTERS = ('languages', 'min_caption', 'max_caption', 'min_score', 'min_side', 'max_aspect')
+# The reasons of pairs that are counted, but not listed in the quarantine.
+FILTERS = (
+  *('languages', 'min_caption', 'max_caption', 'min_score', 'min_side', 'max_aspect'),
+  'near duplicate',
+)
 _MAX_KEY = 200  # characters
+_MAX_VALUES = 1000  # of a histogram; others are counted together
+MAX_ROOM = 1 << 22  # of the captions of an image: `examples` reads no more values and bytes
 _MAX_QUARANTINE = 10_000  # faults of a unit that are described; all faults are counted
 _ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower edges of the histogram's bins
 # Characters that change the direction of the text around them, and the byte-order mark.
@@ -81,6 +86,12 @@ class KeptPair(NamedTuple):
   order: int  # position in the set: a 64-bit hash of the key
   payload: bytes  # `tf.train.Example`
   perceptual: int  # hash of the image; 0 if near-duplicates are kept
+  size: int  # bytes of the payload, before captions are joined to it
+  image: int  # hash of the bytes of the image
+  room: int  # that the captions take, see MAX_ROOM
+  # Replace `split` and `order` if another image has the key first, see `told_apart`.
+  other_split: str
+  other_order: int
 
 
 class Counts:
@@ -93,11 +104,13 @@ class Counts:
     self.values = collections.defaultdict(collections.Counter)
 
   def add(self, name: str, value: Any, number: int = 1) -> None:
-    self.values[name][str(value)] += number
+    counter, value = self.values[name], str(value)
+    counter[value if value in counter or len(counter) < _MAX_VALUES else 'others'] += number
 
   def merge(self, values: Mapping[str, Mapping[str, int]]) -> None:
     for name, counter in values.items():
-      self.values[name].update(counter)
+      for value, number in counter.items():
+        self.add(name, value, number)
 
   def asdict(self) -> dict[str, dict[str, int]]:
     return {name: dict(sorted(counter.items())) for name, counter in sorted(self.values.items())}
@@ -129,16 +142,40 @@ def clean_key(key: str) -> str:
   return key
 
 
+def _room(text: str) -> int:
+  """Returns the share of MAX_ROOM that a caption takes: its bytes in a record, or more."""
+  return max(len(text.encode()) + 8, MAX_ROOM // examples.MAX_VALUES + 1)
+
+
+def image_hash(data: bytes) -> int:
+  """Returns a 64-bit hash by which images of one key are told apart."""
+  return int.from_bytes(hashlib.sha256(data).digest()[:8], 'big')
+
+
+def told_apart(key: str, image: int) -> str:
+  """Returns the key of an image if another image has `key` first."""
+  return clean_key(f'{key}-{image:016x}')
+
+
+def _place(key: str, options: Options) -> tuple[str, int]:
+  """Returns the split of a key, and its position in the set."""
+  digest = hashlib.sha256(key.encode()).digest()
+  is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_fraction * 2**64
+  return 'validation' if is_held_out else options.split, int.from_bytes(digest[:8], 'big')
+
+
 def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[str], list[str]]:
   """Returns the captions that pass the filters, and their languages.
 
   Raises:
     RejectedError: no caption passes; the reason is that of the last caption.
   """
-  texts, langs, rejected = [], [], images.RejectedError('no caption')
-  found = zip(pair.texts, pair.langs, strict=True)
-  for text, lang in itertools.islice(found, examples.MAX_VALUES):
+  texts, langs, reason = [], [], 'no caption'
+  room = 0
+  for text, lang in zip(pair.texts, pair.langs, strict=True):
     try:
+      if room > MAX_ROOM:
+        raise images.RejectedError('too many captions')
       if not isinstance(text, str | bytes):
         raise images.RejectedError('caption is not text')
       if options.languages and lang not in map(tables.tag, options.languages):
@@ -150,14 +187,17 @@ def _captions(pair: pairs.Pair, options: Options, counts: Counts) -> tuple[list[
         raise images.RejectedError('min_caption' if text else 'no caption')
       if len(text) > options.max_caption:
         raise images.RejectedError('max_caption')
+      room += _room(text)
+      if room > MAX_ROOM:
+        raise images.RejectedError('too many captions')
     except images.RejectedError as error:
-      rejected = error
-      counts.add('captions dropped', error.reason)
+      reason = error.reason  # keeping the error would keep this frame and its texts in memory
+      counts.add('captions dropped', reason)
       continue
     texts.append(text)
     langs.append(lang)
   if not texts:
-    raise rejected
+    raise images.RejectedError(reason)
   return texts, langs
 
 
@@ -185,8 +225,9 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> KeptPair:
   key = clean_key(pair.key)
   if not key:
     raise images.RejectedError('no key')
-  digest = hashlib.sha256(key.encode()).digest()
-  is_held_out = int.from_bytes(digest[8:16], 'big') < options.validation_fraction * 2**64
+  split, order = _place(key, options)
+  image_id = image_hash(image.data)
+  other_split, other_order = _place(told_apart(key, image_id), options)
   features = {
     'image': image.data,
     'key': key,
@@ -205,12 +246,18 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> KeptPair:
   for text, lang in zip(texts, langs, strict=True):
     counts.add('characters per caption', 1 << int(math.log2(len(text))))
     counts.add('languages', lang)
+  payload = examples.encode(features)
   return KeptPair(
-    split='validation' if is_held_out else options.split,
+    split=split,
     key=key,
-    order=int.from_bytes(digest[:8], 'big'),
-    payload=examples.encode(features),
+    order=order,
+    payload=payload,
+    size=len(payload),
     perceptual=images.perceptual_hash(image.image) if options.near_duplicates >= 0 else 0,
+    image=image_id,
+    room=sum(map(_room, texts)),
+    other_split=other_split,
+    other_order=other_order,
   )
 
 
@@ -225,7 +272,11 @@ def read_unit(
     counts: statistics are added to it.
     quarantine: faults are appended to it, each with its location and reason.
   """
+  num_omitted, last = 0, ''
   for item in options.open_source().read(unit):
+    if isinstance(item, pairs.Count):
+      counts.add(*item)
+      continue
     counts.add('pairs', 'read')
     if isinstance(item, pairs.Fault):
       reason, description = item.reason.partition(' (')[0], item.reason
@@ -238,5 +289,11 @@ def read_unit(
       except Exception as error:  # an unexpected error drops only this pair
         reason, description = 'pair cannot be read', f'pair cannot be read ({error!r})'
     counts.add('pairs dropped', reason)
-    if reason not in FILTERS and len(quarantine) < _MAX_QUARANTINE:
+    if reason in FILTERS:
+      continue
+    if len(quarantine) < _MAX_QUARANTINE:
       quarantine.append({'location': item.location, 'reason': description})
+    else:
+      num_omitted, last = num_omitted + 1, item.location
+  if num_omitted:
+    quarantine.append({'location': last, 'reason': f'the last of {num_omitted} more invalid pairs'})

@@ -1,6 +1,7 @@
 """Checks and repairs untrusted images before they are stored, and finds near-duplicates.
 
 An image is decoded only if its header allows it, so `max_pixels` bounds the memory for one image.
+Only AVIF can hold more pixels than its header claims; its decoder refuses more than 2**28.
 """
 
 import io
@@ -13,9 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = None  # `read` has its own limit and checks it before decoding
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+# Garbage may pass as TGA or PCX, and an ICO may hold more pixels than its header claims.
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'QOI')
 _STORED = ('JPEG', 'MPO', 'PNG', 'WEBP')  # MPO is a JPEG with further images appended
-_LOSSY = ('JPEG', 'MPO', 'WEBP')
+_LOSSY = ('JPEG', 'MPO', 'WEBP', 'AVIF', 'JPEG2000')
 MAX_DISTANCE = 7  # bits; a larger distance would compare nearly all hashes with each other
 _MAX_SCANS = 100  # of a progressive JPEG; each scan takes as long to decode as a baseline JPEG
 _ORIENTATION = 0x0112  # EXIF tag
@@ -99,9 +101,12 @@ def _read(data: bytes, max_pixels: int, store_side: int) -> StoredImage:
   repairs, is_lossy = [], image.format in _LOSSY
   if image.format not in _STORED:
     repairs.append(f'from {image.format}')
-  transpose = _TRANSPOSES.get(_orientation(image))
   has_transparency = 'transparency' in image.info
+  # Such values have no known range. In PNG and PPM, mode I has 16 bits.
+  if image.mode == 'F' or (image.mode == 'I' and image.format not in ('PNG', 'PPM')):
+    raise RejectedError('image has 32 bits per channel', image.mode)
   image.load()
+  transpose = _TRANSPOSES.get(_orientation(image))  # after loading, which turns TIFF upright
   if transpose is not None:
     image = image.transpose(transpose)
     repairs.append('orientation')

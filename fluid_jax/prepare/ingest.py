@@ -2,12 +2,12 @@
 
 Ingestion makes two passes with worker processes of one machine. The first pass reads the source
 unit by unit, checks each pair, and writes the kept pairs of each unit to an intermediate file (a
-run) with an index. Then all kept pairs are ordered by a hash of their keys, and duplicates are
-dropped. The second pass writes each shard of the set from the runs.
+run) with an index. Then `plan.Plan` orders all kept pairs by a hash of their keys. The second pass
+writes each shard of the set from the runs.
 
 Runs and shards are either complete or absent, so an interrupted ingestion resumes. The same source
 and options give the same bytes for any number of workers, and through `prepare.beam`. Each worker
-needs about 100 MB and the memory to decode one image of `max_pixels`. The order needs about 150
+needs about 100 MB and the memory to decode one image of `max_pixels`. The order needs about 200
 bytes for each kept pair.
 """
 
@@ -17,7 +17,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,12 +25,13 @@ from etils import epath
 
 from fluid_jax import errors, files
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import filters, images, record_writer, report, sources
+from fluid_jax.prepare import filters, record_writer, report, sources
+from fluid_jax.prepare import plan as plan_lib
 from fluid_jax.prepare import workers as workers_lib
 
 SCHEMA = {  # features of an example
   'image': 'bytes: JPEG, PNG or WebP',
-  'key': 'bytes: without white space',
+  'key': 'bytes: without white space, distinct',
   'text': 'list of bytes: UTF-8',
   'lang': 'list of bytes: the BCP 47 tag of each text',
   'width': 'int: pixels',
@@ -39,7 +39,6 @@ SCHEMA = {  # features of an example
   'score': 'float: optional',
 }
 QUARANTINE, REPORT = 'quarantine.jsonl', 'report.png'
-_SPLITS = ('train', 'validation')
 
 
 def metadata_of(options: filters.Options) -> dict[str, Any]:
@@ -48,10 +47,6 @@ def metadata_of(options: filters.Options) -> dict[str, Any]:
 
 
 # ---- First pass: runs ----
-
-_ENTRY = np.dtype(
-  [('order', '<u8'), ('perceptual', '<u8'), ('offset', '<i8'), ('length', '<i4'), ('split', 'i1')]
-)
 
 
 def _run_path(work: epath.Path, number: int, suffix: str) -> epath.Path:
@@ -71,14 +66,15 @@ def write_run(work: str, number: int, unit: Any, digest: str, options: filters.O
   directory = epath.Path(work)
   counts, quarantine, entries = filters.Counts(), [], []
   shard = record_writer.Shard(_run_path(directory, number, 'tfrecord'))
-  splits = (options.split, *_SPLITS)
+  splits = plan_lib.splits(options)
   for pair in filters.read_unit(unit, options, counts, quarantine):
-    split = splits.index(pair.split)
-    entries.append((pair.order, pair.perceptual, shard.size, len(pair.payload), split))
+    values = pair._asdict() | {'offset': shard.size, 'length': pair.size}
+    values |= {name: splits.index(values[name]) for name in ('split', 'other_split')}
+    entries.append(tuple(values[name] for name in plan_lib.ENTRY.names))
     shard.write(pair.payload)
   shard.close()
   with _run_path(directory, number, 'npy').open('wb') as f:
-    np.save(f, np.array(entries, _ENTRY))
+    np.save(f, np.array(entries, plan_lib.ENTRY))
   summary = {
     'digest': digest,
     'counts': counts.asdict(),
@@ -93,72 +89,6 @@ def digest_of(unit: Any) -> str:
   return hashlib.sha256(json.dumps(unit, default=repr).encode('utf-8', 'replace')).hexdigest()[:16]
 
 
-# ---- Between the passes: the order ----
-
-
-class Plan:
-  """The order of the set, its division into shards, and the position of each pair in the runs."""
-
-  def __init__(self, entries: list[np.ndarray], options: filters.Options, counts: filters.Counts):
-    """Orders the entries of all runs and drops duplicates.
-
-    Args:
-      entries: of each run, an array of dtype _ENTRY.
-      options: of the ingestion.
-      counts: the numbers of kept and dropped pairs are added to it.
-    """
-    run = np.repeat(np.arange(len(entries)), [len(e) for e in entries])
-    table = np.concatenate([*entries, np.empty(0, _ENTRY)])
-    by_order = np.argsort(table['order'], kind='stable')  # ties keep the order of the source
-    table, run = table[by_order], run[by_order]
-    is_duplicate = np.zeros(len(table), bool)
-    is_duplicate[1:] = table['order'][1:] == table['order'][:-1]
-    counts.add('pairs dropped', 'duplicate key', int(is_duplicate.sum()))
-    table, run = table[~is_duplicate], run[~is_duplicate]
-    if options.near_duplicates >= 0:
-      is_near = images.near_duplicates(table['order'], table['perceptual'], options.near_duplicates)
-      counts.add('pairs dropped', 'near duplicate', int(is_near.sum()))
-      table, run = table[~is_near], run[~is_near]
-    counts.add('pairs', 'kept', len(table))
-    names = (options.split, *_SPLITS)
-    self._table, self._run = table, run
-    self.shards = []  # split, number, and rows of the table
-    for split in sorted(set(names)):
-      rows = np.flatnonzero(np.isin(table['split'], [i for i, n in enumerate(names) if n == split]))
-      count = num_shards(int(table['length'][rows].sum()), options.shard_bytes)
-      shard = shard_of(table['order'][rows], count)
-      edges = np.searchsorted(shard, np.arange(count + 1))
-      self.shards += [
-        (split, number, rows[edges[number] : edges[number + 1]])
-        for number in range(count)
-        if edges[number] < edges[number + 1]
-      ]
-
-  def positions(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
-    """Returns the run, offset and length of each row."""
-    table = self._table[rows]
-    columns = self._run[rows], table['offset'], table['length']
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def num_shards(num_bytes: int, shard_bytes: int) -> int:
-  """Returns the number of shards of a split."""
-  return max(1, math.ceil(num_bytes / shard_bytes))
-
-
-def shard_of(order: np.ndarray, count: int) -> np.ndarray:
-  """Returns the shard of each pair; the shards divide [0, 2**64) into `count` equal parts.
-
-  Args:
-    order: uint64 [N], see `filters.KeptPair.order`.
-    count: the number of shards.
-
-  Returns:
-    Integers [N].
-  """
-  return (order // np.uint64(-(-(2**64) // count))).astype(np.int64) if count > 1 else order * 0
-
-
 # ---- Second pass: shards ----
 
 
@@ -168,7 +98,7 @@ def write_shard(
   metadata: dict[str, Any],
   split: str,
   number: int,
-  positions: list[tuple[int, int, int]],
+  positions: list[tuple[bool, list[tuple[int, int, int]]]],
 ) -> None:
   """Writes a shard of the set from the runs.
 
@@ -178,25 +108,39 @@ def write_shard(
     metadata: of the set.
     split: of the shard.
     number: of the shard in its split.
-    positions: the run, offset and length of each payload, in order.
+    positions: of each pair in order, see `plan.Plan.positions`.
 
   Raises:
     UserError: a run is corrupt.
   """
 
   def payloads() -> Iterator[tuple[str, bytes, list[str]]]:
-    for run, offset, length in positions:
-      path = _run_path(epath.Path(work), run, 'tfrecord')
-      payload, fault = records.read_record(path, offset, length)
-      if fault:
-        raise errors.UserError(
-          f'{path} {fault} at byte {offset}: delete {path.stem}.* in {work} and run the same '
-          'command again.',
-          errors.CORRUPT,
-        )
+    for is_renamed, places in positions:
+      first, *others = places
+      payload = _read_run(work, *first)
+      if is_renamed or others:
+        features = (examples.decode(_read_run(work, *p), {'text', 'lang'}) for p in others)
+        payload = plan_lib.join(payload, features, is_renamed)
       yield to_record(payload)
 
   record_writer.Writer(out, **metadata).write(split, number, payloads())
+
+
+def _read_run(work: str, run: int, offset: int, length: int) -> bytes:
+  """Returns a payload of a run.
+
+  Raises:
+    UserError: the run is corrupt.
+  """
+  path = _run_path(epath.Path(work), run, 'tfrecord')
+  payload, fault = records.read_record(path, offset, length)
+  if fault:
+    raise errors.UserError(
+      f'{path} {fault} at byte {offset}: delete {path.stem}.* in {work} and run the same '
+      'command again.',
+      errors.CORRUPT,
+    )
+  return payload
 
 
 def to_record(payload: bytes) -> tuple[str, bytes, list[str]]:
@@ -254,7 +198,11 @@ def run(
   elif plan_file.read_text() != digest:
     raise _changed(options, out)
   counts, entries, peak = _merge_runs(out, work, len(digests))
-  plan = Plan(entries, options, counts)
+  plan = plan_lib.Plan(entries, options, counts)
+  with (epath.Path(out) / QUARANTINE).open('a') as quarantine:
+    for reason, *place in plan.dropped:
+      key = examples.decode(_read_run(str(work), *place), {'key'})['key'][0].decode()
+      quarantine.write(describe_dropped(options, key, reason))
   progress('gather', 0, len(plan.shards))
   calls = (
     (out, str(work), metadata_of(options), split, number, plan.positions(rows))
@@ -266,6 +214,11 @@ def run(
     progress('gather', done, len(plan.shards))
   close(writer, out, [shard[:2] for shard in plan.shards], options, source, counts)
   return peak
+
+
+def describe_dropped(options: filters.Options, key: str, reason: str) -> str:
+  """Returns the line of the quarantine for a pair that is dropped because of its key."""
+  return json.dumps({'location': f'{options.path}: key {key}', 'reason': reason}) + '\n'
 
 
 def _changed(options: filters.Options, out: str) -> errors.UserError:
@@ -315,8 +268,8 @@ def close(
   kept, facts = counts.values['pairs']['kept'], {'counts': counts.asdict()}
   if not kept:
     raise errors.UserError(
-      f'no pair of {options.path} is kept ({_reasons(counts)}): see {QUARANTINE}, relax the '
-      'filters, and give an empty directory.'
+      f'no pair of {options.path} is kept ({_reasons(counts)}){_first_fault(out)}: see '
+      f'{QUARANTINE}, relax the filters, and give an empty directory.'
     )
   if expected := sources.COCO_SETS.get(options.source):
     if kept != expected.num_images:
@@ -334,6 +287,13 @@ def close(
   for split, number in shards:
     parts[split].append(number)
   writer.close(dict(sorted(parts.items())), **facts)
+
+
+def _first_fault(out: str) -> str:
+  """Returns the first line of the quarantine for a message, or ''."""
+  with (epath.Path(out) / QUARANTINE).open() as f:
+    line = f.readline()
+  return f', first {json.loads(line)["location"]}: {json.loads(line)["reason"]}' if line else ''
 
 
 def _reasons(counts: filters.Counts) -> str:

@@ -1,51 +1,54 @@
 """Sources of image-caption pairs: folders, tar shards, TFRecord, TFDS and MS-COCO.
 
 A source lists its units, JSON values in a fixed order, and reads each unit as `Pair`s and `Fault`s,
-also in a fixed order. Sources treat their input as untrusted. They write nothing, do not follow
+also in a fixed order. A `Count` stands for items that are no pairs, so that all of the input is
+counted. Sources treat their input as untrusted. They write nothing, do not follow
 links out of their folder, and hold only the files of one pair in memory: an image of at most
 `max_bytes`, and texts of at most `tables.MAX_TEXT`. A file of pairs that cannot be read, for
 example because the network fails, raises OSError, so that pairs are never dropped silently.
 """
 
+import collections
 import fnmatch
+import functools
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from fluid_jax import errors, startup
 from fluid_jax.data import examples, records
-from fluid_jax.prepare import tables, webdataset
-from fluid_jax.prepare.pairs import SUFFIXES, Fault, Pair, is_inside, short
-
-_UNIT_ROWS, _UNIT_BYTES = 512, 8 << 20
+from fluid_jax.prepare import folder, tables, webdataset
+from fluid_jax.prepare.pairs import NOT_READ, Count, Fault, Pair, compression, split
 
 
-def expand(pattern: str, suffix: str) -> list[epath.Path]:
-  """Returns the sorted files that match a pattern, or that have the suffix in a folder.
+def expand(path: str, suffix: str, name: re.Pattern[str]) -> list[epath.Path]:
+  """Returns the sorted files that match a pattern, or those in a folder.
+
+  Args:
+    path: a file, a pattern such as `in/*.tar`, or a folder.
+    suffix: of the files, for messages.
+    name: matches the lower-case names of the files to read in a folder.
 
   Raises:
     UserError: no file matches.
   """
-  path = epath.Path(pattern)
-  folder, is_pattern = path.parent, any(c in path.name for c in '*?[')
+  path = epath.Path(path)
   if path.is_dir():
-    folder, is_pattern, name = path, True, f'*{suffix}'
-  else:
-    name = path.name
-  if is_pattern:
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    found = [p for p in found if fnmatch.fnmatch(p.name, name)]
+    found = [p for p in path.iterdir() if name.search(p.name.lower())]
+  elif any(c in path.name for c in '*?['):
+    found = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    found = [p for p in found if fnmatch.fnmatch(p.name, path.name)]
   else:
     found = [path] if path.exists() else []
   if '://' not in os.fspath(path):
     found = [p for p in found if p.is_file()]  # reading a named pipe would block
   if not found:
-    raise errors.UserError(f'--path={pattern} matches no {suffix} file: check the path.')
+    raise errors.UserError(f'--path={path} matches no {suffix} file: check the path.')
   return sorted(found)
 
 
@@ -55,172 +58,95 @@ def _file(path: epath.Path) -> list[Any]:
   return [str(path), found.length, found.mtime]
 
 
-def _units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
-  """Groups rows into units of bounded length and size."""
-  unit, size = [], 0
-  for row in rows:
-    unit.append(row)
-    size += len(repr(row))
-    if len(unit) == _UNIT_ROWS or size > _UNIT_BYTES:
-      yield unit
-      unit, size = [], 0
-  if unit:
-    yield unit
-
-
-class _NotReadError(Exception):
-  """A file of a folder is not read; the text is the reason."""
-
-
-class Folder:
-  """A folder of images, with a table of captions or with a file NAME.txt for each NAME.jpg.
-
-  The table is CSV, TSV, JSON lines or Parquet. Its image column holds paths relative to the folder.
-  A text file has one caption per line, see `tables.Columns.lines`.
-  """
-
-  def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
-    self._root, self._captions = epath.Path(path), captions
-    self._columns, self._max_bytes = columns, max_bytes
-    if not self._root.is_dir():
-      raise errors.UserError(f'--path={path} is not a folder: check the path.')
-    if captions and (not epath.Path(captions).exists() or epath.Path(captions).is_dir()):
-      raise errors.UserError(f'--captions={captions} is not a file: check the path.')
-
-  def units(self) -> Iterator[Any]:
-    if self._captions:
-      return _units(map(list, tables.read(epath.Path(self._captions), self._columns)))
-    return _units(['', {'image': name}, ''] for name in self._walk(self._root, ''))
-
-  def num_units(self) -> int:
-    """Returns the approximate number of units."""
-    if self._captions:
-      rows = tables.count(epath.Path(self._captions))
-    else:
-      rows = sum(1 for _ in self._walk(self._root, ''))
-    return max(1, -(-rows // _UNIT_ROWS))
-
-  def _walk(self, folder: epath.Path, inside: str) -> Iterator[str]:
-    try:
-      paths = sorted(folder.iterdir())
-    except OSError as error:
-      raise errors.UserError(
-        f'{folder} cannot be listed ({error}): check its permissions.'
-      ) from error
-    for path in paths:
-      if path.suffix.lower() in SUFFIXES and not path.is_dir():
-        yield inside + path.name
-      elif path.is_dir() and not os.path.islink(
-        path
-      ):  # a link may lead out of the folder or form a loop
-        yield from self._walk(path, f'{inside}{path.name}/')
-
-  def read(self, unit: list[list[Any]]) -> Iterator[Pair | Fault]:
-    for position, row, fault in unit:
-      location = ': '.join(filter(None, [self._captions or str(self._root), position]))
-      if fault:
-        yield Fault(location, fault)
-        continue
-      name = tables.first_text(self._columns.value(row, 'image'))
-      location = f'{location}: {short(name)}'
-      try:
-        image = self._bytes(name, self._max_bytes)
-        if self._captions:
-          texts, langs = self._columns.captions(row)
-        else:
-          texts, langs = self._caption_file(name)
-      except _NotReadError as error:
-        yield Fault(location, str(error))
-        continue
-      key = tables.first_text(self._columns.value(row, 'key')) or name
-      yield Pair(location, key, image, texts, langs, self._columns.score(row))
-
-  def _caption_file(self, name: str) -> tuple[list[bytes], list[str]]:
-    """Returns the captions and languages in the text file of an image."""
-    path = str(epath.Path(name).with_suffix('.txt'))
-    if not (self._root / path).exists():
-      return [], []
-    return self._columns.lines(self._bytes(path, tables.MAX_TEXT))
-
-  def _bytes(self, name: str, max_bytes: int) -> bytes:
-    """Reads a file of the folder.
-
-    Raises:
-      _NotReadError: it is outside the folder, not a regular file, too large, or cannot be read.
-    """
-    if not name:
-      raise _NotReadError('no image')
-    if not is_inside(name):
-      raise _NotReadError('unsafe name')
-    path, root = self._root / name, self._root
-    try:
-      if '://' not in os.fspath(root):
-        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), '')):
-          raise _NotReadError('unsafe name')
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # reading a named pipe would block
-          raise _NotReadError('not a file')
-        size = found.st_size
-      else:
-        size = path.stat().length
-      if size > max_bytes:
-        raise _NotReadError('file is too large')
-      return path.read_bytes()
-    except (OSError, ValueError) as error:
-      reason = getattr(error, 'strerror', None) or error
-      raise _NotReadError(f'file cannot be read ({reason})') from error
-
-
 class _Files:
   """A source whose units are the files that match a pattern."""
 
   suffix: str
+  name: re.Pattern[str]  # of the files in a folder
 
   def __init__(self, path: str, captions: str, columns: tables.Columns, max_bytes: int):
     del captions
     self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    return map(_file, expand(self._path, self.suffix))
+    yield from map(_file, self._expand())
+    if others := self._others():
+      yield others
 
   def num_units(self) -> int:
-    return len(expand(self._path, self.suffix))
+    return len(self._expand()) + bool(self._others())
+
+  def _expand(self) -> list[epath.Path]:
+    return expand(self._path, self.suffix, self.name)
+
+  def _others(self) -> dict[str, int]:
+    """Returns the suffixes of the other files in a folder, and their numbers."""
+    path, found = epath.Path(self._path), collections.Counter()
+    for other in path.iterdir() if path.is_dir() else ():
+      if not self.name.search(other.name.lower()):
+        found['folder' if other.is_dir() else split(other.name)[1][:50] or 'no suffix'] += 1
+    return dict(sorted(found.items()))
+
+  def read(self, unit: list[Any] | dict[str, int]) -> Iterator[Pair | Fault | Count]:
+    if isinstance(unit, dict):
+      return (Count(NOT_READ, *item) for item in unit.items())
+    return self._read(epath.Path(unit[0]))
 
 
 class WebDataset(_Files):
   """Tar shards in the layout that img2dataset writes, see `webdataset.read`."""
 
-  suffix = '.tar'
+  suffix, name = '.tar', re.compile(r'\.(tar(\.(gz|bz2|xz|zstd?))?|tgz)$')
 
-  def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
-    return webdataset.read(epath.Path(unit[0]), self._columns, self._max_bytes)
+  def _read(self, path: epath.Path) -> Iterator[Pair | Fault | Count]:
+    return webdataset.read(path, self._columns, self._max_bytes)
 
 
 class TFRecord(_Files):
   """TFRecord files of `tf.train.Example`."""
 
-  suffix = '.tfrecord'
+  suffix, name = '.tfrecord', re.compile(r'\.tfrecords?(-\d+-of-\d+)?(\.gz)?$')
 
-  def read(self, unit: list[Any]) -> Iterator[Pair | Fault]:
-    path = epath.Path(unit[0])
+  def _read(self, path: epath.Path) -> Iterator[Pair | Fault]:
     for number, (offset, payload) in enumerate(records.scan(path, self._max_bytes)):
       location = f'{path}: byte {offset}'
       if isinstance(payload, str):
-        yield Fault(location, payload)
+        # The length of a valid record may look like the first bytes of a compressed file.
+        found = '' if offset else compression(path)
+        yield Fault(location, f'file is {found} (unpack it first)' if found else payload)
+        if found:
+          return
         continue
       try:
-        row = examples.decode(payload, self._columns.names())
+        row = examples.decode(payload, self._columns.names)
       except ValueError:
         yield Fault(location, 'not a tf.train.Example')
         continue
-      yield _pair(self._columns, location, row, f'{path.name}/{number}')
+      names = functools.partial(examples.names, payload)
+      yield _pair(self._columns, location, row, f'{path.name}/{number}', names)
 
 
-def _pair(columns: tables.Columns, location: str, row: dict[str, Any], key: str) -> Pair | Fault:
-  """Returns the pair in the features of an example; `key` is used if the row has none."""
-  image = next(iter(tables.as_list(columns.value(row, 'image'))), None)
+def _pair(
+  columns: tables.Columns,
+  location: str,
+  row: dict[str, Any],
+  key: str,
+  names: Callable[[], Iterable[str]],
+) -> Pair | Fault:
+  """Returns the pair in the features of an example.
+
+  Args:
+    columns: of the pair.
+    location: of the example.
+    row: its features.
+    key: used if the example has none.
+    names: returns the names of all features, for messages.
+  """
+  if fault := columns.fault(row, names()):
+    return Fault(location, fault)
+  (image,) = tables.as_list(columns.value(row, 'image'))
   if not isinstance(image, bytes):
-    return Fault(location, 'no image')
+    return Fault(location, 'no image (it is not bytes)')
   texts, langs = columns.captions(row)
   key = tables.first_text(columns.value(row, 'key')) or key
   return Pair(location, key, image, texts, langs, columns.score(row))
@@ -255,12 +181,12 @@ class TFDS:
   def units(self) -> Iterator[Any]:
     start = 0
     for length in self._builder()[1]:
-      for first in range(start, start + length, _UNIT_ROWS):
-        yield [first, min(first + _UNIT_ROWS, start + length)]
+      for first in range(start, start + length, folder.UNIT_ROWS):
+        yield [first, min(first + folder.UNIT_ROWS, start + length)]
       start += length
 
   def num_units(self) -> int:
-    return sum(-(-length // _UNIT_ROWS) for length in self._builder()[1])
+    return sum(-(-length // folder.UNIT_ROWS) for length in self._builder()[1])
 
   def read(self, unit: list[int]) -> Iterator[Pair | Fault]:
     startup.load_seqio()  # imports TensorFlow silently
@@ -282,7 +208,7 @@ class TFDS:
       }
       if isinstance(row.get('captions'), dict):  # the layout of coco_captions
         row['captions'] = row['captions'].get('text').tolist()
-      yield _pair(self._columns, location, row, f'{self._split}/{number}')
+      yield _pair(self._columns, location, row, f'{self._split}/{number}', row.keys)
 
 
 class CocoSet(NamedTuple):
@@ -315,14 +241,14 @@ class Coco:
     if not captions:
       raise errors.UserError("--captions is missing: give COCO's file captions_*2014.json.")
     self._columns, self._captions = columns, epath.Path(captions)
-    self._folder = Folder(path, captions, columns, max_bytes)
+    self._folder = folder.Folder(path, captions, columns, max_bytes)
     self._set = COCO_SETS.get(name)
 
   def units(self) -> Iterator[Any]:
-    return _units(['', row, ''] for row in self.rows())
+    return folder.units(['', row, ''] for row in self.rows())
 
   def num_units(self) -> int:
-    return -(-len(self.rows()) // _UNIT_ROWS)
+    return -(-len(self.rows()) // folder.UNIT_ROWS)
 
   def read(self, unit: list[list[Any]]) -> Iterator[Pair | Fault]:
     return self._folder.read(unit)
@@ -377,7 +303,7 @@ def _rank(number: int) -> bytes:
 
 
 SOURCES = {
-  'folder': Folder,
+  'folder': folder.Folder,
   'webdataset': WebDataset,
   'tfrecord': TFRecord,
   'tfds': TFDS,

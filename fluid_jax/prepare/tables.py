@@ -1,17 +1,21 @@
 """Reads tables of captions (CSV, TSV, JSON lines, Parquet) and maps their columns to fields."""
 
 import codecs
+import collections
 import csv
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 from etils import epath
 
 from fluid_jax import errors
+from fluid_jax.prepare import pairs
 
 UNKNOWN = 'und'  # BCP 47: undetermined language
 MAX_TEXT = 1 << 22  # bytes of a row or of a caption file
@@ -19,9 +23,13 @@ MAX_TEXT = 1 << 22  # bytes of a row or of a caption file
 # memory three times. Batches of 64 rows would save 10 us per row, and images take milliseconds.
 _BATCH = 4
 _LANGUAGE = re.compile(r'[A-Za-z]{2,8}(?:[-_@][A-Za-z0-9]{1,8}){0,4}')
+_DELIMITERS = ',;\t|'
 _DEFAULTS = {  # field -> the usual names of its column; the first one present is used
-  'image': ['image', 'image/encoded', 'image_path', 'file_name', 'filename', 'file', 'path'],
-  'text': ['text', 'caption', 'captions', 'image/text'],
+  'image': [
+    *('image', 'image/encoded', 'image_path', 'image_name'),
+    *('file_name', 'filename', 'filepath', 'file', 'path'),
+  ],
+  'text': ['text', 'caption', 'captions', 'image/text', 'title', 'comment'],
   'key': ['key', 'id', 'image_id', 'uid'],
   'lang': ['lang', 'language', 'LANGUAGE'],
   'score': [],
@@ -63,27 +71,36 @@ class Columns:
       chosen.append((f'text.{tag(lang)}' if lang else field, column))
     return cls(tuple(chosen), tag(language))
 
-  def names(self) -> set[str]:
-    """Returns the names of all columns that are read if present."""
-    return {column for _, column in self.chosen} | {
-      c for names in _DEFAULTS.values() for c in names
-    }
+  @functools.cached_property
+  def names(self) -> frozenset[str]:
+    """The names of all columns that are read if present."""
+    usual = itertools.chain.from_iterable(_DEFAULTS.values())
+    return frozenset(column for _, column in self.chosen) | frozenset(usual)
+
+  def known(self, name: str) -> str:
+    """Returns the name under which the fields know a column, whose case may differ, or ''."""
+    return next((n for n in (name, name.strip().lower()) if n in self.names), '')
 
   def keep(self, row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the known columns of a row that hold texts, numbers or lists of these."""
-    return {
-      name: row[name]
-      for name in self.names() & row.keys()
-      if all(isinstance(v, str | bytes | int | float | None) for v in as_list(row[name]))
-    }
+    found = {}
+    for name, value in row.items():
+      known = self.known(name)
+      is_read = all(isinstance(v, str | bytes | int | float | None) for v in as_list(value))
+      if known and is_read and (known == name or known not in row):
+        found[known] = value
+    return found
 
   def value(self, row: Mapping[str, Any], field: str) -> Any:
     """Returns the value of a field in a row, or None."""
-    named = [column for name, column in self.chosen if name == field]
-    for column in named or _DEFAULTS[field]:
+    for column in self.of(field):
       if row.get(column) is not None:
         return row[column]
     return None
+
+  def of(self, field: str) -> list[str]:
+    """Returns the columns that may hold a field; the first one present does."""
+    return [column for name, column in self.chosen if name == field] or _DEFAULTS[field]
 
   def captions(self, row: Mapping[str, Any]) -> tuple[list[str | bytes], list[str]]:
     """Returns all captions of a row and their languages."""
@@ -111,18 +128,28 @@ class Columns:
     except (TypeError, ValueError, OverflowError):
       return None
 
-  def check(self, header: Iterable[str], path: epath.Path) -> None:
-    """Checks that a table has the requested columns.
+  def fault(self, row: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Returns why a row has not one image and a caption, with the names of its columns, or ''."""
+    images, shown = as_list(self.value(row, 'image')), pairs.short(', '.join(names))
+    if len(images) > 1:
+      return f'more than one image ({len(images)})'
+    if images and self.captions(row)[0]:
+      return ''
+    return f'no {"caption" if images else "image"} (the row has {shown}: see --columns)'
 
-    Raises:
-      UserError: a column is missing.
-    """
-    header = list(header)
-    missing = [column for _, column in self.chosen if column not in header]
-    if missing:
-      raise errors.UserError(
-        f'{path} has no column {missing[0]!r}: choose from {", ".join(map(str, header))}.'
-      )
+  def missing(self, header: Sequence[str]) -> str:
+    """Returns what a table with these columns lacks, for a message, or ''."""
+    for _, column in self.chosen:
+      if column not in header:
+        return f'no column {column!r}: choose from {", ".join(header)}'
+    for field in ('image', 'text'):
+      is_chosen = any(name.partition('.')[0] == field for name, _ in self.chosen)
+      if not is_chosen and not any(self.known(name) in self.of(field) for name in header):
+        return (
+          f'no column for the {field} (its header is {pairs.short(", ".join(header))}): name the '
+          f'column with --columns={field}=COLUMN, or add a header if the file has none'
+        )
+    return ''
 
   def lines(self, data: bytes) -> tuple[list[bytes], list[str]]:
     """Returns the captions of a text file and their languages.
@@ -159,7 +186,7 @@ def first_text(value: Any) -> str:
 
 def count(path: epath.Path) -> int:
   """Returns the approximate number of rows of a table."""
-  if path.suffix == '.parquet':
+  if path.suffix.lower() == '.parquet':
     return _open_parquet(path).metadata.num_rows
   with path.open('rb') as f:
     return sum(block.count(b'\n') for block in iter(lambda: f.read(1 << 20), b''))
@@ -173,39 +200,158 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
   """
   readers = {
     '.parquet': _read_parquet,
-    '.csv': _read_csv,
-    '.tsv': _read_csv,
+    '.csv': _read_delimited,
+    '.tsv': _read_delimited,
     '.jsonl': _read_json,
     '.ndjson': _read_json,
   }
-  if path.suffix not in readers:
+  if path.suffix.lower() not in readers:
     raise errors.UserError(
       f'--captions={path} has an unknown type: give a .csv, .tsv, .jsonl or .parquet file.'
     )
-  for row in readers[path.suffix](path, columns):
-    values = row.values
-    yield row if values is None else row._replace(values=columns.keep(values))
+  for row in readers[path.suffix.lower()](path, columns):
+    if row.values is not None:
+      values = columns.keep(row.values)
+      fault = columns.fault(values, row.values)
+      row = Row(row.position, None if fault else values, fault)
+    yield row
 
 
-def _read_csv(path: epath.Path, columns: Columns) -> Iterator[Row]:
+class _Lines:
+  """Lines of a text file, of which the last ones can be given back.
+
+  Attributes:
+    number: of the last line.
+    taken: the lines since `begin`; None for a line that is too long.
+  """
+
+  def __init__(self, file: TextIO):
+    self._file, self._back, self.number = file, collections.deque(), 0
+    self.begin()
+
+  def begin(self) -> None:
+    self.taken, self._size = [], 0
+
+  def give_back(self) -> None:
+    """Gives back all lines since `begin` except the first."""
+    self.number -= len(self.taken) - 1
+    self._back.extendleft(reversed(self.taken[1:]))
+
+  def __iter__(self) -> Iterator[str]:
+    return self
+
+  def __next__(self) -> str:
+    line = self._back.popleft() if self._back else self._read()
+    if line == '':
+      raise StopIteration
+    self.taken.append(line)
+    self.number += 1
+    self._size += len(line or '')
+    if line is None or self._size > MAX_TEXT:
+      raise csv.Error('row is too long')
+    return line
+
+  def _read(self) -> str | None:
+    line = part = self._file.readline(MAX_TEXT)
+    while len(part) == MAX_TEXT and not part.endswith(('\n', '\r')):
+      line, part = None, self._file.readline(MAX_TEXT)
+    return line
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+  """Splits a line at each delimiter.
+
+  Quotes are plain characters, except around a field in which a writer of CSV has doubled them.
+  """
+  fields = line.rstrip('\r\n').split(delimiter)
+  return [
+    field[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]*"")+[^"]*"', field) else field
+    for field in fields
+  ]
+
+
+def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
+  """Reads CSV and TSV. The header decides the delimiter; with tabs, each line is a row."""
   csv.field_size_limit(MAX_TEXT)
-  with io.TextIOWrapper(path.open('rb'), 'utf-8-sig', 'surrogateescape', newline='') as f:
-    lines = iter(lambda: f.readline(MAX_TEXT), '')
-    reader = csv.DictReader(lines, delimiter='\t' if path.suffix == '.tsv' else ',')
+  with path.open('rb') as f:
+    if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+      raise errors.UserError(f'{path} is UTF-16: save it as UTF-8.')
+  is_tsv = path.suffix.lower() == '.tsv'
+  newline = '\n' if is_tsv else ''
+  with io.TextIOWrapper(path.open('rb'), 'utf-8-sig', 'surrogateescape', newline=newline) as f:
+    lines = _Lines(f)
     try:
-      columns.check(reader.fieldnames or [], path)
+      header, delimiter = _header(next(lines, ''), columns, '\t' if is_tsv else ',')
     except csv.Error as error:
       raise errors.UserError(
         f'{path} has an invalid header ({error}): correct the file.'
       ) from error
-    while True:
-      try:
-        values = next(reader)
-        yield Row(f'line {reader.line_num}', values)
-      except StopIteration:
-        return
-      except csv.Error as error:
-        yield Row(f'line {reader.line_num}', None, f'row cannot be parsed ({error})')
+    if missing := columns.missing(header):
+      raise errors.UserError(f'{path} has {missing}.')
+    image = next(i for i, name in enumerate(header) if columns.known(name) in columns.of('image'))
+    for position, fields, fault in _fields(lines, delimiter, len(header), image):
+      if not fault and any(fields[len(header) :]):
+        fault = f'row has too many fields ({len(fields)} for the {len(header)} of the header)'
+      values = collections.defaultdict(list)  # a name may stand twice in the header
+      for name, field in zip(header, fields, strict=False):
+        values[name].append(field)
+      if fault:
+        yield Row(position, None, fault)
+      elif fields not in ([], ['']):  # an empty line
+        yield Row(position, {name: v if len(v) > 1 else v[0] for name, v in values.items()})
+
+
+def _header(line: str, columns: Columns, usual: str) -> tuple[list[str], str]:
+  """Returns the names in a header and the delimiter: the usual one, or another that fits."""
+  found = {}
+  for delimiter in (usual, *_DELIMITERS):
+    names = next(csv.reader([line], delimiter=delimiter), [])
+    found[delimiter] = [name.strip() for name in names]
+    if not columns.missing(found[delimiter]):
+      return found[delimiter], delimiter
+  delimiter = max(found, key=lambda delimiter: len(found[delimiter]))
+  return found[delimiter], delimiter
+
+
+def _fields(
+  lines: _Lines, delimiter: str, width: int, image: int
+) -> Iterator[tuple[str, list[str], str]]:
+  """Yields the position and the fields of each row, or the reason why it cannot be parsed.
+
+  A quote that is not closed must not swallow the rows below it, so a row that is not valid CSV
+  costs its first line, and reading continues with the next line.
+
+  Args:
+    lines: below the header.
+    delimiter: between fields.
+    width: number of columns.
+    image: number of the column with the image.
+  """
+  reader = csv.reader(lines, delimiter=delimiter, strict=True)
+  while True:
+    lines.begin()
+    position, fields, fault = f'line {lines.number + 1}', [], ''
+    try:
+      fields = _split(next(lines), delimiter) if delimiter == '\t' else next(reader)
+      if any(_is_row(line, delimiter, width, image) for line in lines.taken[1:]):
+        raise csv.Error('a quoted field holds another row')
+    except StopIteration:
+      return
+    except csv.Error as error:
+      lines.give_back()
+      first = lines.taken[0] or ''
+      fields = _split(first, delimiter)
+      is_open = first.count('"') % 2 == 1
+      if len(fields) != width or is_open:  # a caption may begin as in "One" of two
+        hint = '; is a quote not closed?' if is_open else ''
+        fault = f'row cannot be parsed ({error}{hint})'
+    yield position, fields, fault
+
+
+def _is_row(line: str, delimiter: str, width: int, image: int) -> bool:
+  """Whether a line within a quoted field looks like a row of its own."""
+  fields = _split(line, delimiter)
+  return len(fields) >= width and pairs.split(fields[image])[1] in pairs.SUFFIXES
 
 
 def _read_json(path: epath.Path, columns: Columns) -> Iterator[Row]:
@@ -242,46 +388,42 @@ def _open_parquet(path: epath.Path) -> Any:
 
 def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
   file = _open_parquet(path)
-  columns.check(file.schema_arrow.names, path)
-  names = [name for name in file.schema_arrow.names if name in columns.names()]
+  types = {field.name: _type_to_read(field.type) for field in file.schema_arrow}
+  types = {name: kind for name, kind in types.items() if kind is not None}
+  if missing := columns.missing(list(types)):
+    others = [f'{f.name} ({f.type})' for f in file.schema_arrow if f.name not in types]
+    missing += f'; these columns have types that are not read: {", ".join(others)}' * bool(others)
+    raise errors.UserError(f'{path} has {missing}.')
+  names = [name for name in types if columns.known(name)]
   for group in range(file.num_row_groups):
-    number = 0
+    number, fault = 0, 'row cannot be parsed'
     try:
       for batch in file.iter_batches(_BATCH, row_groups=[group], columns=names):
-        for values in _as_bytes(batch).to_pylist():
+        # Texts in a Parquet file may not be valid UTF-8, so pyarrow must not decode them.
+        table = {name: batch[name].cast(types[name]).to_pylist() for name in names}
+        for values in zip(*table.values(), strict=True):
           number += 1
-          yield Row(f'row {number} of group {group}', values)
+          yield Row(f'row {number} of group {group}', dict(zip(table, values, strict=True)))
     except Exception as error:  # a corrupt page; pyarrow does not document its exceptions
-      position = f'row {number + 1} and all later rows of group {group}'
-      yield Row(position, None, f'row cannot be parsed ({type(error).__name__})')
+      fault += f' ({type(error).__name__})'
+    for lost in range(number + 1, file.metadata.row_group(group).num_rows + 1):
+      yield Row(f'row {lost} of group {group}', None, fault)
 
 
-def _as_bytes(batch: Any) -> Any:
-  """Keeps the text and number columns of a record batch, with texts as bytes.
-
-  Texts in a Parquet file may not be valid UTF-8, so pyarrow must not decode them.
-  """
+def _type_to_read(kind: Any, is_nested: bool = False) -> Any:
+  """Returns the type in which a column of Parquet is read, with texts as bytes, or None."""
   import pyarrow
 
-  types, arrays, names = pyarrow.types, [], []
-
-  def is_text(kind: pyarrow.DataType) -> bool:
-    is_string = types.is_string(kind) or types.is_large_string(kind)
-    return is_string or types.is_binary(kind) or types.is_large_binary(kind)
-
-  def is_list(kind: pyarrow.DataType) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind)
-
-  for name, array in zip(batch.schema.names, batch.columns, strict=True):
-    kind = array.type
-    if types.is_dictionary(kind):
-      array, kind = array.cast(kind.value_type), kind.value_type
-    if is_text(kind):
-      array = array.cast(pyarrow.large_binary())
-    elif is_list(kind) and is_text(kind.value_type):
-      array = array.cast(pyarrow.large_list(pyarrow.large_binary()))
-    elif not (types.is_integer(kind) or types.is_floating(kind) or is_list(kind)):
-      continue
-    arrays.append(array)
-    names.append(name)
-  return pyarrow.RecordBatch.from_arrays(arrays, names=names)
+  types = pyarrow.types
+  if types.is_dictionary(kind):
+    kind = kind.value_type
+  texts = ('string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view')
+  if any(getattr(types, f'is_{name}')(kind) for name in (*texts, 'fixed_size_binary')):
+    return pyarrow.large_binary()
+  if types.is_decimal(kind):
+    return pyarrow.float64()
+  if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    value = None if is_nested else _type_to_read(kind.value_type, is_nested=True)
+    return value and pyarrow.large_list(value)
+  numbers = ('integer', 'floating', 'boolean', 'null')
+  return kind if any(getattr(types, f'is_{name}')(kind) for name in numbers) else None
