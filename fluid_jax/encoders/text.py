@@ -7,8 +7,8 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from fluid_jax import captions, errors
 from fluid_jax import config as config_lib
-from fluid_jax import errors
 
 EOS = 1  # in both vocabularies; 0 is padding, 2 is unknown
 FIRST_BYTE = 3
@@ -16,7 +16,7 @@ VOCAB_SIZE = FIRST_BYTE + 256  # of the byte vocabulary
 
 
 def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarray:
-  """Ids of prompts.
+  """Ids of prompts, cleaned as captions are.
 
   Args:
     prompts: B prompts.
@@ -50,17 +50,18 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
 
 
 def _ids(name: str, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
-  if not prompt.strip():
+  try:
+    prompt = captions.clean(prompt)
+  except UnicodeError as error:
+    raise errors.UserError(f'{name} is not valid UTF-8: type it again.') from error
+  if not prompt:
     raise errors.UserError(f'{name} is empty: describe an image, such as "red heart".')
   if not any(character.isalnum() for character in prompt):
     raise errors.UserError(
       f'{name}, {prompt[:20]!r}, has no letter or digit, but the model was trained on words: '
       'describe the image in words.'
     )
-  try:
-    return [*encode(prompt), EOS]
-  except UnicodeEncodeError as error:
-    raise errors.UserError(f'{name} is not valid UTF-8: type it again.') from error
+  return [*encode(prompt), EOS]
 
 
 def _byte_ids(text: str) -> list[int]:
