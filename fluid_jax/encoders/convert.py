@@ -121,7 +121,10 @@ _ALLOWED = {
   'torch._tensor._rebuild_from_type_v2': _FromType,
   'torch.storage.UntypedStorage': 'uint8',
   **{f'torch.{name}Storage': dtype for name, dtype in _DTYPES.items()},
-  **{f'torch.{dtype}': dtype for dtype in ('uint16', 'uint32', 'uint64')},
+  **{
+    f'torch.{dtype}': dtype
+    for dtype in ('uint16', 'uint32', 'uint64', 'float8_e4m3fn', 'float8_e5m2')
+  },
 }
 
 
@@ -164,6 +167,7 @@ class Checkpoint:
       UserError: the file is missing, corrupt, or not of a format that can be read (exit code 5).
     """
     self.path = path
+    files.check(path)
     try:
       self._archive = zipfile.ZipFile(path)
     except OSError as error:

@@ -7,7 +7,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from fluid_jax import captions, errors
+from fluid_jax import captions, errors, files
 from fluid_jax import config as config_lib
 
 EOS = 1  # in both vocabularies; 0 is padding, 2 is unknown
@@ -83,11 +83,9 @@ def load_pieces(path: str) -> sentencepiece.SentencePieceProcessor:
       'T5 needs its vocabulary: set text.vocabulary, for example to '
       'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model.'
     )
-  file = epath.Path(path)
-  if not file.exists():
-    raise errors.UserError(f'vocabulary {path} does not exist: check text.vocabulary.')
+  files.check(path)
   try:
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
   except RuntimeError as error:
     raise errors.UserError(
       f'{path} is not a SentencePiece model: use the .model file published with the encoder.',
