@@ -240,12 +240,15 @@ class Checkpoint:
       # The member's local header ends with a name and an extra field of variable length.
       lengths = struct.unpack_from('<HH', self._bytes, info.header_offset + 26)
       start = info.header_offset + 30 + sum(lengths)
-      flat = np.frombuffer(self._bytes, dtype, info.file_size // dtype.itemsize, start)
+      # as_strided does not know float8, so the elements are integers until the end.
+      integer = np.dtype(f'u{dtype.itemsize}')
+      flat = np.frombuffer(self._bytes, integer, info.file_size // dtype.itemsize, start)
       last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
       if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(flat)):
         raise ValueError(f'elements {offset} to {last} of {len(flat)}')
       strides = [step * dtype.itemsize for step in stride]
-      return np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False)
+      strided = np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False)
+      return strided.view(dtype)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise errors.UserError(
         f'tensor {name!r} of {self.path} does not fit its storage ({error!r}): use another copy, '
