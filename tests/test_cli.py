@@ -382,6 +382,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     '--num_images=1',
     f'--out={alone}',
   )
+  assert json.loads(Image.open(alone).text['prompts']) == prompts[1:]
   np.testing.assert_array_equal(cell(both, 1, 1), cell(alone, 0, 0))
   for other in ((0, 0), (0, 1), (1, 0)):  # the seed and the prompt both matter
     assert np.abs(cell(both, *other).astype(int) - cell(both, 1, 1)).mean() > 1

@@ -220,6 +220,12 @@ def test_a_header_that_begins_like_a_pickle_is_read(tmp_path):
     assert weights.Safetensors(str(path)).read('a', ()).tolist() == [7]
 
 
+def test_a_tokenizer_whose_header_is_not_finite_is_refused(tmp_path):
+  network = kl_vae.KLVAE(autoencoder.Shape(32, (1,), 1, 4, 4), latent_scale=(float('nan'),))
+  trained.save(network, {'a': np.ones(1)}, tmp_path / 'a.safetensors', {})
+  assert 'mean and scale of its latents' in refused(trained.read, str(tmp_path / 'a.safetensors'))
+
+
 # ---- index ----
 
 

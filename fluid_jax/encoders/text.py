@@ -1,7 +1,7 @@
 """Prompts to ids without TensorFlow: bytes or SentencePiece, with the same ids as seqio's."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
@@ -38,8 +38,8 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
   if config.source != 'bytes':
     encode, unit = load_pieces(config.vocabulary).encode, 'word pieces'
   ids_BxT = np.zeros((len(prompts), config.length), np.int32)
-  for row, prompt in enumerate(prompts):
-    ids = _ids(f'prompt {row + 1}', prompt, encode)
+  for row, prompt in enumerate(clean_prompts(prompts)):
+    ids = [*encode(prompt), EOS]
     if len(ids) > config.length:
       raise errors.UserError(
         f'prompt {row + 1} has {len(ids) - 1} {unit}, but the model reads at most '
@@ -49,19 +49,27 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
   return ids_BxT
 
 
-def _ids(name: str, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
-  try:
-    prompt = captions.clean(prompt)
-  except UnicodeError as error:
-    raise errors.UserError(f'{name} is not valid UTF-8: type it again.') from error
-  if not prompt:
-    raise errors.UserError(f'{name} is empty: describe an image, such as "red heart".')
-  if not any(character.isalnum() for character in prompt):
-    raise errors.UserError(
-      f'{name}, {prompt[:20]!r}, has no letter or digit, but the model was trained on words: '
-      'describe the image in words.'
-    )
-  return [*encode(prompt), EOS]
+def clean_prompts(prompts: Sequence[str]) -> list[str]:
+  """Prompts in the form of captions, see `captions.clean`.
+
+  Raises:
+    UserError: a prompt is empty, has no letter or digit, or is not valid UTF-8.
+  """
+  cleaned = []
+  for number, prompt in enumerate(prompts, 1):
+    try:
+      prompt = captions.clean(prompt)
+    except UnicodeError as error:
+      raise errors.UserError(f'prompt {number} is not valid UTF-8: type it again.') from error
+    if not prompt:
+      raise errors.UserError(f'prompt {number} is empty: describe an image, such as "red heart".')
+    if not any(character.isalnum() for character in prompt):
+      raise errors.UserError(
+        f'prompt {number}, {prompt[:20]!r}, has no letter or digit, but the model was trained on '
+        'words: describe the image in words.'
+      )
+    cleaned.append(prompt)
+  return cleaned
 
 
 def _byte_ids(text: str) -> list[int]:

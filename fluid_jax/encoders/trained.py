@@ -63,7 +63,12 @@ def read(path: str) -> kl_vae.KLVAE | vq.VQGAN:
     header = json.loads(file.metadata[_HEADER])
     kind = {name: cls for cls, name in KINDS.items()}[header['kind']]
     described = _with_tuples(header['network'])
-    return kind(autoencoder.Shape(**_with_tuples(described.pop('shape'))), **described)
+    network = kind(autoencoder.Shape(**_with_tuples(described.pop('shape'))), **described)
+    if (
+      kind is kl_vae.KLVAE and not np.isfinite((*network.latent_mean, *network.latent_scale)).all()
+    ):
+      raise ValueError('the mean and scale of its latents are not finite')
+    return network
   except (KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
       f'{path} does not describe its network ({error!r}): give a tokenizer.safetensors from '
