@@ -1,4 +1,4 @@
-"""Atomic file writes, and one error for paths that cannot be written."""
+"""Atomic file writes, and one error each for paths that cannot be read or written."""
 
 import contextlib
 import os
@@ -50,6 +50,35 @@ def fsync(path: os.PathLike[str] | str) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def is_file(path: epath.PathLike) -> bool:
+  """Whether a path is a file; opening a pipe would wait, and a device never ends."""
+  # epath takes everything that is not a folder for a file.
+  return epath.Path(path).is_file() if '://' in os.fspath(path) else os.path.isfile(path)
+
+
+def check(path: epath.PathLike) -> None:
+  """Checks that a path is a file with content.
+
+  Raises:
+    UserError: it is not (exit code 5).
+  """
+  path = epath.Path(path)
+  try:
+    if path.is_dir():
+      problem = 'is a folder: give the path of a file.'
+    elif not path.exists():
+      problem = 'does not exist: check the path.'
+    elif not is_file(path):
+      problem = 'is a pipe, socket or device: give the path of a file.'
+    elif not path.stat().length:
+      problem = 'is empty: copy or download it again.'
+    else:
+      return
+  except OSError as error:
+    problem = f'cannot be read ({error.strerror or error}): give the path of a readable file.'
+  raise errors.UserError(f'{path} {problem}', errors.CORRUPT)
 
 
 @contextlib.contextmanager

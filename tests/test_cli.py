@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import unicodedata
 
 import commands
 import jax
@@ -429,7 +430,9 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     *args, *(f'--prompt={prompt}' for prompt in prompts), '--seed=6', '--num_images=2',
     f'--out={both}', f'--animation={tmp_path / "strip.gif"}',
   )  # fmt: skip
-  (tmp_path / 'prompts.txt').write_text(prompts[1] + '\n', encoding='utf-8')
+  # Prompts are cleaned as captions are: byte-order mark, decomposed accent, blank, line end.
+  written = '\ufeff' + unicodedata.normalize('NFD', prompts[1]) + ' \r\n'
+  (tmp_path / 'prompts.txt').write_bytes(written.encode())
   commands.run_ok(
     *args,
     f'--prompts_file={tmp_path / "prompts.txt"}',
@@ -437,6 +440,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     '--num_images=1',
     f'--out={alone}',
   )
+  assert json.loads(Image.open(alone).text['prompts']) == prompts[1:]
   np.testing.assert_array_equal(cell(both, 1, 1), cell(alone, 0, 0))
   for other in ((0, 0), (0, 1), (1, 0)):  # the seed and the prompt both matter
     assert np.abs(cell(both, *other).astype(int) - cell(both, 1, 1)).mean() > 1
@@ -465,6 +469,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
   [
     (['--prompt='], 'prompt 1 is empty'),
     (['--prompt=apple', '--prompt=  '], 'prompt 2 is empty'),
+    (['--prompt=\ufeff\u202e \x7f\u200b'], 'prompt 1 is empty'),
     (['--prompt=' + 'x' * 10_000], 'has 10000 bytes, but the model reads at most 23: shorten it'),
     (['--prompt=❤️🎉'], 'has no letter or digit'),
     (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),

@@ -231,6 +231,22 @@ def test_tensors_of_unknown_dtypes_are_skipped_and_named(stubs, tmp_path, out):
   assert safetensors.numpy.load_file(out).keys() == {'w'}
 
 
+@pytest.mark.parametrize(
+  ('dtype', 'name'), [('float8_e4m3fn', 'F8_E4M3'), ('float8_e5m2', 'F8_E5M2')]
+)
+def test_float8_is_copied(tmp_path, out, dtype, name):
+  """torch.save stores a storage without a dtype, and the dtype beside it."""
+  storage = b"(S'storage'\nctorch.storage\nUntypedStorage\nS'0'\nS'cpu'\nI6\ntQ"
+  arguments = storage + b'I0\n(I6\nt(I1\ntI00\n(dctorch\n' + dtype.encode() + b'\n'
+  payload = b"(dS'w'\nctorch._utils\n_rebuild_tensor_v3\n(" + arguments + b'tRs.'
+  codes = bytes(range(50, 56))
+  convert.convert(archive(tmp_path / 'float8.pt', payload, **{'data/0': codes}), out)
+  with safetensors.safe_open(out, 'numpy') as file:
+    part = file.get_slice('w')
+    assert (part.get_dtype(), part.get_shape()) == (name, [6])
+  assert out.read_bytes().endswith(codes)
+
+
 def test_endless_dictionaries_and_duplicate_names_are_refused(stubs, tmp_path, out):
   endless = {'w': Tensor()}
   endless['self'] = endless
@@ -254,7 +270,10 @@ def test_other_kinds_of_files_are_described(tmp_path, out):
   other.write_bytes(b'GIF89a')
   assert 'is not from torch.save' in refused(other, out)
   assert 'not from torch.save' in refused(GOLDEN / 'expected.npz', out)
-  assert 'cannot be read (No such file' in refused(tmp_path / 'absent', out)
+  assert 'does not exist' in refused(tmp_path / 'absent', out)
+  os.mkfifo(tmp_path / 'pipe')
+  assert 'is a pipe, socket or device' in refused(tmp_path / 'pipe', out)
+  assert 'is a folder' in refused(tmp_path, out)
   assert 'written on a big-endian' in refused(archive(other, b'N.', byteorder=b'big'), out)
   compressed = archive(other, b'N.', zipfile.ZIP_DEFLATED)
   assert 'was compressed after torch.save' in refused(compressed, out)

@@ -21,8 +21,10 @@ import scipy.fft
 import scipy.ndimage
 from PIL import Image
 
+from fluid_jax import config as config_lib
 from fluid_jax import errors
 from fluid_jax.data import examples, pipeline, records
+from fluid_jax.encoders import text as text_lib
 from fluid_jax.prepare import (
   filters,
   folder,
@@ -439,6 +441,20 @@ def test_captions_are_cleaned():
   for bad in (b'\xff', '\udcff'):
     with pytest.raises(images.RejectedError, match='UTF-8'):
       filters.clean_caption(bad)
+
+
+def test_prompts_are_cleaned_as_captions_are():
+  clean = 'rote Äpfel'
+  forms = (
+    clean, f'\ufeff{clean}', f'{clean} ', f'\t{clean}\r', 'rote  A\u0308pfel', 'rote\u2028Äpfel\0',
+    'ro\ufeffte\u00a0Äpfel', f'\u202e{clean}\u202c', f'{clean}\u200b', f'\u200e {clean} \u2060',
+  )  # fmt: skip
+  assert {filters.clean_caption(form) for form in forms} == {clean}
+  ids = text_lib.encode_prompts(forms, config_lib.Text(source='bytes', length=32))
+  expected = [*(byte + text_lib.FIRST_BYTE for byte in clean.encode()), text_lib.EOS]
+  np.testing.assert_array_equal(ids, [expected + [0] * (32 - len(expected))] * len(forms))
+  with pytest.raises(errors.UserError, match='prompt 2 is not valid UTF-8'):
+    text_lib.encode_prompts([clean, '\udcff'], config_lib.Text(source='bytes', length=32))
 
 
 def test_clean_keys_are_printable_and_distinct():

@@ -110,7 +110,7 @@ def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
     attention = block['self_attention']
     text = text + reference.attention(h, h, allowed, attention, num_heads)
     h = reference.dense(reference.layer_norm(text, block['norm_mlp']), block['mlp']['wi'])
-    text = text + reference.dense(reference.gelu(h, 'tanh'), block['mlp']['wo'])
+    text = text + reference.dense(reference.gelu(h, 'exact'), block['mlp']['wo'])
   text = reference.layer_norm(text, params['aligner_norm'])
 
   embedding = params['head']['token_embedding']
@@ -135,7 +135,7 @@ def fluid_reference(config, params, tokens, mask, ids, text_mask, drop):
       'mlp': block['mlp'],
     }
     x = reference.transformer_block(
-      x, text, text_mask, block, num_heads=num_heads, causal=is_raster, gelu_kind='tanh'
+      x, text, text_mask, block, num_heads=num_heads, causal=is_raster, gelu_kind='exact'
     )
   return reference.layer_norm(x, params['final_norm'])
 

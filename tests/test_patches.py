@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from skimage import metrics
 
 from fluid_jax import errors
@@ -82,9 +83,23 @@ def test_too_few_patches_and_wrong_files_are_refused(tmp_path):
   with pytest.raises(errors.UserError, match='lower --vocab_size'):
     patches.PatchKMeans.fit(np.zeros((100, 12), np.float32), patch=2, vocab_size=2)
   (tmp_path / 'junk').write_bytes(b'junk')
-  for path in (tmp_path / 'junk', tmp_path / 'absent'):
-    with pytest.raises(errors.UserError, match='is not a patch tokenizer') as caught:
-      patches.load(path)
+  shipped = safetensors.numpy.load_file(patches.WEIGHTS / 'patch_pca_64px_8x8_16.safetensors')
+  meta = {'kind': 'patch_pca', 'patch': '8'}
+  for name, changed, header in (
+    ('other', shipped, {}),
+    ('nan', shipped | {'center_P': shipped['center_P'] * np.nan}, meta),
+    ('bytes', shipped | {'center_P': shipped['center_P'].astype(np.uint8)}, meta),
+  ):
+    safetensors.numpy.save_file(changed, tmp_path / name, header)
+  for name, complaint in {
+    'junk': 'is truncated or not a safetensors file',
+    'absent': 'does not exist',
+    'other': 'is not a patch tokenizer',
+    'nan': "'center_P' .* not finite",
+    'bytes': "'center_P' .* has dtype U8",
+  }.items():
+    with pytest.raises(errors.UserError, match=complaint) as caught:
+      patches.load(tmp_path / name)
     assert caught.value.exit_code == errors.CORRUPT
   with pytest.raises(errors.UserError, match='no tokenizer patch_pca_64px_32x32_7 ships'):
     patches.shipped_path('patch_pca', 64, 32, 7)

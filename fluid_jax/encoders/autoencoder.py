@@ -19,6 +19,8 @@ from fluid_jax import errors
 from fluid_jax.encoders import weights
 from fluid_jax.models import layers
 
+_GROUPS = 32  # of the norms
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -77,7 +79,7 @@ def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
 
 def _norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
   """Group normalization over gcd(32, channels) groups, with float32 statistics."""
-  groups = math.gcd(32, x.shape[-1])
+  groups = math.gcd(_GROUPS, x.shape[-1])
   return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)(x)
 
 
@@ -234,6 +236,34 @@ class Autoencoder(nn.Module):
     """The reconstruction from the mean; uses all parameters, for `init`."""
     z, *_ = jnp.split(self.encode(x_BxHxWx3), 2 if self.shape.is_gaussian else 1, axis=-1)
     return self.decode(z)
+
+
+def described(shape: Shape) -> dict[str, Any]:
+  """What diffusers' config.json says of an autoencoder of this shape, for `declared.check`."""
+  levels = range(len(shape.multipliers))
+  widths = [shape.width * multiplier for multiplier in shape.multipliers]
+  groups = {math.gcd(_GROUPS, width) for width in widths}
+  encoder, decoder = (
+    [f'{"Attn" if level in attention else ""}{name}' for level in levels]
+    for attention, name in (
+      (shape.encoder_attention, 'DownEncoderBlock2D'),
+      (shape.decoder_attention, 'UpDecoderBlock2D'),
+    )
+  )
+  return {
+    'in_channels': 3,
+    'out_channels': 3,
+    'block_out_channels': widths,
+    'layers_per_block': shape.num_blocks,
+    'down_block_types': encoder,
+    'up_block_types': decoder[::-1],
+    'act_fn': ('silu', 'swish'),
+    # diffusers has one number of groups for all widths.
+    'norm_num_groups': groups.pop() if len(groups) == 1 else None,
+    'mid_block_add_attention': shape.has_mid_attention,
+    'latent_channels': shape.latent_channels,
+    'quantization_config': None,
+  }
 
 
 # ---- names of the parameters in published files ----

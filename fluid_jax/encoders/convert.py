@@ -121,7 +121,10 @@ _ALLOWED = {
   'torch._tensor._rebuild_from_type_v2': _FromType,
   'torch.storage.UntypedStorage': 'uint8',
   **{f'torch.{name}Storage': dtype for name, dtype in _DTYPES.items()},
-  **{f'torch.{dtype}': dtype for dtype in ('uint16', 'uint32', 'uint64')},
+  **{
+    f'torch.{dtype}': dtype
+    for dtype in ('uint16', 'uint32', 'uint64', 'float8_e4m3fn', 'float8_e5m2')
+  },
 }
 
 
@@ -164,6 +167,7 @@ class Checkpoint:
       UserError: the file is missing, corrupt, or not of a format that can be read (exit code 5).
     """
     self.path = path
+    files.check(path)
     try:
       self._archive = zipfile.ZipFile(path)
     except OSError as error:
@@ -236,12 +240,15 @@ class Checkpoint:
       # The member's local header ends with a name and an extra field of variable length.
       lengths = struct.unpack_from('<HH', self._bytes, info.header_offset + 26)
       start = info.header_offset + 30 + sum(lengths)
-      flat = np.frombuffer(self._bytes, dtype, info.file_size // dtype.itemsize, start)
+      # as_strided does not know float8, so the elements are integers until the end.
+      integer = np.dtype(f'u{dtype.itemsize}')
+      flat = np.frombuffer(self._bytes, integer, info.file_size // dtype.itemsize, start)
       last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
       if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(flat)):
         raise ValueError(f'elements {offset} to {last} of {len(flat)}')
       strides = [step * dtype.itemsize for step in stride]
-      return np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False)
+      strided = np.lib.stride_tricks.as_strided(flat[offset:], size, strides, writeable=False)
+      return strided.view(dtype)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise errors.UserError(
         f'tensor {name!r} of {self.path} does not fit its storage ({error!r}): use another copy, '

@@ -115,6 +115,7 @@ def load(config: config_lib.Config, encoders: Encoders, mesh: Mesh) -> Params:
   """
   wanted = shapes(config, encoders, mesh)
   params = {'image': encoders.image.load(wanted['image']), 'text': {}}
+  tokenizers.check_latents(config, encoders.image)
   if encoders.text is not None:
     if not config.text.t5_path:
       raise errors.UserError(

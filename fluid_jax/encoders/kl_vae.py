@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fluid_jax.encoders import autoencoder, weights
+from fluid_jax.encoders import autoencoder, declared, weights
 
 STABLE_DIFFUSION = autoencoder.Shape()
 MAR = autoencoder.Shape(
   multipliers=(1, 1, 2, 2, 4), latent_channels=16, code_channels=16, encoder_attention=(4,)
 )
+KINDS = ('AutoencoderKL',)  # diffusers' names of such networks
 # Tensors of complete checkpoints to ignore: the discriminator and averages of the weights.
 _OTHERS = r'(?:.*\.)?loss\.|model_ema\.'
 
@@ -61,10 +62,28 @@ class KLVAE:
     return jnp.clip(jnp.round((x_BxHxWx3 + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
   def load(self, path: str, shapes: Any) -> Any:
-    """Reads safetensors with the names of diffusers or CompVis; see `weights.load`."""
+    """Reads safetensors with the names of diffusers or CompVis.
+
+    Raises:
+      UserError: see `weights.load` and `declared.check`.
+    """
     source = weights.Safetensors(path)
+    has_convolutions = {'use_quant_conv': True, 'use_post_quant_conv': True}
+    declared.check(path, KINDS, autoencoder.described(self.shape) | has_convolutions)
     found, prefix = autoencoder.entries(source, self.shape, shapes)
     return weights.load(source, found, shapes, f'(?!{prefix})|{_OTHERS}' if prefix else _OTHERS)
+
+  def check_latents(self, path: str) -> None:
+    """Checks that the config.json beside the weights gives the latents the same mean and scale.
+
+    Raises:
+      UserError: it gives others.
+    """
+    (mean,), (scale,) = self.latent_mean, self.latent_scale
+    wanted = {'scaling_factor': scale, 'shift_factor': mean if mean else (mean, None)}
+    wanted |= {'latents_mean': None, 'latents_std': None}
+    remedy = 'set image.latent_mean and image.latent_scale for these latents'
+    declared.check(path, KINDS, wanted, remedy)
 
 
 def sample(moments_BxLx2C: jax.Array, noise_BxLxC: jax.Array) -> jax.Array:

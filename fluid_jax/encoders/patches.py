@@ -11,10 +11,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from fluid_jax import errors
-from fluid_jax.encoders import weights
+from fluid_jax.encoders import tensor_files, weights
 
 WEIGHTS = pathlib.Path(__file__).parent / 'weights'
 
@@ -209,17 +208,20 @@ def load(path: str | pathlib.Path) -> PatchPCA | PatchKMeans:
   """Reads a tokenizer from a safetensors file.
 
   Raises:
-    UserError: the file is missing or not a patch tokenizer (exit code 5).
+    UserError: the file is missing, not a patch tokenizer, or has values that are not finite (exit
+      code 5).
   """
+  file = tensor_files.File(path)
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      meta = file.metadata() or {}
-      arrays = {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118
-    kind = {cls.name: cls for cls in (PatchPCA, PatchKMeans)}[meta.get('kind')]
-    return kind(patch=int(meta['patch']), **arrays)
-  except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    arrays = {}
+    for name in file.shapes:
+      arrays[name] = file.read(name, ...).astype(np.float32)
+      tensor_files.check_finite(arrays[name], name, path)
+    kind = {cls.name: cls for cls in (PatchPCA, PatchKMeans)}[file.metadata.get('kind')]
+    return kind(patch=int(file.metadata['patch']), **arrays)
+  except (KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
-      f'{path} is not a patch tokenizer ({error}): fit one with '
+      f'{path} is not a patch tokenizer ({error!r}): fit one with '
       'python -m fluid_jax.train_tokenizer.patches.',
       errors.CORRUPT,
     ) from error

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluid_jax.encoders import weights
+from fluid_jax.encoders import declared, weights
 from fluid_jax.models import layers
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
+EPSILON = 1e-6  # of the norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,14 @@ def _param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple, in
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, with float32 statistics and epsilon 1e-6."""
+  """x / rms(x) * scale, with float32 statistics."""
 
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
     scale = _param(self, 'scale', x.shape[-1:], ('norm',), nn.initializers.ones)
     return y.astype(self.dtype) * scale
 
@@ -200,8 +201,33 @@ def load(path: str, shapes: Any) -> Any:
     shapes: tree of ShapeDtypeStructs with shardings.
 
   Raises:
-    UserError: see `weights.load`.
+    UserError: see `weights.load` and `declared.check`.
   """
   if weights.is_t5x(path):
     return weights.load(weights.T5X(path), T5X, shapes, _OTHERS)
-  return weights.load(weights.Safetensors(path), HUGGING_FACE, shapes, _OTHERS)
+  source = weights.Safetensors(path)
+  declared.check(path, ('t5', 'mt5'), _described(shapes))
+  return weights.load(source, HUGGING_FACE, shapes, _OTHERS)
+
+
+def _described(shapes: Any) -> dict[str, Any]:
+  """What transformers' config.json says of an encoder with these parameters."""
+  vocab_size, width = shapes['embedding'].shape
+  depth, _, joined = shapes['blocks']['query'].shape
+  num_buckets, num_heads = shapes['relative_bias'].shape
+  return {
+    'vocab_size': vocab_size,
+    'd_model': width,
+    'd_kv': joined // num_heads,
+    'd_ff': shapes['blocks']['wi_0'].shape[-1],
+    'num_layers': depth,
+    'num_heads': num_heads,
+    'relative_attention_num_buckets': num_buckets,
+    'relative_attention_max_distance': MAX_DISTANCE,
+    'layer_norm_epsilon': EPSILON,
+    # transformers reads gated-gelu as the tanh form, as T5 itself computes it.
+    'feed_forward_proj': ('gated-gelu', 'gated-gelu_new'),
+    'dense_act_fn': ('gelu_new', 'gelu_pytorch_tanh'),
+    'is_gated_act': True,
+    'quantization_config': None,
+  }

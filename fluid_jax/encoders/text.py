@@ -1,14 +1,14 @@
 """Prompts to ids without TensorFlow: bytes or SentencePiece, with the same ids as seqio's."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
+from fluid_jax import captions, errors, files
 from fluid_jax import config as config_lib
-from fluid_jax import errors
 
 EOS = 1  # in both vocabularies; 0 is padding, 2 is unknown
 FIRST_BYTE = 3
@@ -16,7 +16,7 @@ VOCAB_SIZE = FIRST_BYTE + 256  # of the byte vocabulary
 
 
 def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarray:
-  """Ids of prompts.
+  """Ids of prompts, cleaned as captions are.
 
   Args:
     prompts: B prompts.
@@ -38,8 +38,8 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
   if config.source != 'bytes':
     encode, unit = load_pieces(config.vocabulary).encode, 'word pieces'
   ids_BxT = np.zeros((len(prompts), config.length), np.int32)
-  for row, prompt in enumerate(prompts):
-    ids = _ids(f'prompt {row + 1}', prompt, encode)
+  for row, prompt in enumerate(clean_prompts(prompts)):
+    ids = [*encode(prompt), EOS]
     if len(ids) > config.length:
       raise errors.UserError(
         f'prompt {row + 1} has {len(ids) - 1} {unit}, but the model reads at most '
@@ -49,18 +49,27 @@ def encode_prompts(prompts: Sequence[str], config: config_lib.Text) -> np.ndarra
   return ids_BxT
 
 
-def _ids(name: str, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
-  if not prompt.strip():
-    raise errors.UserError(f'{name} is empty: describe an image, such as "red heart".')
-  if not any(character.isalnum() for character in prompt):
-    raise errors.UserError(
-      f'{name}, {prompt[:20]!r}, has no letter or digit, but the model was trained on words: '
-      'describe the image in words.'
-    )
-  try:
-    return [*encode(prompt), EOS]
-  except UnicodeEncodeError as error:
-    raise errors.UserError(f'{name} is not valid UTF-8: type it again.') from error
+def clean_prompts(prompts: Sequence[str]) -> list[str]:
+  """Prompts in the form of captions, see `captions.clean`.
+
+  Raises:
+    UserError: a prompt is empty, has no letter or digit, or is not valid UTF-8.
+  """
+  cleaned = []
+  for number, prompt in enumerate(prompts, 1):
+    try:
+      prompt = captions.clean(prompt)
+    except UnicodeError as error:
+      raise errors.UserError(f'prompt {number} is not valid UTF-8: type it again.') from error
+    if not prompt:
+      raise errors.UserError(f'prompt {number} is empty: describe an image, such as "red heart".')
+    if not any(character.isalnum() for character in prompt):
+      raise errors.UserError(
+        f'prompt {number}, {prompt[:20]!r}, has no letter or digit, but the model was trained on '
+        'words: describe the image in words.'
+      )
+    cleaned.append(prompt)
+  return cleaned
 
 
 def _byte_ids(text: str) -> list[int]:
@@ -82,11 +91,9 @@ def load_pieces(path: str) -> sentencepiece.SentencePieceProcessor:
       'T5 needs its vocabulary: set text.vocabulary, for example to '
       'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model.'
     )
-  file = epath.Path(path)
-  if not file.exists():
-    raise errors.UserError(f'vocabulary {path} does not exist: check text.vocabulary.')
+  files.check(path)
   try:
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
   except RuntimeError as error:
     raise errors.UserError(
       f'{path} is not a SentencePiece model: use the .model file published with the encoder.',

@@ -188,6 +188,20 @@ def make(config: config_lib.Config) -> Tokenizer:
   return NetworkTokenizer(network, path, normalizer, image.tokenizer == 'trained')
 
 
+def check_latents(config: config_lib.Config, tokenizer: Tokenizer) -> None:
+  """Checks the scale of a public KL-VAE's latents against the config.json beside its weights.
+
+  Settings of the mean or scale replace those of the file.
+
+  Raises:
+    UserError: the scale is another one.
+  """
+  image, network = config.image, getattr(tokenizer, 'network', None)
+  is_public = image.tokenizer in NETWORKS and isinstance(network, kl_vae.KLVAE)
+  if is_public and not (image.latent_mean or image.latent_scale):
+    network.check_latents(tokenizer.path)
+
+
 def fits(config: config_lib.Config, network: kl_vae.KLVAE | vq.VQGAN) -> bool:
   """Whether a network's tokens have the shapes of a config."""
   image, (is_vq, pixels, size) = config.image, _token_shape(network)

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from fluid_jax import errors, files
-from fluid_jax.encoders import autoencoder, kl_vae, vq, weights
+from fluid_jax.encoders import autoencoder, kl_vae, tensor_files, vq, weights
 
 _HEADER = 'fluid_jax_tokenizer'
 KINDS = {kl_vae.KLVAE: 'kl_vae', vq.VQGAN: 'vqgan'}
@@ -58,15 +58,18 @@ def read(path: str) -> kl_vae.KLVAE | vq.VQGAN:
   Raises:
     UserError: the file is missing, or is not from `train_tokenizer` (exit code 5).
   """
-  if not pathlib.Path(path).is_file():
-    raise errors.UserError(f'{path} does not exist: check the path of the weights.', errors.CORRUPT)
+  file = tensor_files.File(path)
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      header = json.loads((file.metadata() or {})[_HEADER])
+    header = json.loads(file.metadata[_HEADER])
     kind = {name: cls for cls, name in KINDS.items()}[header['kind']]
     described = _with_tuples(header['network'])
-    return kind(autoencoder.Shape(**_with_tuples(described.pop('shape'))), **described)
-  except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    network = kind(autoencoder.Shape(**_with_tuples(described.pop('shape'))), **described)
+    if (
+      kind is kl_vae.KLVAE and not np.isfinite((*network.latent_mean, *network.latent_scale)).all()
+    ):
+      raise ValueError('the mean and scale of its latents are not finite')
+    return network
+  except (KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
       f'{path} does not describe its network ({error!r}): give a tokenizer.safetensors from '
       'fluid_jax.train_tokenizer.',

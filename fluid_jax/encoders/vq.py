@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fluid_jax.encoders import autoencoder, patches, weights
+from fluid_jax.encoders import autoencoder, declared, patches, weights
 
 # One token per 16 x 16 pixels. aMUSEd's has 8192 codes, as many as the paper's, whose own VQGAN is
 # not public.
@@ -83,8 +83,19 @@ class VQGAN:
     return _unit(params['codebook']) if self.is_normalized else params['codebook']
 
   def load(self, path: str, shapes: Any) -> Any:
-    """Reads safetensors with the names of diffusers, CompVis or LlamaGen; see `weights.load`."""
+    """Reads safetensors with the names of diffusers, CompVis or LlamaGen.
+
+    Raises:
+      UserError: see `weights.load` and `declared.check`.
+    """
     source = weights.Safetensors(path)
+    channels = self.shape.code_channels
+    codes = {
+      'num_vq_embeddings': self.vocab_size,
+      'vq_embed_dim': (channels, None) if channels == self.shape.latent_channels else channels,
+      'norm_type': 'group',
+    }
+    declared.check(path, ('VQModel',), autoencoder.described(self.shape) | codes)
     inner = {name: part for name, part in shapes.items() if name != 'codebook'}
     found, prefix = autoencoder.entries(source, self.shape, inner)
     found['codebook'] = weights.Entry(f'{prefix}quantize.embedding.weight')

@@ -8,7 +8,6 @@ hold, so that host memory stays near the size of one parameter.
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -17,16 +16,19 @@ from typing import Any, Protocol
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import msgpack
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tensorstore
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, files
+from fluid_jax.encoders import tensor_files
 
-_PICKLES = (b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
+# ComfyUI stores float8 weights divided by a scale, 'x.scale_weight' or 'x.weight_scale' of
+# 'x.weight'. Scales of activations serve products in float8, and 'scaled_fp8' is only a mark.
+_SCALES, _IGNORED = ('scale_weight', 'weight_scale'), ('scale_input', 'input_scale', 'scaled_fp8')
 
 
 class Source(Protocol):
@@ -41,7 +43,11 @@ class Source(Protocol):
   shapes: Mapping[str, tuple[int, ...]]
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a tensor, in the dtype of the file."""
+    """A slice of a tensor, in the dtype of the file.
+
+    Raises:
+      UserError: it cannot be read, or does not hold floats (exit code 5).
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,44 +86,49 @@ class Safetensors:
       UserError: a file is missing, truncated or not safetensors, or the index is wrong.
     """
     self.path = path
-    where, index = _find(epath.Path(path))
-    files = [file for file in _files(where, index) if index is None or file != where]
-    self._files = {file.name: self._open(file) for file in files}
-    self._file_of = {
-      name: file
-      for file, opened in self._files.items()
-      for name in opened.keys()  # noqa: SIM118
-    }
-    for name in sorted((index or {}).keys() - self._file_of.keys()):
-      raise errors.UserError(
-        f'{where} lists {name!r}, but {index[name]} does not hold it: download both again.',
-        errors.CORRUPT,
-      )
+    where, index = tensor_files.find(epath.Path(path))
+    names = sorted(set(index.values())) if index else [where.name]
+    opened = {name: tensor_files.File(where.parent / name) for name in names}
+    if index is None:
+      index = dict.fromkeys(opened[where.name].shapes, where.name)
+    self._files = {name: opened[file] for name, file in index.items()}
+    for name, file in sorted(self._files.items()):
+      if name not in file.shapes:
+        raise errors.UserError(
+          f'{where} lists {name!r}, but {index[name]} does not hold it: download both again.',
+          errors.CORRUPT,
+        )
     self.shapes = {
-      name: tuple(self._files[file].get_slice(name).get_shape())
-      for name, file in self._file_of.items()
+      name: file.shapes[name]
+      for name, file in self._files.items()
+      if name.rpartition('.')[2] not in (*_SCALES, *_IGNORED)
     }
-
-  def _open(self, path: epath.Path) -> Any:
-    with path.open('rb') as file:
-      start = file.read(4)
-    if start.startswith(_PICKLES):
-      raise errors.UserError(
-        f'{path} is a PyTorch pickle, which can run any code when it is loaded: use a safetensors '
-        'file of the same model, or copy only its tensors with '
-        f'python -m fluid_jax.encoders.convert {path} OUT.safetensors.',
-        errors.CORRUPT,
-      )
-    try:
-      return safetensors.safe_open(str(path), 'numpy')
-    except safetensors.SafetensorError as error:
-      raise errors.UserError(
-        f'{path} is truncated or not a safetensors file ({error}): download it again.',
-        errors.CORRUPT,
-      ) from error
+    self._is_scaled = len(self.shapes) < len(self._files)
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    return self._files[self._file_of[name]].get_slice(name)[index]
+    """A slice of a tensor, multiplied by its scale if it has one.
+
+    Raises:
+      UserError: the tensor does not hold floats, or its scale is missing or not one number.
+    """
+    array, stem = self._files[name].read(name, index), name.removesuffix('weight')
+    scale = next((stem + last for last in _SCALES if stem + last in self._files), None)
+    if scale is None:
+      if self._is_scaled and self._files[name].is_float8(name):
+        raise errors.UserError(
+          f'{name!r} of {self.path} lacks its scale, which other tensors of the file have: use '
+          'another copy of the weights.',
+          errors.CORRUPT,
+        )
+      return array
+    factor = self._files[scale].read(scale, ...)
+    if factor.size != 1:
+      raise errors.UserError(
+        f'{scale!r} of {self.path} has {factor.size} values, but one scale for each tensor is '
+        'supported: use a copy of the model in float8 without scales, or in float16.',
+        errors.CORRUPT,
+      )
+    return array.astype(np.float32) * factor.astype(np.float32).reshape(())
 
 
 class T5X:
@@ -137,22 +148,30 @@ class T5X:
         'of one step, such as .../checkpoint_1100000.',
         errors.CORRUPT,
       )
+    files.check(index_path)
     try:
       tree = flax.serialization.msgpack_restore(index_path.read_bytes())['optimizer']['target']
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+      self._leaves = dict(_flatten(tree))
+      self.shapes = {
+        name: tuple(leaf['metadata']['shape'] if isinstance(leaf, dict) else leaf.shape)
+        for name, leaf in self._leaves.items()
+      }
+    except (
+      AttributeError, ValueError, KeyError, TypeError, msgpack.UnpackException
+    ) as error:  # fmt: skip
       raise errors.UserError(
         f'{index_path} is not the index of a T5X checkpoint: copy it again.', errors.CORRUPT
       ) from error
-    self._leaves = dict(_flatten(tree))
-    self.shapes = {
-      name: tuple(leaf['metadata']['shape'] if isinstance(leaf, dict) else leaf.shape)
-      for name, leaf in self._leaves.items()
-    }
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     leaf = self._leaves[name]
-    if not isinstance(leaf, dict):  # small tensors are stored in the index
-      return leaf[index]
+    # Small tensors are stored in the index.
+    array = self._read_zarr(name, leaf, index) if isinstance(leaf, dict) else leaf[index]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise tensor_files.not_floats(name, self.path, array.dtype)
+    return array
+
+  def _read_zarr(self, name: str, leaf: Mapping[str, Any], index: tuple[slice, ...]) -> np.ndarray:
     # Before tensorstore 0.1.14, the path was not part of the kvstore entry.
     inner = leaf['kvstore'].get('path') or leaf['path']
     bucket = re.fullmatch('gs://([^/]+)/(.*)', self.path)
@@ -161,7 +180,9 @@ class T5X:
     else:
       store = {'driver': 'file', 'path': f'{epath.Path(self.path)}/{inner}'}
     try:
-      array = tensorstore.open({'driver': 'zarr', 'kvstore': store}, open=True).result()
+      # A missing chunk is an error, and not zeros.
+      spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
+      array = tensorstore.open(spec, open=True).result()
       if tuple(array.shape) != self.shapes[name]:
         raise ValueError(f'its shape is {tuple(array.shape)}, not {self.shapes[name]}')
       return array[index].read().result()
@@ -176,14 +197,15 @@ class T5X:
 def fingerprint(path: str) -> str:
   """Digest of a file's name, size, beginning and end, or of those of a directory's files.
 
-  It distinguishes two downloads quickly; `frozen.digests` compares all parameters. 'missing' if the
-  path does not exist.
+  It distinguishes two downloads quickly; `frozen.digests` compares all parameters. It is 'missing'
+  if there is no file.
   """
   where, digest, part = epath.Path(path), hashlib.sha256(), 1 << 16
-  if not where.exists():
+  paths = sorted(where.iterdir()) if where.is_dir() else [where]
+  paths = [file for file in paths if files.is_file(file)]
+  if not paths:
     return 'missing'
-  files = sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]
-  for file in files:
+  for file in paths:
     size = file.stat().length
     with file.open('rb') as opened:
       digest.update(f'{file.name} {size}'.encode() + opened.read(part))
@@ -213,46 +235,6 @@ def is_t5x(path: str) -> bool:
   return (epath.Path(path) / 'checkpoint').exists()
 
 
-def _find(path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
-  """A safetensors file, or an index and its mapping from tensors to files."""
-  if path.is_dir():
-    found = sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
-    if len(found) != 1:
-      listed = ', '.join(file.name for file in found) or 'none'
-      raise errors.UserError(
-        f'{path} must hold exactly one safetensors file or index, but has {listed}: give the '
-        'path of the file.',
-        errors.CORRUPT,
-      )
-    path = found[0]
-  if not path.exists():
-    raise errors.UserError(f'{path} does not exist: check the path of the weights.', errors.CORRUPT)
-  if not path.name.endswith('.json'):
-    return path, None
-  try:
-    return path, dict(json.loads(path.read_text())['weight_map'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f'{path} is not an index of safetensors files (it has no weight_map): download it again.',
-      errors.CORRUPT,
-    ) from error
-
-
-def _files(where: epath.Path, index: Mapping[str, str] | None) -> list[epath.Path]:
-  """The file that `_find` returned, and those that its index names.
-
-  Raises:
-    UserError: a file is missing.
-  """
-  files = [where, *(where.parent / name for name in sorted(set((index or {}).values())))]
-  for file in files:
-    if not file.exists():
-      raise errors.UserError(
-        f'{file} is in the index but does not exist: download it as well.', errors.CORRUPT
-      )
-  return files
-
-
 def digests(path: str) -> dict[str, str]:
   """SHA-256 of each file of the weights at `path`, by file name.
 
@@ -264,14 +246,14 @@ def digests(path: str) -> dict[str, str]:
   """
   if is_t5x(path):
     root = epath.Path(path)
-    files = list(_walk(root))
+    paths = list(_walk(root))
   else:
-    files = _files(*_find(epath.Path(path)))
-    root = files[0].parent
+    paths = tensor_files.listed(*tensor_files.find(epath.Path(path)))
+    root = paths[0].parent
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
     return {
       str(file.relative_to(root)): digest
-      for file, digest in zip(files, pool.map(_digest, files), strict=True)
+      for file, digest in zip(paths, pool.map(_digest, paths), strict=True)
     }
 
 
@@ -322,7 +304,8 @@ def load(
     A tree of jax.Arrays like `shapes`, converted to its dtypes.
 
   Raises:
-    UserError: tensors are missing, unknown, or have the wrong shape (exit code 5).
+    UserError: tensors are missing, unknown, of the wrong shape, not floats or not finite (exit code
+      5).
   """
   leaves, tree = jax.tree.flatten_with_path(shapes)
   leaves = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
@@ -391,13 +374,18 @@ def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.
   def read(index: tuple[slice, ...]) -> np.ndarray:
     index = [slice(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
     if not entry.is_stacked:
-      return np.ascontiguousarray(read_one(names[0], index), leaf.dtype)
+      with np.errstate(over='ignore'):  # infinite values are found below
+        result = np.ascontiguousarray(read_one(names[0], index), leaf.dtype)
+      tensor_files.check_finite(result, names[0], source.path)
+      return result
     layers = range(*index[0].indices(leaf.shape[0]))
     shape = (len(layers), *(part.stop - part.start for part in index[1:]))
     result = np.empty(shape, leaf.dtype)
 
     def fill(row: int) -> None:
-      result[row] = read_one(names[layers[row]], index[1:])
+      with np.errstate(over='ignore'):
+        result[row] = read_one(names[layers[row]], index[1:])
+      tensor_files.check_finite(result[row], names[layers[row]], source.path)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each thread holds one layer
       list(pool.map(fill, range(len(layers))))

@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two layers with a GELU between them; the hidden layer is `ratio` times as wide."""
+  """Two layers with a GELU between them, as in MAR; the hidden layer is `ratio` times as wide."""
 
   width: int
   ratio: int = 4
@@ -167,7 +167,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     h = dense(self.ratio * self.width, ('embed', 'mlp'), dtype=self.dtype, name='wi')(x_BxNxD)
-    h = nn.gelu(checkpoint_name(nn.with_logical_constraint(h, ('batch', None, 'mlp')), 'hidden'))
+    h = checkpoint_name(nn.with_logical_constraint(h, ('batch', None, 'mlp')), 'hidden')
+    h = nn.gelu(h, approximate=False)  # with erf, as timm's blocks have it
     return dense(self.width, ('mlp', 'embed'), dtype=self.dtype, name='wo')(h)
 
 

@@ -5,12 +5,11 @@ import dataclasses
 import hashlib
 import math
 import re
-import unicodedata
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fluid_jax import errors
+from fluid_jax import captions, errors
 from fluid_jax.data import examples
 from fluid_jax.prepare import images, pairs, sources, tables
 
@@ -24,8 +23,6 @@ _MAX_VALUES = 1000  # of a histogram; others are counted together
 MAX_ROOM = 1 << 22  # of the captions of an image: `examples` reads no more values and bytes
 _MAX_QUARANTINE = 10_000  # faults of a unit that are described; all faults are counted
 _ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # lower edges of the histogram's bins
-# Characters that change the direction of the text around them, and the byte-order mark.
-_INVISIBLE = re.compile('[\u202a-\u202e\u2066-\u2069\ufeff]')
 _UNPRINTABLE = re.compile(
   '[%\\s\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]'
 )
@@ -117,18 +114,15 @@ class Counts:
 
 
 def clean_caption(text: str | bytes) -> str:
-  """Returns a caption in Unicode form NFC, on one line and without control characters.
+  """Returns a caption as `captions.clean` does.
 
   Raises:
     RejectedError: it is not UTF-8.
   """
   try:
-    text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+    return captions.clean(text)
   except UnicodeError as error:
     raise images.RejectedError('caption is not UTF-8') from error
-  text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
-  text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in text)
-  return ' '.join(text.split())
 
 
 def clean_key(key: str) -> str:

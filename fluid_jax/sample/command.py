@@ -78,18 +78,19 @@ def make_parser() -> cli.Parser:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-  """Prompts of the flags, then those of the file."""
+  """Prompts of the flags, then those of the file, cleaned."""
   prompts = list(args.prompt)
   if args.prompts_file:
     try:
-      prompts += args.prompts_file.read_text(encoding='utf-8').splitlines()
+      with args.prompts_file.open(encoding='utf-8') as lines:
+        prompts += [line.removesuffix('\n') for line in lines]
     except (OSError, UnicodeDecodeError) as error:
       raise errors.UserError(
         f'--prompts_file={args.prompts_file} cannot be read ({error}): give a UTF-8 text file.'
       ) from error
   if not prompts:
     raise errors.UserError('there is no prompt: give --prompt "red heart", or --prompts_file.')
-  return prompts
+  return text.clean_prompts(prompts)
 
 
 def check_flags(args: argparse.Namespace) -> None:
