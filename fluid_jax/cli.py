@@ -286,8 +286,8 @@ def _comments(cls: type) -> dict[str, str]:
   return found
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-  """Returns the `type` of a numeric flag.
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
+  """Returns the `type` of a numeric flag, which accepts finite numbers.
 
   Args:
     kind: int or float.
@@ -300,10 +300,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
       value = kind(text)
     except ValueError:
       value = math.nan
-    if not low <= value <= high:
-      noun = 'an integer' if kind is int else 'a number'
-      limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
-      raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {limits}')
+    if not (low <= value <= high and abs(value) < math.inf):
+      noun = 'an integer' if kind is int else 'a finite number'
+      limits = f' from {low} to {high}' if high < math.inf else f' of at least {low}'
+      raise argparse.ArgumentTypeError(f'{text!r} is not {noun}{limits if low > -math.inf else ""}')
     return value
 
   return parse

@@ -18,6 +18,7 @@ DEVICES = 3  # the mesh does not fit the devices, or the processes cannot connec
 MISMATCH = 4  # the checkpoint, the workdir or another process has a different config
 CORRUPT = 5  # data or a checkpoint is corrupt or missing
 STORAGE = 6  # the disk is full or not writable
+DIVERGED = 7  # training or a model has values that are not finite
 PREEMPTED = 42
 INTERRUPTED = 130  # Ctrl-C
 CRASH = 134
@@ -32,6 +33,15 @@ class UserError(Exception):
   def __init__(self, message: str, exit_code: int = CONFIG):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+def not_finite(what: str) -> UserError:
+  """The error for `what`, parameters that are not finite."""
+  return UserError(
+    f'{what} are not finite, because training diverged or the file was made wrongly: give another '
+    '--step or --workdir.',
+    DIVERGED,
+  )
 
 
 def and_more(items: Sequence[str], limit: int = 3, separator: str = '; ') -> str:

@@ -13,7 +13,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fluid_jax import checkpoint, distributed, errors, files, flops, metrics, settings, sharding
+from fluid_jax import (
+  checkpoint,
+  distributed,
+  errors,
+  files,
+  flops,
+  health,
+  metrics,
+  settings,
+  sharding,
+)
 from fluid_jax.data import pipeline, tasks
 
 # Settings that may change when a run is resumed, because they do not affect the trained parameters.
@@ -87,7 +97,8 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
     The state, and the exit code: 0 when done, 42 if SIGTERM arrived and the state was saved.
 
   Raises:
-    UserError: the workdir belongs to another config, or files cannot be read or written.
+    UserError: the workdir belongs to another config, files cannot be read or written, or training
+      diverges, see `health.Monitor`.
   """
   config, mesh, is_main_process = job.config, job.mesh, jax.process_index() == 0
 
@@ -104,9 +115,10 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
   restored = checkpointer.restore(job.state)
   if restored is None:
     log('initializing the parameters ...')
-    state, start = job.init(), 0
+    state, data_state, start = job.init(), {}, 0
   else:
-    state, _, start = restored
+    state, data_state, start = restored
+  monitor = health.Monitor(job, state, f'step {start} of {workdir}', data_state)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
   log(
     f'{config.name}: {num_params / 1e6:.1f}M parameters, '
@@ -162,6 +174,7 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
       batch = next(batches)
       timer.add_data(time.perf_counter() - waiting)
       num_rows = len(batch.pop('valid'))  # all rows are valid in training
+      monitor.inspect(step_number, batch)
       batch = sharding.put_batch(batch, mesh)
       if step_number == start + 1:
         log('compiling the train step ...')
@@ -170,6 +183,7 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
         log(f'compiled the train step in {time.perf_counter() - compiling:.1f} s')
         distributed.barrier('compiled')  # the first collective on CPUs waits only 30 s
       state, values = job.train_step(state, batch, job.frozen)
+      monitor.add(step_number, values)
       if 'text_ids' in batch:
         values['truncated_text_fraction'] = batches.num_truncated / num_rows
       if pending is not None:
@@ -182,7 +196,10 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
       if is_due(config.train.log_every):
         pending = step_number, values
       stop = is_preempted(step_number)
-      is_saving = is_due(config.train.checkpoint_every) or stop
+      is_last = stop or step_number == config.train.num_steps
+      is_saving = monitor.may_save(
+        step_number, state, is_due(config.train.checkpoint_every), is_last
+      )
       if is_saving and pending is not None:  # a run that resumes here will not write them again
         report(*pending)
         pending = None
@@ -204,7 +221,7 @@ def run(job: Job, workdir: pathlib.Path, is_preempted: Callable[[int], bool]) ->
       if is_saving:
         writer.flush()
         with jax.transfer_guard('allow'):
-          checkpointer.save(step_number, state, {'step': step_number})
+          checkpointer.save(step_number, state, {'step': step_number, **monitor.data_state})
       timer.pause(time.perf_counter() - pausing)
       if stop:
         exit_code = errors.PREEMPTED

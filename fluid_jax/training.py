@@ -71,7 +71,11 @@ def _image_sampler(components: step.Components, encoder_params: frozen.Params) -
   sampler = sample_pipeline.Sampler(config, components.model, components.encoders, encoder_params)
 
   def sample_images(state: step.TrainState) -> dict[str, np.ndarray]:
-    return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts, num_images=4)}
+    try:
+      return {'samples': sampler.grid(state.ema_params, config.train.sample_prompts, num_images=4)}
+    except errors.UserError as error:  # training may recover, and the grids are only for people
+      metrics.log(f'warning: {error}', jax.process_index() == 0)
+      return {}
 
   return sample_images
 
