@@ -318,9 +318,21 @@ def add_run_flags(parser: Parser) -> None:
   parser.add_argument(
     '--validate_only',
     action='store_true',
-    help='check the config, print parameters, FLOPs and bytes, and exit; uses no device',
+    help='check config, encoders, data and workdir, print parameters, FLOPs and bytes, and exit; '
+    'uses no device',
+  )
+  parser.add_argument(
+    '--skip_data', action='store_true', help='with --validate_only: do not check the data'
   )
   add_process_flags(parser)
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
+  """UserError for flags of `add_run_flags` that do not go together."""
+  if args.skip_data and not args.validate_only:
+    raise errors.UserError('--skip_data is for --validate_only: training reads data.')
+  if not (args.workdir or args.validate_only or args.print_config):
+    raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
 
 
 def add_process_flags(parser: Parser) -> None:

@@ -1,6 +1,8 @@
 """Errors that the user can fix, and the exit codes of all commands."""
 
 import errno
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from typing import NoReturn
 # A scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on a permanent
 # error.
 CONFIG = 2  # wrong config, flag or prompt
-DEVICES = 3  # the mesh does not fit the devices, or the processes cannot connect to each other
+DEVICES = 3  # there is no device, the mesh does not fit, or the processes cannot connect
 MISMATCH = 4  # the checkpoint, the workdir or another process has a different config
 CORRUPT = 5  # data or a checkpoint is corrupt or missing
 STORAGE = 6  # the disk is full or not writable
@@ -50,27 +52,44 @@ def and_more(items: Sequence[str], limit: int = 3, separator: str = '; ') -> str
   return separator.join(items[:limit]) + more
 
 
+def expected(error: BaseException) -> BaseException:
+  """The UserError that says what a known error of a library means; otherwise `error`."""
+  if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+    return UserError(
+      f'the disk is full ({error}): free some space and run the same command again.', STORAGE
+    )
+  files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+  # JAX also raises an AssertionError there, without a message. A device that is busy may be free
+  # after a restart.
+  is_backend = any(file.endswith('jax/_src/xla_bridge.py') for file in files)
+  is_busy = re.search('in use|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED', str(error))
+  if isinstance(error, RuntimeError | AssertionError) and is_backend and not is_busy:
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    reason = (str(error) or 'there is no such device').splitlines()[0].partition(' (set ')[0]
+    return UserError(
+      f'no device can be used with JAX_PLATFORMS={platforms!r} ({reason.rstrip(".")}): set it to a '
+      'platform of this machine, such as cpu, or install the driver and the extra of this package '
+      'for the device.',
+      DEVICES,
+    )
+  return error
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Calls `main` and exits with its return value, or with the exit code of its error.
 
-  A UserError, Ctrl-C or a full disk prints one line; any other exception prints a traceback.
+  A UserError, an expected error or Ctrl-C prints one line; any other exception prints a traceback.
   """
   try:
     code = main() or 0
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    code = error.exit_code
   except KeyboardInterrupt:
     print('error: interrupted; the same command resumes.', file=sys.stderr)
     code = INTERRUPTED
-  except Exception as error:
-    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-      print(
-        f'error: the disk is full ({error}): free some space and run the same command again.',
-        file=sys.stderr,
-      )
-      code = STORAGE
+  except Exception as caught:
+    error = expected(caught)
+    code = getattr(error, 'exit_code', CRASH)
+    if isinstance(error, UserError):
+      print(f'error: {error}', file=sys.stderr)
     else:
       traceback.print_exc()
-      code = CRASH
   sys.exit(code)

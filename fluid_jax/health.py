@@ -7,7 +7,7 @@ counters and the loss a step late, so that no step waits for them.
 import contextlib
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax

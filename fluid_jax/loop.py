@@ -255,12 +255,32 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process
     is_main_process: whether this process writes.
 
   Raises:
-    UserError: the workdir belongs to another config (exit code 4), its `config.json` is corrupt
-      (5), or it cannot be written (6).
+    UserError: see `check_config`; or the workdir cannot be written (exit code 6).
+  """
+  with files.writing(f'--workdir={workdir}'):
+    workdir.mkdir(parents=True, exist_ok=True)
+  check_config(workdir, config)
+  if is_main_process:
+    with files.writing(f'--workdir={workdir}'):
+      files.write(workdir / 'config.json', json.dumps(config, indent=2) + '\n')
+
+
+def check_config(
+  workdir: pathlib.Path, config: Mapping[str, Any], ignored: tuple[str, ...] = ()
+) -> None:
+  """Compares the `config.json` of a workdir, if it has one, with `config`.
+
+  Args:
+    workdir: folder for checkpoints and metrics.
+    config: as JSON values, see `saved`.
+    ignored: beginnings of the names of values that may differ, besides `RESUMABLE`.
+
+  Raises:
+    UserError: the workdir belongs to another config (exit code 4), or its `config.json` is corrupt
+      (5) or cannot be read (6).
   """
   path = workdir / 'config.json'
   with files.writing(f'--workdir={workdir}'):
-    workdir.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes() if path.exists() else None
   if old is not None:
     try:
@@ -269,16 +289,13 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], is_main_process
       raise errors.UserError(
         f'{path} is not valid JSON ({error}): delete it or give another --workdir.', errors.CORRUPT
       ) from error
-    refused = [line for line in changed if not line.startswith(RESUMABLE)]
+    refused = [line for line in changed if not line.startswith((*RESUMABLE, *ignored))]
     if refused:
       raise errors.UserError(
         f'{workdir} was trained with another config ({"; ".join(refused)}): give the same config '
         'or another --workdir.',
         errors.MISMATCH,
       )
-  if is_main_process:
-    with files.writing(f'--workdir={workdir}'):
-      files.write(path, json.dumps(config, indent=2) + '\n')
 
 
 def preemption_signal() -> Callable[[int], bool]:

@@ -101,8 +101,8 @@ def check_run(c: Any) -> list[str]:
     problems.append('optimizer.weight_decay is negative; 0 turns it off.')
   if c.optimizer.learning_rate > 10:  # an update moves each parameter by about this much
     problems.append(
-      f'optimizer.learning_rate is {c.optimizer.learning_rate}; it must be at most 10 (usually 1e-5 '
-      'to 1e-2).'
+      f'optimizer.learning_rate is {c.optimizer.learning_rate}; it must be at most 10 (usually '
+      '1e-5 to 1e-2).'
     )
   if c.optimizer.learning_rate * c.optimizer.weight_decay > 1:
     problems.append(

@@ -26,8 +26,8 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: () int32, number of batches seen.
-    num_skipped: () int32, how many of them were skipped because their loss, gradient or update was not
-      finite.
+    num_skipped: () int32, how many of them were skipped because their loss, gradient or update was
+      not finite.
     params: parameters of the model.
     ema_params: exponential moving average of `params`.
     opt_state: state of the optimizer.
@@ -412,7 +412,9 @@ def _init(
   )
 
 
-def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+  config: config_lib.Config, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of a global batch, without the array 'valid' of a stream.
 
   Images are one of images_BxHxWx3 uint8, image_moments_BxLx2C float32 and image_codes_BxL int32.

@@ -116,7 +116,11 @@ def encoder_digests(config: config_lib.Config, loaded: dict[str, str]) -> dict[s
 
 
 def open_stream(
-  config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  split: str,
+  rows: np.ndarray | None = None,
+  **kwargs: Any,
 ) -> pipeline.Stream:
   """Opens this process's rows of the batches of a split of the config's task.
 
@@ -124,12 +128,13 @@ def open_stream(
     config: resolved.
     mesh: of all devices.
     split: 'train' or 'validation'.
+    rows: see `data.pipeline.Stream`; those of this process's devices by default.
     **kwargs: see `data.pipeline.open_config`.
 
   Raises:
     UserError: see `data.pipeline.Stream`; or the examples have other arrays than the config reads.
   """
-  rows = sharding.local_rows(mesh, config.train.batch_size)
+  rows = sharding.local_rows(mesh, config.train.batch_size) if rows is None else rows
   stream = pipeline.open_config(config, split, rows=rows, **kwargs)
   expected = sorted(step.batch_shapes(config, mesh))
   if stream.arrays != expected:
