@@ -22,6 +22,7 @@ MAX_IN_A_ROW = 10  # skipped steps that end training
 MAX_IN_WINDOW = 25
 SPIKE = 10  # times the median loss of the window: a spike, which is reported
 OUTLIER = 30  # times the median magnitude of a batch's examples: an outlier, which is reported
+NOT_FINITE = 'are not finite'
 _NUM_INSPECTED = 3  # batches that are read again to find what is wrong in them
 
 
@@ -219,7 +220,7 @@ def outliers(batch: Mapping[str, np.ndarray]) -> dict[int, str]:
     is_finite_B = np.isfinite(array.sum(axes, dtype=np.float32))
     typical = np.median(largest_B[is_finite_B]) if is_finite_B.any() else 0
     for row in np.flatnonzero(~is_finite_B):
-      found[int(row)] = f'{name} are not finite'
+      found[int(row)] = f'{name} {NOT_FINITE}'
     for row in np.flatnonzero(is_finite_B & (largest_B > OUTLIER * typical) & (typical > 0)):
       found[int(row)] = f'{name} are over {OUTLIER} times larger than is usual'
   return found

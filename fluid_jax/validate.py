@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from fluid_jax import config as config_lib
-from fluid_jax import errors, files, health, loop, sharding, step, training
+from fluid_jax import errors, files, health, loop, metrics, sharding, step, training
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import frozen, text
 
@@ -48,7 +48,12 @@ def check(config: config_lib.Config, workdir: str | None, skip_data: bool) -> st
       config.data.task,
       {name: (leaf.shape[1:], leaf.dtype) for name, leaf in arrays.items()},
       lambda split: training.open_stream(
-        config, mesh, split, rows=np.arange(NUM_READ), batch_size=NUM_READ
+        config,
+        mesh,
+        split,
+        rows=np.arange(NUM_READ),
+        batch_size=NUM_READ,
+        shuffle=split == 'train',
       ),
     )
   return report(config, workdir, skip_data, done, 'the values of the encoders')
@@ -111,9 +116,10 @@ def check_data(
   done = []
   for split in ('train', 'validation'):
     with contextlib.closing(open_split(split)) as stream:
-      batch = next(stream)
-      keys = stream.keys_at(0)
-      done.append(f'{len(keys)} of the {stream.num_examples:,} {split} examples of {task}')
+      for source in stream.sources:
+        if hasattr(source, 'check_files'):
+          source.check_files()
+      batch, keys = next(stream), stream.keys_at(0)
     for name, (shape, dtype) in arrays.items():
       found = batch[name]
       if found.shape[1:] != shape or found.dtype != dtype:
@@ -124,11 +130,13 @@ def check_data(
           errors.MISMATCH,
         )
     for row, problem in health.outliers(batch).items():
-      if row < len(keys):
-        raise errors.UserError(
-          f'example {keys[row]} of {task}, split {split!r}: its {problem}: repair or remove it.',
-          errors.CORRUPT,
-        )
+      message = f'{problem} in the {split} example {keys[min(row, len(keys) - 1)]} of {task}'
+      if health.NOT_FINITE in problem:
+        raise errors.UserError(f'{message}: repair or remove it.', errors.CORRUPT)
+      metrics.log(f'warning: {message}')
+    done.append(
+      f'files and {len(set(keys))} of the {stream.num_examples:,} {split} examples of {task}'
+    )
   return done
 
 

@@ -299,6 +299,8 @@ def validate(config: tokenizer_config.Config, workdir: str | None, skip_data: bo
     done += validate_lib.check_data(
       config.data.task,
       {'images': ((side, side, 3), np.dtype(np.uint8))},
-      lambda split: _open_stream(config, mesh, split, rows=np.arange(count), batch_size=count),
+      lambda split: _open_stream(
+        config, mesh, split, rows=np.arange(count), batch_size=count, shuffle=split == 'train'
+      ),
     )
   return validate_lib.report(config, workdir, skip_data, done, 'the values of files')
