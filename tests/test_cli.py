@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from fluid_jax import checkpoint, cli, errors, export, loop, main
+from fluid_jax import checkpoint, cli, errors, export, loop, main, validate
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
 from fluid_jax.sample import command, pipeline
@@ -129,13 +129,14 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
   assert 'total 1.4 GB' in out
 
 
-def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path, trained):
-  def problem(*flags):
+@pytest.mark.usefixtures('small_networks')
+def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
+  def problem(*flags, workdir=None):
     with pytest.raises(errors.UserError) as caught:
-      main.main([TINY, '--validate_only', '--skip_data', *flags])
+      validate.check(read_config(TINY, *flags), workdir, skip_data=True)
     return caught.value.exit_code, str(caught.value)
 
-  kl = ('--config.image.tokenizer=sd_vae', '--config.image.size=64')
+  kl = ('--config.image.tokenizer=sd_vae', '--config.image.size=16')
   assert 'image.tokenizer_path is empty' in problem(*kl)[1]
   path = tmp_path / 'vae.safetensors'
   path_flag = f'--config.image.tokenizer_path={path}'
@@ -149,12 +150,12 @@ def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path, trained):
   assert problem('--config.mesh.tensor=3')[0] == 3
   assert problem('--config.mesh.tensor=2', '--config.mesh.preset=fsdp')[0] == 3
   (tmp_path / 'file').touch()
-  assert problem(f'--workdir={tmp_path}/file/run')[0] == 6
+  assert problem(workdir=f'{tmp_path}/file/run')[0] == 6
   (tmp_path / 'config.json').write_text(json.dumps({'name': 'other', 'encoder_digests': {}}))
-  assert problem(f'--workdir={tmp_path}')[0] == 4
+  assert problem(workdir=f'{tmp_path}')[0] == 4
   saved = dataclasses.asdict(read_config(TINY)) | {'encoder_digests': {'image': 'x'}}
   (tmp_path / 'config.json').write_text(json.dumps(saved))
-  assert main.main([TINY, '--validate_only', '--skip_data', f'--workdir={tmp_path}']) == 0
+  assert 'not checked: ' in validate.check(read_config(TINY), str(tmp_path), skip_data=True)
   with pytest.raises(errors.UserError, match='--skip_data is for --validate_only'):
     main.main([TINY, '--skip_data', f'--workdir={tmp_path}'])
 

@@ -1,7 +1,7 @@
 """A task over encoded examples, of which some are wrong: the fault is the value of FAULT.
 
-'inf': an infinite number in one example of every batch of 16. 'loud': 4 of 64 examples, 1000 times
-too large. 'late': as 'inf', in the first 16 examples only. Otherwise all are right.
+'inf': an infinite number in every example. 'one': in example 5 only. 'loud': 4 of 64 examples are
+1000 times too large. Otherwise all are right.
 """
 
 import os
@@ -32,7 +32,7 @@ class Latents:
     moments[:, 16:] = -8  # logarithm of the variance
     if self._fault == 'inf':
       moments[3, 2] = np.inf
-    if self._fault == 'one inf' and index == 5:
+    if self._fault == 'one' and index == 5:
       moments[3, 2] = np.inf
     if self._fault == 'loud' and index % 16 == 5:
       moments *= 1000
