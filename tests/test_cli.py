@@ -522,7 +522,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     (['--prompt=❤️🎉'], 'has no letter or digit'),
     (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),
     (['--prompt=a', '--guidance_scale=101'], 'sampling.guidance_scale is 101.0; choose'),
-    (['--prompt=a', '--guidance_scale=nan'], 'sampling.guidance_scale is nan; choose'),
+    (['--prompt=a', '--guidance_scale=nan'], "'nan' is not a finite number"),
     (['--prompt=a', '--num_steps=0'], 'sampling.num_steps is 0; it must be above 0'),
     (['--prompt=a', '--num_steps=17'], 'takes 1 to 16 steps'),
     (['--prompt=a', '--num_diffusion_steps=1'], 'choose 2 to 1000'),
