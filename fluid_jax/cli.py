@@ -331,8 +331,8 @@ def _comments(cls: type) -> dict[str, str]:
   return found
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-  """Returns the `type` of a numeric flag.
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
+  """Returns the `type` of a numeric flag, which accepts finite numbers.
 
   Args:
     kind: int or float.
@@ -345,10 +345,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
       value = kind(text)
     except ValueError:
       value = math.nan
-    if not low <= value <= high:
-      noun = 'an integer' if kind is int else 'a number'
-      limits = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
-      raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {limits}')
+    if not (low <= value <= high and abs(value) < math.inf):
+      noun = 'an integer' if kind is int else 'a finite number'
+      limits = f' from {low} to {high}' if high < math.inf else f' of at least {low}'
+      raise argparse.ArgumentTypeError(f'{text!r} is not {noun}{limits if low > -math.inf else ""}')
     return value
 
   return parse
@@ -363,7 +363,11 @@ def add_run_flags(parser: Parser) -> None:
   parser.add_argument(
     '--validate_only',
     action='store_true',
-    help='check the config, print parameters, FLOPs and bytes, and exit; uses no device',
+    help='check config, encoders, data and workdir, print parameters, FLOPs and bytes, and exit; '
+    'uses no device',
+  )
+  parser.add_argument(
+    '--skip_data', action='store_true', help='with --validate_only: do not check the data'
   )
   parser.add_argument(
     '--start_over',
@@ -372,6 +376,14 @@ def add_run_flags(parser: Parser) -> None:
     'move them to WORKDIR/old-N and start at step 0; otherwise resume',
   )
   add_process_flags(parser)
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
+  """UserError for flags of `add_run_flags` that do not go together."""
+  if args.skip_data and not args.validate_only:
+    raise errors.UserError('--skip_data is for --validate_only: training reads data.')
+  if not (args.workdir or args.validate_only or args.print_config):
+    raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
 
 
 def add_process_flags(parser: Parser) -> None:

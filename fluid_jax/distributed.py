@@ -79,7 +79,7 @@ def initialize(timeout_s: int) -> Iterator[None]:
     if count() == 1:
       raise
     # Threads that wait for other processes, and JAX's shutdown, can delay the exit by minutes.
-    code = getattr(error, 'exit_code', errors.CRASH)
+    code = getattr(errors.expected(error), 'exit_code', errors.CRASH)
     if not isinstance(error, errors.UserError) and _PROCESS_LOST.search(str(error)):
       reason = str(error).splitlines()[0].rstrip('.')
       print(

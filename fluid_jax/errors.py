@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
 import traceback
@@ -17,10 +18,11 @@ from typing import NoReturn
 # A scheduler that restarts on 42 and on 127 and above (XPK, JobSet) does not loop on a permanent
 # error.
 CONFIG = 2  # wrong config, flag or prompt
-DEVICES = 3  # the mesh does not fit the devices, or the processes cannot connect to each other
+DEVICES = 3  # there is no device, the mesh does not fit, or the processes cannot connect
 MISMATCH = 4  # the checkpoint or another process has a different config, or a workdir is in use
 CORRUPT = 5  # data, a checkpoint or all checkpoints of a workdir are corrupt or missing
 STORAGE = 6  # the disk is full or not writable
+DIVERGED = 7  # training or a model has values that are not finite
 PREEMPTED = 42
 INTERRUPTED = 130  # Ctrl-C
 CRASH = 134
@@ -38,16 +40,48 @@ class UserError(Exception):
     self.exit_code = exit_code
 
 
+def not_finite(what: str) -> UserError:
+  """The error for `what`, parameters that are not finite."""
+  return UserError(
+    f'{what} are not finite, because training diverged or the file was made wrongly: give another '
+    '--step or --workdir.',
+    DIVERGED,
+  )
+
+
 def and_more(items: Sequence[str], limit: int = 3, separator: str = '; ') -> str:
   """Joins the first `limit` items; if there are others, adds "and N more"."""
   more = f' and {len(items) - limit} more' if len(items) > limit else ''
   return separator.join(items[:limit]) + more
 
 
+def expected(error: BaseException) -> BaseException:
+  """The UserError that says what a known error of a library means; otherwise `error`."""
+  if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+    return UserError(
+      f'the disk is full ({error}): free some space and run the same command again.', STORAGE
+    )
+  files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+  # JAX also raises an AssertionError there, without a message. A device that is busy may be free
+  # after a restart.
+  is_backend = any(file.endswith('jax/_src/xla_bridge.py') for file in files)
+  is_busy = re.search('in use|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED', str(error))
+  if isinstance(error, RuntimeError | AssertionError) and is_backend and not is_busy:
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    reason = (str(error) or 'there is no such device').splitlines()[0].partition(' (set ')[0]
+    return UserError(
+      f'no device can be used with JAX_PLATFORMS={platforms!r} ({reason.rstrip(".")}): set it to a '
+      'platform of this machine, such as cpu, or install the driver and the extra of this package '
+      'for the device.',
+      DEVICES,
+    )
+  return error
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Calls `main` and exits with its return value, or with the exit code of its error.
 
-  A UserError, Ctrl-C or a full disk prints one line; any other exception prints a traceback.
+  A UserError, an expected error or Ctrl-C prints one line; any other exception prints a traceback.
   Characters that the terminal cannot show are printed as escapes. If the reader of the output has
   ended, as in `... | head -1`, the rest is discarded.
   """
@@ -56,20 +90,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   try:
     code = main() or 0
     print(end='', flush=True)
-  except UserError as error:
-    code = error.exit_code
-    _report(f'error: {error}')
   except KeyboardInterrupt:
     code = INTERRUPTED
     _report('error: interrupted: run the same command again.')
-  except Exception as error:
-    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-      code = STORAGE
-      _report(f'error: the disk is full ({error}): free some space and run the same command again.')
+  except Exception as caught:
+    error = expected(caught)
+    code = getattr(error, 'exit_code', CRASH)
+    if isinstance(error, UserError):
+      _report(f'error: {error}')
     elif isinstance(error, BrokenPipeError) and any(_is_closed(n) for n in (1, 2)):
       code = CLOSED_PIPE
     else:
-      code = CRASH
       _report(traceback.format_exc().rstrip())
   for number in filter(_is_closed, (1, 2)):  # Python would report them at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)

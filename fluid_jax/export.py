@@ -144,7 +144,11 @@ def _write_model(
   shapes: Any,
   folder: pathlib.Path,
 ) -> pathlib.Path:
-  """Writes the parameters, one file at a time; returns the file, or the index of several files."""
+  """Writes the parameters, one file at a time; returns the file, or the index of several files.
+
+  Raises:
+    UserError: they are not finite (exit code 7).
+  """
   leaves = traverse_util.flatten_dict(shapes)
   groups = [[]]
   room = FILE_BYTES
@@ -163,6 +167,8 @@ def _write_model(
     part = traverse_util.unflatten_dict({path: leaves[path] for path in group})
     read = traverse_util.flatten_dict(checkpointer.read(found, {field: part})[field])
     arrays = {'.'.join(path): np.asarray(leaf) for path, leaf in read.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+      raise errors.not_finite(f'the {field} of step {found}')
     weights_lib.save(arrays, folder / name)
     file_of |= dict.fromkeys(arrays, name)
     total += sum(array.nbytes for array in arrays.values())

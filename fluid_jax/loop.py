@@ -12,7 +12,18 @@ import jax
 import numpy as np
 from absl import logging
 
-from fluid_jax import checkpoint, distributed, errors, files, flops, lease, metrics, sharding, stop
+from fluid_jax import (
+  checkpoint,
+  distributed,
+  errors,
+  files,
+  flops,
+  health,
+  lease,
+  metrics,
+  sharding,
+  stop,
+)
 from fluid_jax import workdir as workdir_lib
 from fluid_jax.data import pipeline
 
@@ -107,8 +118,8 @@ def run(
     The state, and the exit code: 0 when done, 42 if a signal arrived and the state was saved.
 
   Raises:
-    UserError: the workdir belongs to another config, or lost its checkpoints; or files cannot be
-      read or written.
+    UserError: the workdir belongs to another config, or lost its checkpoints; files cannot be
+      read or written; or training diverges, see `health.Monitor`.
   """
   config, mesh, is_main_process = job.config, job.mesh, held is not None
 
@@ -144,6 +155,7 @@ def run(
     state, data_state, start = stopper.wait(job.init), {}, 0
   else:
     state, data_state, start = restored
+  monitor = health.Monitor(job, state, f'step {start} of {workdir}', data_state)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
   log(
     f'{config.name}: {num_params / 1e6:.1f}M parameters, '
@@ -216,7 +228,8 @@ def run(
     report()  # a run that resumes here will not write them again
     writer.flush()
     # What is due at this step and not done yet is done by the run that resumes here.
-    data_state = {'step': done, **{name: int(name in due) for name in tasks_at_steps}}
+    data_state = {'step': done, **monitor.data_state}
+    data_state |= {name: int(name in due) for name in tasks_at_steps}
     if held is not None:
       held.check()
     with jax.transfer_guard('allow'):
@@ -243,7 +256,10 @@ def run(
   with contextlib.closing(writer), checkpointer, guard:
     try:
       while True:
-        is_saving = done > start and is_due(config.train.checkpoint_every)
+        is_last = done == config.train.num_steps
+        is_saving = done > start and monitor.may_save(
+          done, state, is_due(config.train.checkpoint_every), is_last
+        )
         if due or is_saving:
           jax.block_until_ready(state)  # the time of the step itself is not a pause
           report()
@@ -260,11 +276,13 @@ def run(
         batch = stopper.wait(lambda: next(batches))
         timer.add_data(time.perf_counter() - waiting)
         num_rows = len(batch.pop('valid'))  # all rows are valid in training
+        monitor.inspect(done + 1, batch)
         batch = sharding.put_batch(batch, mesh)
         if done == start:
           _compile(job, state, batch, stopper, log)
         state, values = job.train_step(state, batch, job.frozen)
         done += 1
+        monitor.add(done, values)
         if 'text_ids' in batch:
           values['truncated_text_fraction'] = batches.num_truncated / num_rows
         report()
@@ -279,7 +297,7 @@ def run(
       report()
     except stop.Stopped as signal_name:
       stopped_by = str(signal_name)
-      if done > start:
+      if done > start and monitor.may_save(done, state, is_due=True, is_last=True):
         log(f'step {done}  saving ...')
         save()
   if not stopped_by:

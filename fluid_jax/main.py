@@ -26,16 +26,16 @@ def make_parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
   parser = make_parser()
   args, config = parser.read_config(sys.argv[1:] if argv is None else argv, config_lib.resolve)
+  cli.check_run_flags(args)
   if args.print_config:
     print(json.dumps(dataclasses.asdict(config), indent=2))
     return 0
   if args.validate_only:
-    from fluid_jax import summary
+    from fluid_jax import summary, validate
 
-    print(summary.describe(config))
+    print(summary.describe(config), flush=True)
+    print(validate.check(config, args.workdir, args.skip_data, args.start_over))
     return 0
-  if not args.workdir:
-    raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
   from fluid_jax import distributed
 
   def run() -> int:

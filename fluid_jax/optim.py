@@ -69,3 +69,12 @@ def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
   """
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
   return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+
+
+def is_finite(tree: Any) -> jax.Array:
+  """() bool: whether the sum of the squares of all floating-point elements is finite.
+
+  False as well for elements above about 1e19, which no training that works has.
+  """
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  return jnp.isfinite(optax.tree.norm(leaves))

@@ -11,6 +11,7 @@ import ml_collections
 from fluid_jax import errors
 
 T = typing.TypeVar('T')
+_LARGEST_FLOAT32 = float.fromhex('0x1.fffffep127')
 _POSITIVE = (
   'optimizer.learning_rate optimizer.clip_norm train.batch_size train.num_steps train.log_every '
   'train.eval_every train.sample_every train.checkpoint_every train.keep_checkpoints mesh.tensor'
@@ -100,6 +101,16 @@ def check_run(c: Any) -> list[str]:
       problems.append(f'optimizer.{name} is {value}; it must be in [0, 1).')
   if c.optimizer.weight_decay < 0:
     problems.append('optimizer.weight_decay is negative; 0 turns it off.')
+  if c.optimizer.learning_rate > 10:  # an update moves each parameter by about this much
+    problems.append(
+      f'optimizer.learning_rate is {c.optimizer.learning_rate}; it must be at most 10 (usually '
+      '1e-5 to 1e-2).'
+    )
+  if c.optimizer.learning_rate * c.optimizer.weight_decay > 1:
+    problems.append(
+      'optimizer.learning_rate x optimizer.weight_decay is above 1, so kernels would change their '
+      'sign; lower optimizer.weight_decay.'
+    )
   for name in ('replica', 'fsdp'):
     size = getattr(c.mesh, name)
     if size != -1 and size <= 0:
@@ -132,6 +143,22 @@ def similar(name: str, known: Iterable[str]) -> list[str]:
   return sorted(near, key=scores.get, reverse=True)[:3]
 
 
+def _float(value: float) -> float:
+  try:
+    return float(value)
+  except OverflowError:  # an integer of more than 308 digits
+    return float('inf')
+
+
+def _fits(value: Any) -> bool:
+  """Whether the numbers in a value are finite float32, or int32; other values fit always."""
+  if isinstance(value, tuple):
+    return all(map(_fits, value))
+  if isinstance(value, float):
+    return abs(value) <= _LARGEST_FLOAT32  # false for nan
+  return not isinstance(value, int) or -(2**31) <= value < 2**31
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
   types = typing.get_type_hints(cls)
   for key in values:
@@ -152,15 +179,20 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
       kind = typing.get_args(kind)[0]
       accepted = (int, float) if kind is float else kind
       if isinstance(value, list | tuple) and all(isinstance(item, accepted) for item in value):
-        built[key] = tuple(map(kind, value))
+        built[key] = tuple(map(_float if kind is float else kind, value))
         continue
       kind = f'a tuple of {kind.__name__}'
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
       built[key] = value
       continue
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-      built[key] = float(value)
+      built[key] = _float(value)
       continue
     kind = getattr(kind, '__name__', kind)
     problems.append(f'{prefix}{key} is {value!r}, which is not {kind}; set --config.{prefix}{key}.')
+  problems += [
+    f'{prefix}{key} is {value!r}, which is not finite or too large; set --config.{prefix}{key}.'
+    for key, value in built.items()
+    if not _fits(value)
+  ]
   return cls(**built)

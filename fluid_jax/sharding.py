@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import config as config_lib
 from fluid_jax import errors
@@ -72,12 +72,7 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
       'change --config.mesh.',
       errors.DEVICES,
     )
-  if config.mesh.preset == 'fsdp' and shape[2] > 1:
-    raise errors.UserError(
-      f"mesh.preset 'fsdp' does not use mesh.tensor={shape[2]}: set mesh.tensor to 1 or "
-      "mesh.preset to 'fsdp_tensor'.",
-      errors.DEVICES,
-    )
+  check_preset(config)
   if shape[0] % num_slices:
     raise errors.UserError(
       f'mesh.replica={shape[0]} is not a multiple of the {num_slices} slices: change mesh.replica.',
@@ -98,6 +93,16 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
       errors.DEVICES,
     ) from error
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_preset(config: Any) -> None:
+  """Raises UserError if the preset does not use the axis `tensor`."""
+  if config.mesh.preset == 'fsdp' and config.mesh.tensor > 1:
+    raise errors.UserError(
+      f"mesh.preset 'fsdp' does not use mesh.tensor={config.mesh.tensor}: set mesh.tensor to 1 or "
+      "mesh.preset to 'fsdp_tensor'.",
+      errors.DEVICES,
+    )
 
 
 def mesh_shape(
@@ -149,7 +154,7 @@ def config_here(saved: Mapping[str, Any]) -> config_lib.Config:
   return config_lib.resolve({**settings, 'mesh': {'replica': -1, 'fsdp': fsdp}})
 
 
-def check_heads(config: config_lib.Config, mesh: Mesh) -> None:
+def check_heads(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
   """Raises UserError if the mesh axis `tensor` does not divide the attention heads."""
   if config.model.num_heads % mesh.shape['tensor']:
     raise errors.UserError(
@@ -159,7 +164,7 @@ def check_heads(config: config_lib.Config, mesh: Mesh) -> None:
     )
 
 
-def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
+def check_batch(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
   """Raises UserError if the mesh does not divide the heads or the groups of a microbatch."""
   check_heads(config, mesh)
   parts = config.model.mask_group_size * config.optimizer.accumulation_steps
@@ -171,12 +176,12 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
   )
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: Mesh | AbstractMesh) -> int:
   """Number of parts into which a batch is split."""
   return mesh.shape['replica'] * mesh.shape['fsdp']
 
 
-def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
+def check_divides(mesh: Mesh | AbstractMesh, count: int, unit: str, remedy: str) -> None:
   """Raises UserError unless `count` units can be split evenly over the data-parallel devices.
 
   Args:
@@ -193,7 +198,7 @@ def check_divides(mesh: Mesh, count: int, unit: str, remedy: str) -> None:
     )
 
 
-def param_shardings(config: config_lib.Config, mesh: Mesh, boxed_params: Any) -> Any:
+def param_shardings(config: config_lib.Config, mesh: Mesh | AbstractMesh, boxed_params: Any) -> Any:
   """Shardings of (shape-only) parameters with logical axis names.
 
   Vectors (biases, scales) are not split over `fsdp`: it would save almost no memory and cost a
@@ -298,7 +303,7 @@ def bind(
   return bound
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """The first axis (examples) is split over the data-parallel devices."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 

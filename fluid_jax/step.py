@@ -26,7 +26,8 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: () int32, number of batches seen.
-    num_skipped: () int32, how many of them were skipped because their loss was not finite.
+    num_skipped: () int32, how many of them were skipped because their loss, gradient or update was
+      not finite.
     params: parameters of the model.
     ema_params: exponential moving average of `params`.
     opt_state: state of the optimizer.
@@ -106,9 +107,9 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   num_updates = state.step - state.num_skipped
   ema_params = optim.update_ema(state.ema_params, params, num_updates, config.optimizer.ema_decay)
-  # A step whose loss or gradient is not finite changes only the counters.
-  is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
   new, old = (params, ema_params, opt_state), (state.params, state.ema_params, state.opt_state)
+  # A step whose loss, gradient or result is not finite changes only the counters.
+  is_finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm) & optim.is_finite(new)
   params, ema_params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
   metrics |= {
     'learning_rate': components.schedule(num_updates),
@@ -411,7 +412,9 @@ def _init(
   )
 
 
-def batch_shapes(config: config_lib.Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+  config: config_lib.Config, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of a global batch, without the array 'valid' of a stream.
 
   Images are one of images_BxHxWx3 uint8, image_moments_BxLx2C float32 and image_codes_BxL int32.

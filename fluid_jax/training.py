@@ -87,7 +87,11 @@ def _image_sampler(components: step.Components, encoder_params: frozen.Params) -
 
   def sample_images(state: step.TrainState, poll: Callable[[], None]) -> dict[str, np.ndarray]:
     prompts = config.train.sample_prompts
-    return {'samples': sampler.grid(state.ema_params, prompts, num_images=4, poll=poll)}
+    try:
+      return {'samples': sampler.grid(state.ema_params, prompts, num_images=4, poll=poll)}
+    except errors.UserError as error:  # training may recover, and the grids are only for people
+      metrics.log(f'warning: {error}', jax.process_index() == 0)
+      return {}
 
   return sample_images
 
@@ -140,7 +144,11 @@ def _file_digests(config: config_lib.Config) -> dict[str, str]:
 
 
 def open_stream(
-  config: config_lib.Config, mesh: jax.sharding.Mesh, split: str, **kwargs: Any
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  split: str,
+  rows: np.ndarray | None = None,
+  **kwargs: Any,
 ) -> pipeline.Stream:
   """Opens this process's rows of the batches of a split of the config's task.
 
@@ -148,12 +156,13 @@ def open_stream(
     config: resolved.
     mesh: of all devices.
     split: 'train' or 'validation'.
+    rows: see `data.pipeline.Stream`; those of this process's devices by default.
     **kwargs: see `data.pipeline.open_config`.
 
   Raises:
     UserError: see `data.pipeline.Stream`; or the examples have other arrays than the config reads.
   """
-  rows = sharding.local_rows(mesh, config.train.batch_size)
+  rows = sharding.local_rows(mesh, config.train.batch_size) if rows is None else rows
   stream = pipeline.open_config(config, split, rows=rows, **kwargs)
   expected = sorted(step.batch_shapes(config, mesh))
   if stream.arrays != expected:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from fluid_jax import checkpoint, errors, files, manifest, metrics, settings
+from fluid_jax import checkpoint, errors, files, lease, manifest, metrics, settings
 from fluid_jax.data import tasks
 
 _CONFIG, _CHECKPOINTS = 'config.json', 'checkpoints'
@@ -78,6 +78,25 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathli
       'set the values on the left of the arrows to resume it, or give another --workdir.',
       errors.MISMATCH,
     )
+
+
+def check_existing(workdir: pathlib.Path, config: Mapping[str, Any], is_allowed: bool) -> None:
+  """Compares a config without facts with the newest checkpoint, or refuses to start over.
+
+  Reads no arrays. A workdir that does not exist is accepted.
+
+  Raises:
+    UserError: see `check_config` and `start_over`.
+  """
+  try:
+    old = checkpoint.read_config(workdir / _CHECKPOINTS)
+  except errors.UserError:
+    if not is_allowed:
+      saved_step = (lease.read(workdir / lease.FILENAME) or {}).get('saved_step', 'unknown')
+      start_over(workdir, saved_step, is_allowed=False)
+    return
+  settings_only = {name: value for name, value in old.items() if name in (*config, 'is_imported')}
+  check_config(settings_only, config, workdir)
 
 
 def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The commands as users run them: help, checks, images, and one sentence for each bad input."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
-from fluid_jax import checkpoint, cli, errors, main
+from fluid_jax import checkpoint, cli, errors, export, main, validate
 from fluid_jax import config as config_lib
 from fluid_jax.data import emoji
 from fluid_jax.sample import command, pipeline
@@ -92,21 +94,28 @@ def test_print_config_is_the_resolved_config_as_json():
   assert config_lib.resolve(printed) == read_config(*args)
 
 
-def test_validate_only_touches_no_device():
+def test_validate_only_touches_no_device(tmp_path):
   script = """
 from jax._src import xla_bridge
 from fluid_jax import main
-assert main.main(['--config=fluid_10b', '--validate_only']) == 0
+assert main.main(['--config=fluid_10b', '--validate_only', '--skip_data']) == 0
+assert main.main(['--config=tiny', '--validate_only', '--workdir=WORKDIR']) == 0
 assert not xla_bridge.backends_are_initialized()
 """
-  out = commands.run_ok('-c', script)
+  script = script.replace('WORKDIR', str(tmp_path / 'new'))
+  out = commands.run_ok('-c', script, env={'JAX_PLATFORMS': 'tpu'})  # there is none
+  assert not (tmp_path / 'new').exists()
+  assert 'checked: the settings; ' in out
+  assert 'files and 8 of the 63 train examples of emoji_demo' in out
   assert 'paper: 10500M parameters' in out
   for component in ('decoder', 'aligner', 'head', 'embeddings', 'optimizer', 'EMA'):
     assert component in out
 
 
 def test_validate_only_weighs_encoders_in_the_step_against_their_outputs():
-  out = commands.run_ok('-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only')
+  out = commands.run_ok(
+    '-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only', '--skip_data'
+  )
   # 256 tokens x 16 means and 16 log variances x 2 bytes; 4096 channels x 2 bytes.
   assert re.search(r'sd_vae +268\.4 GFLOP/image, \d+\.\d% of a step .*image_moments 16\.4 kB', out)
   assert re.search(r't5 xxl +1,191\.9 GFLOP/image, .*text_features 8\.2 kB per token', out)
@@ -116,11 +125,42 @@ def test_validate_only_weighs_encoders_in_the_step_against_their_outputs():
 def test_validate_only_counts_the_bytes_of_the_optimizer():
   out = commands.run_ok(
     '-m', 'fluid_jax.main', '--config=configs/fluid_150m.py', '--validate_only',
-    '--config.optimizer.name=adafactor',
+    '--skip_data', '--config.optimizer.name=adafactor',
   )  # fmt: skip
   # 170.8M parameters: 4 bytes each, 4 of the average, and means of rows and columns.
   assert re.search(r'parameters 683\.\d MB, optimizer \(adafactor\) \d\.\d MB, EMA 683\.', out)
   assert 'total 1.4 GB' in out
+
+
+@pytest.mark.usefixtures('small_networks')
+def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
+  def problem(*flags, workdir=None):
+    with pytest.raises(errors.UserError) as caught:
+      validate.check(read_config(TINY, *flags), workdir, skip_data=True)
+    return caught.value.exit_code, str(caught.value)
+
+  kl = ('--config.image.tokenizer=sd_vae', '--config.image.size=16')
+  assert 'image.tokenizer_path is empty' in problem(*kl)[1]
+  path = tmp_path / 'vae.safetensors'
+  path_flag = f'--config.image.tokenizer_path={path}'
+  code, message = problem(*kl, path_flag)
+  assert (code, f'{path} does not exist' in message) == (5, True)
+  safetensors.numpy.save_file({'decoder.conv_in.weight': np.zeros((4, 4, 3, 3))}, path)
+  code, message = problem(*kl, path_flag)
+  assert (code, str(path) in message) == (5, True)
+  assert 'prompt 1 has 31 bytes' in problem(f"--config.train.sample_prompts=('{'a' * 31}',)")[1]
+  assert problem('--config.mesh.fsdp=8', '--config.mesh.replica=2')[0] == 3
+  assert problem('--config.mesh.tensor=3')[0] == 3
+  assert problem('--config.mesh.tensor=2', '--config.mesh.preset=fsdp')[0] == 3
+  (tmp_path / 'file').touch()
+  assert problem(workdir=f'{tmp_path}/file/run')[0] == 6
+  (tmp_path / 'config.json').write_text(json.dumps({'name': 'other', 'encoder_digests': {}}))
+  assert problem(workdir=f'{tmp_path}')[0] == 4
+  saved = dataclasses.asdict(read_config(TINY)) | {'encoder_digests': {'image': 'x'}}
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  assert 'not checked: ' in validate.check(read_config(TINY), str(tmp_path), skip_data=True)
+  with pytest.raises(errors.UserError, match='--skip_data is for --validate_only'):
+    main.main([TINY, '--skip_data', f'--workdir={tmp_path}'])
 
 
 # ---- Invalid configs ----
@@ -204,6 +244,11 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
     (['--config=configs/absent.py'], '--config=configs/absent.py is neither a file nor the name'),
     (['--config=configs/absent.py', '--config.model.width=32'], 'is neither a file nor the name'),
+    ([TINY, '--config.optimizer.weight_decay=nan'], 'optimizer.weight_decay is nan, which is not'),
+    ([TINY, '--config.optimizer.learning_rate=inf'], 'optimizer.learning_rate is inf, which is'),
+    ([TINY, '--config.optimizer.learning_rate=1e20'], 'it must be at most 10 (usually'),
+    ([TINY, '--config.optimizer.weight_decay=1e20'], 'so kernels would change their sign'),
+    ([TINY, '--config.image.latent_scale=(1e999,)'], 'image.latent_scale is (inf,), which is not'),
     ([], '--config is missing'),
     ([TINY, 'stray'], "'stray' is not a flag"),
   ],
@@ -213,6 +258,44 @@ def test_a_wrong_config_is_named(args, words):
     read_config(*args)
   assert words in str(caught.value)
   assert caught.value.exit_code == errors.CONFIG
+
+
+def test_numbers_that_are_not_finite_or_too_large_are_refused_in_every_setting():
+  wrong = (math.nan, math.inf, -math.inf, 1e39, 10**400)
+  num_settings = 0
+  for settings, resolve in (
+    (config_lib.Config(), config_lib.resolve),
+    (tokenizer_config.Config(), tokenizer_config.resolve),
+  ):
+    for group in dataclasses.fields(settings):
+      fields = dataclasses.fields(group.type) if dataclasses.is_dataclass(group.type) else ()
+      for field in fields:
+        cases = {
+          float: wrong,
+          int: (*wrong, 2**31),
+          tuple[float, ...]: [(1.0, value) for value in wrong],
+        }.get(field.type, ())
+        for value in cases:
+          with pytest.raises(errors.UserError, match=rf'{group.name}\.{field.name} is '):
+            resolve({group.name: {field.name: value}})
+        num_settings += bool(cases)
+  assert num_settings > 50
+
+
+@pytest.mark.parametrize(
+  ('command', 'flag'),
+  [
+    ('sample', '--temperature=nan'),
+    ('sample', '--guidance_scale=-inf'),
+    ('prepare', '--min_score=inf'),
+    ('prepare', '--max_aspect=inf'),
+  ],
+)
+def test_flags_that_are_not_finite_are_refused(command, flag):
+  module = importlib.import_module(f'fluid_jax.{command}.command')
+  words = ['--stage=ingest', flag] if command == 'prepare' else [flag]
+  with pytest.raises(errors.UserError, match='is not a finite number'):
+    module.main(words)
 
 
 def test_a_config_is_found_by_name_and_by_file(monkeypatch, tmp_path):
@@ -308,6 +391,34 @@ def test_problems_are_found_before_the_workdir_changes(tmp_path):
   expect(2, "there is no task 'emoij'", *args, '--config.data.task=emoij')
   expect(2, 'prompt 1 has 40 bytes', *args, f"--config.train.sample_prompts=('{'x' * 40}',)")
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_a_device_that_does_not_exist_exits_with_3(tmp_path, monkeypatch, platform):
+  monkeypatch.setenv('JAX_PLATFORMS', platform)
+  words = f"no device can be used with JAX_PLATFORMS='{platform}'"
+  expect(3, words, '-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path / "run"}')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_parameters_that_are_not_finite_are_neither_sampled_nor_exported(trained, tmp_path):
+  _, config, params = trained
+  params = jax.tree.map(jnp.copy, params)
+  params['head'] = jax.tree.map(lambda a: a.at[0].set(jnp.nan), params['head'])
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path / 'checkpoints', keep=1, config=dataclasses.asdict(config) | {'encoder_digests': {}}
+  )
+  state = {'params': params, 'ema_params': params, 'num_skipped': jnp.int32(0)}
+  checkpointer.save(STEP, state, {'step': STEP})
+  checkpointer.close()
+  for use in (
+    lambda: pipeline.load(tmp_path),
+    lambda: export.write(tmp_path, tmp_path / 'export'),
+  ):
+    with pytest.raises(errors.UserError, match=f'step {STEP}') as caught:
+      use()
+    assert caught.value.exit_code == errors.DIVERGED
+  assert not (tmp_path / 'export').exists()
 
 
 def test_a_checkpoint_of_another_model_exits_with_4(trained, tmp_path):
@@ -474,7 +585,7 @@ def test_sample_writes_metadata_and_an_image_depends_only_on_prompt_and_seed(tra
     (['--prompt=❤️🎉'], 'has no letter or digit'),
     (['--prompt=a', '--guidance_scale=-1'], 'sampling.guidance_scale is -1.0; choose'),
     (['--prompt=a', '--guidance_scale=101'], 'sampling.guidance_scale is 101.0; choose'),
-    (['--prompt=a', '--guidance_scale=nan'], 'sampling.guidance_scale is nan; choose'),
+    (['--prompt=a', '--guidance_scale=nan'], "'nan' is not a finite number"),
     (['--prompt=a', '--num_steps=0'], 'sampling.num_steps is 0; it must be above 0'),
     (['--prompt=a', '--num_steps=17'], 'takes 1 to 16 steps'),
     (['--prompt=a', '--num_diffusion_steps=1'], 'choose 2 to 1000'),

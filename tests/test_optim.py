@@ -213,6 +213,27 @@ def test_a_batch_with_a_nan_changes_only_the_counters(five_steps):
   assert [int(m['num_skipped']) for m in metrics] == [0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize('field', ['opt_state', 'ema_params'])
+def test_an_update_that_is_not_finite_changes_only_the_counters(config, five_steps, field):
+  program, states, _ = five_steps
+  old = states[1]
+  # The loss and the gradient are finite, but the moments of Adam or the average are not.
+  broken = jax.tree.map(lambda a: a * np.nan if a.ndim else a, getattr(old, field))
+  old = old.replace(**{field: broken})
+  new, metrics = jax.device_get(
+    program.train_step(old, make_batch(config, seed=1), program.encoder_params)
+  )
+  assert np.isfinite([metrics['loss'], metrics['grad_norm'], metrics['param_norm']]).all()
+  assert (new.step, new.num_skipped) == (2, 1)
+  for name in ('params', 'ema_params', 'opt_state'):
+    assert_trees_equal(getattr(old, name), getattr(new, name))
+
+
+def test_large_counters_are_finite():
+  # The square of this integer is negative in int32.
+  assert optim.is_finite({'count': jnp.int32(46_341), 'kernel': jnp.ones(3)})
+
+
 def test_skipped_steps_do_not_advance_the_schedule_or_the_average(five_steps):
   _, states, metrics = five_steps
   rates = [float(m['learning_rate']) for m in metrics]

@@ -198,16 +198,26 @@ def test_the_discriminator_has_no_effect_before_its_first_step():
 
 def test_a_step_that_is_not_finite_changes_only_the_counters():
   _, mesh, program = make({'network.kind': 'vq', 'losses.adversarial': 0.5})
-  state = program.init()
-  broken = jax.tree.map(lambda a: a * np.nan, state.discriminator.params)
-  state = state.replace(discriminator=state.discriminator.replace(params=broken))
-  before = jax.device_get(state)
   batch = sharding.put_batch({'images': random_images()}, mesh)
-  state, values = program.train_step(state, batch, {})
-  after = jax.device_get(state)
-  assert (after.step, after.num_skipped, values['num_skipped']) == (1, 1, 1)
-  for name in ('network', 'ema_params', 'codebook'):
-    jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+
+  def broken(tree):
+    return jax.tree.map(lambda a: a * np.nan if a.ndim else a, tree)
+
+  for field, part in (
+    ('discriminator', 'params'),
+    ('network', 'opt_state'),  # all metrics are finite
+    ('discriminator', 'opt_state'),
+  ):
+    state = program.init()
+    trained_part = getattr(state, field)
+    trained_part = trained_part.replace(**{part: broken(getattr(trained_part, part))})
+    state = state.replace(**{field: trained_part})
+    before = jax.device_get(state)
+    state, values = program.train_step(state, batch, {})
+    after = jax.device_get(state)
+    assert (after.step, after.num_skipped, values['num_skipped']) == (1, 1, 1)
+    for name in ('network', 'ema_params', 'codebook', 'discriminator'):
+      jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
 
 
 _SCRIPT = """
@@ -551,6 +561,24 @@ def test_print_config_prints_the_resolved_config(capsys):
 def test_a_workdir_is_required():
   done = commands.run(*TRAIN, *arguments())
   assert (done.returncode, '--workdir is missing' in done.stderr) == (errors.CONFIG, True)
+
+
+def test_validate_only_reads_images_and_the_headers_of_weights(tmp_path, capsys):
+  flags = [*arguments(), '--validate_only', f'--workdir={tmp_path}']
+  assert __main__.main(flags) == 0
+  printed = capsys.readouterr().out
+  assert 'files and 8 of the 63 train examples of emoji_demo' in printed
+  assert 'not checked: ' in printed
+  (tmp_path / 'vgg.safetensors').write_bytes(b'')
+  flags += [
+    '--config.losses.perceptual=1.0',
+    f'--config.losses.vgg_path={tmp_path}/vgg.safetensors',
+  ]
+  with pytest.raises(errors.UserError, match='is truncated or not a safetensors file'):
+    __main__.main(flags)
+  with pytest.raises(errors.UserError, match="there is no task 'webli'"):
+    __main__.main([*arguments({'data.task': 'webli'}), '--validate_only'])
+  assert __main__.main([*arguments({'data.task': 'webli'}), '--validate_only', '--skip_data']) == 0
 
 
 def test_validate_only_counts_parameters():

@@ -24,8 +24,9 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, BinaryIO
 
 import fsspec
 import google_crc32c
@@ -39,6 +40,7 @@ from fluid_jax.data import sources
 INDEX = 'index.json'
 FORMAT = 3
 HEADER, FOOTER = 12, 4  # bytes around a payload
+_THREADS = 16  # a bucket takes tens of milliseconds to answer
 _CACHED_ENTRIES = 128  # more than training reads at the same time, see `order.WINDOW`
 
 for _protocol in ('gcs', 's3'):  # other processes write too
@@ -213,6 +215,29 @@ class Records(Sequence):
         logging.warning(
           'shard %s has %d bytes, and %s has %d: restore it.', path, size, INDEX, shard['bytes']
         )
+
+  def check_files(self) -> None:
+    """Raises UserError if a shard or entry is missing, or a shard has another size than indexed.
+
+    Reads no contents.
+    """
+
+    def check(shard: Mapping[str, Any]) -> str:
+      path = self._directory / shard['file']
+      try:
+        size = path.stat().length
+        (self._directory / entry_name(shard['file'])).stat()
+      except OSError as error:
+        return f'{error.filename or path} cannot be read ({error.strerror or error})'
+      wanted = shard['bytes']
+      return '' if size == wanted else f'{path} has {size:,} bytes, not {wanted:,}'
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      problems = list(filter(None, pool.map(check, self._shards)))
+    if problems:
+      raise errors.UserError(
+        f'{errors.and_more(problems)}: restore the files or rebuild the set.', errors.CORRUPT
+      )
 
   def _find(self, i: int) -> tuple[int, int]:
     """The shard of record `i` and the number of the record in it."""

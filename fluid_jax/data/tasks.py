@@ -62,7 +62,10 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   if name not in known:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise errors.UserError(f'there is no task {name!r}{hint}: use one of {", ".join(known)}.')
+    raise errors.UserError(
+      f'there is no task {name!r}{hint}: set data.task to the path of a prepared set, which '
+      f'contains a /, or to one of {", ".join(known)}.'
+    )
   return seqio.get_mixture_or_task(name)
 
 

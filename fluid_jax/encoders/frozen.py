@@ -113,7 +113,15 @@ def load(config: config_lib.Config, encoders: Encoders, mesh: Mesh) -> Params:
   Raises:
     UserError: see `weights.load`; or the vocabulary does not belong to the text encoder.
   """
-  wanted = shapes(config, encoders, mesh)
+  return _load(config, encoders, shapes(config, encoders, mesh))
+
+
+def check_files(config: config_lib.Config, encoders: Encoders) -> None:
+  """Raises the errors of `load` that the headers of the files show; needs no device."""
+  _load(config, encoders, nn.unbox(jax.eval_shape(encoders.init)))
+
+
+def _load(config: config_lib.Config, encoders: Encoders, wanted: Params) -> Params:
   params = {'image': encoders.image.load(wanted['image']), 'text': {}}
   tokenizers.check_latents(config, encoders.image)
   if encoders.text is not None:

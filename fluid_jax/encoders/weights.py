@@ -297,7 +297,8 @@ def load(
   Args:
     source: the file.
     entries: the tensor of each leaf of `shapes`, by its path such as 'blocks/mlp/wo/kernel'.
-    shapes: tree of ShapeDtypeStructs with shardings.
+    shapes: tree of ShapeDtypeStructs with shardings; without them, only names and shapes are
+      checked, and `shapes` is returned.
     ignored: regular expression for tensors of other networks in the same file.
 
   Returns:
@@ -359,6 +360,8 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  if leaf.sharding is None:
+    return leaf
   names = _names(entry, leaf.shape)
 
   def read_one(name: str, index: Sequence[slice]) -> np.ndarray:

@@ -119,7 +119,7 @@ def _add_filter_flags(parser: cli.Parser) -> None:
   )
   group.add_argument(
     '--min_score',
-    type=float,
+    type=cli.number(float),
     metavar='X',
     help='minimum value of the score column (default: no limit)',
   )

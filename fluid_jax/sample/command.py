@@ -51,14 +51,16 @@ def make_parser() -> cli.Parser:
     '--num_diffusion_steps', type=int, help='denoising steps per continuous token, 2 to 1000'
   )
   sampling.add_argument(
-    '--guidance_scale', type=float, help="1: no guidance; 0: the paper's value for the variant"
+    '--guidance_scale',
+    type=cli.number(float),
+    help="1: no guidance; 0: the paper's value for the variant",
   )
   sampling.add_argument(
     '--guidance_schedule', choices=('linear', 'constant'), help='guidance scale over the steps'
   )
   sampling.add_argument(
     '--temperature',
-    type=float,
+    type=cli.number(float),
     help="factor of the noise, or softmax temperature; 0: the paper's value for the variant",
   )
   loading = parser.add_argument_group('loading')

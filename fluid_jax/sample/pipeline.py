@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from fluid_jax import checkpoint, errors, export, plots, retry, sharding, startup, step
+from fluid_jax import checkpoint, errors, export, optim, plots, retry, sharding, startup, step
 from fluid_jax import config as config_lib
 from fluid_jax.encoders import frozen, text
 from fluid_jax.models import fluid
@@ -79,6 +79,9 @@ class Sampler:
 
     Returns:
       images (n, H, W, 3) uint8, and sampled_at (n, L) int32, the step that sampled each token.
+
+    Raises:
+      UserError: a prompt is not valid; or tokens are not finite (exit code 7).
     """
     ids = text.encode_prompts(prompts, self.config.text)
     images, sampled_at = [], []
@@ -90,6 +93,12 @@ class Sampler:
       tokens, at = self._sample(params, self._encoder_params, {'text_ids': ids[rows]}, keys)
       # All rows on every process. This waits, so the label is that of the running batch.
       tokens, at = multihost_utils.process_allgather((tokens, at), tiled=True)
+      if not np.isfinite(tokens).all():
+        raise errors.UserError(
+          f'the tokens of {self._label} are not finite, so there is no picture: lower '
+          'guidance_scale or temperature, or sample from another checkpoint.',
+          errors.DIVERGED,
+        )
       decoded = self._decode(self._encoder_params['image'], tokens)
       if not decoded.is_fully_addressable:
         decoded = multihost_utils.process_allgather(decoded, tiled=True)
@@ -294,15 +303,30 @@ def load_workdir(
     weights: 'ema' or 'raw'.
     checkpoint_step: the newest valid one if None.
     replaced: values for settings of the saved config, such as {'text.t5_path': ...}.
+
+  Raises:
+    UserError: see `load`; or parameters are not finite (exit code 7).
   """
   workdir = pathlib.Path(workdir)
   if export.is_export(workdir):
-    return export.load(workdir, weights, checkpoint_step, replaced)
+    found = export.load(workdir, weights, checkpoint_step, replaced)
+  else:
+    found = _load_checkpoint(workdir, weights, checkpoint_step, replaced or {})
+  _, _, params, number = found
+  if not jax.jit(optim.is_finite)(params):
+    raise errors.not_finite(f'the {weights} parameters of step {number} in {workdir}')
+  return found
+
+
+def _load_checkpoint(
+  workdir: pathlib.Path, weights: str, checkpoint_step: int | None, replaced: Mapping[str, str]
+) -> tuple[config_lib.Config, dict[str, str], Any, int]:
+  """As `load_workdir`, from a workdir of training."""
   directory = workdir / 'checkpoints'
 
   def read() -> tuple[int, tuple[config_lib.Config, dict[str, str], Any, int]]:
     saved = checkpoint.read_config(directory, checkpoint_step)
-    for name, value in (replaced or {}).items():
+    for name, value in replaced.items():
       group, key = name.split('.')
       saved[group][key] = value
     config = sharding.config_here(saved)

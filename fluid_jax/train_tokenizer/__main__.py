@@ -28,16 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   cli.add_run_flags(parser)
   words = sys.argv[1:] if argv is None else argv
   args, config = parser.read_config(words, tokenizer_config.resolve)
+  cli.check_run_flags(args)
   if args.print_config:
     print(json.dumps(dataclasses.asdict(config), indent=2))
     return 0
   if args.validate_only:
     from fluid_jax.train_tokenizer import train
 
-    print(train.describe(config))
+    print(train.describe(config), flush=True)
+    print(train.validate(config, args.workdir, args.skip_data, args.start_over))
     return 0
-  if not args.workdir:
-    raise errors.UserError('--workdir is missing: give a folder for checkpoints and metrics.')
   from fluid_jax import distributed
 
   def run() -> int:

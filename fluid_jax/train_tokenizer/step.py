@@ -30,7 +30,8 @@ class TokenizerState(flax.struct.PyTreeNode):
 
   Attributes:
     step: () int32, number of batches seen.
-    num_skipped: () int32, how many of them were skipped because a metric was not finite.
+    num_skipped: () int32, how many of them were skipped because a metric or the new state was not
+      finite.
     network: the tokenizer. For 'vq' its parameters include the codebook, which has no gradient.
     ema_params: exponential moving average of the tokenizer's parameters.
     codebook: for 'vq' the moving means `counts_V`, uses of each code per batch, and `sums_VxC`,
@@ -202,8 +203,8 @@ def train_step(
     codebook=codebook,
     discriminator=discriminator,
   )
-  # A step with a metric that is not finite changes only the counters.
-  is_finite = jnp.isfinite(jnp.stack([*metrics.values()])).all()
+  # A step with a metric or a result that is not finite changes only the counters.
+  is_finite = jnp.isfinite(jnp.stack([*metrics.values()])).all() & optim.is_finite(new)
   skipped = state.replace(step=new.step, num_skipped=state.num_skipped + 1)
   new = _where(is_finite, new, skipped)
   metrics |= {'learning_rate': schedule(num_updates), 'num_skipped': new.num_skipped}

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fluid_jax import errors, flops, loop, metrics, plots, sharding, startup, stop
+from fluid_jax import validate as validate_lib
 from fluid_jax.data import pipeline
 from fluid_jax.encoders import kl_vae, latents, trained, weights
 from fluid_jax.train_tokenizer import config as tokenizer_config
@@ -59,9 +60,7 @@ def _train(
     config, workdir, {name: weights.fingerprint(path) for name, path in files.items()}
   )
   mesh = sharding.make_mesh(config)
-  sharding.check_divides(
-    mesh, config.train.batch_size, 'images', 'set train.batch_size to a multiple of the devices'
-  )
+  _check_batch(config, mesh)
   program = step.build(config, mesh)
   perceptual = {}
   if config.losses.perceptual:
@@ -94,6 +93,12 @@ def _train(
   return code
 
 
+def _check_batch(config: tokenizer_config.Config, mesh: Mesh | AbstractMesh) -> None:
+  sharding.check_divides(
+    mesh, config.train.batch_size, 'images', 'set train.batch_size to a multiple of the devices'
+  )
+
+
 def _forward_flops(config: tokenizer_config.Config, params: Any) -> float:
   """FLOPs of encoding and decoding one image; losses are not counted."""
   size = config.data.image_size
@@ -103,7 +108,11 @@ def _forward_flops(config: tokenizer_config.Config, params: Any) -> float:
 
 
 def _open_stream(
-  config: tokenizer_config.Config, mesh: Mesh, split: str, **kwargs: Any
+  config: tokenizer_config.Config,
+  mesh: Mesh | AbstractMesh,
+  split: str,
+  rows: np.ndarray | None = None,
+  **kwargs: Any,
 ) -> pipeline.Stream:
   """Opens this process's rows of the batches of images of a split.
 
@@ -118,15 +127,14 @@ def _open_stream(
     text_length=0,
     max_corrupt_fraction=config.data.max_corrupt_fraction,
     random_flip=config.data.random_flip,
-    **kwargs,
   )
   stream = pipeline.Stream(
     config.data.task,
     split,
-    options,
+    dataclasses.replace(options, **kwargs),
     module=config.data.module,
     start_step=start_step,
-    rows=sharding.local_rows(mesh, config.train.batch_size),
+    rows=sharding.local_rows(mesh, config.train.batch_size) if rows is None else rows,
   )
   if stream.arrays != ['images']:
     stream.close()
@@ -299,3 +307,26 @@ def describe(config: tokenizer_config.Config) -> str:
     '(forward pass: encoding and decoding)'
   )
   return '\n'.join(lines)
+
+
+def validate(
+  config: tokenizer_config.Config, workdir: str | None, skip_data: bool, start_over: bool = False
+) -> str:
+  """Checks a config against files and data; see `validate.check`."""
+  mesh = validate_lib.explicit_mesh(config)
+  _check_batch(config, mesh)
+  done = ['the settings']
+  if config.losses.perceptual:
+    losses.load_perceptual(config.losses.vgg_path, config.losses.lpips_path, None)
+    done.append('the files of the perceptual term (their headers)')
+  make_metric(config.train.metric)
+  if not skip_data:
+    side, count = config.data.image_size, validate_lib.NUM_READ
+    done += validate_lib.check_data(
+      config.data.task,
+      {'images': ((side, side, 3), np.dtype(np.uint8))},
+      lambda split: _open_stream(
+        config, mesh, split, rows=np.arange(count), batch_size=count, shuffle=split == 'train'
+      ),
+    )
+  return validate_lib.report(config, workdir, skip_data, done, 'the values of files', start_over)

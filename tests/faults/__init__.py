@@ -1,0 +1,1 @@
+"""Attacks on real processes; each must end with the exit code that docs/usage.md gives it."""
