@@ -159,6 +159,13 @@ def _fits(value: Any) -> bool:
   return not isinstance(value, int) or -(2**31) <= value < 2**31
 
 
+def _limits(value: Any) -> str:
+  """What `_fits` asks of a value."""
+  if isinstance(value, int):
+    return f'between {-(2**31)} and {2**31 - 1}'
+  return 'finite, and at most 3.4e38 in magnitude'
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
   types = typing.get_type_hints(cls)
   for key in values:
@@ -191,7 +198,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
     kind = getattr(kind, '__name__', kind)
     problems.append(f'{prefix}{key} is {value!r}, which is not {kind}; set --config.{prefix}{key}.')
   problems += [
-    f'{prefix}{key} is {value!r}, which is not finite or too large; set --config.{prefix}{key}.'
+    f'{prefix}{key} is {value!r}, but must be {_limits(value)}; set --config.{prefix}{key}.'
     for key, value in built.items()
     if not _fits(value)
   ]

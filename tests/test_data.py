@@ -184,7 +184,7 @@ def test_a_shard_of_another_size_is_named(tmp_path, caplog):
   shard.write_bytes(shard.read_bytes()[:-1])
   read = records.Records(tmp_path, 'train')
   assert read[0] == b'first'
-  assert caplog.messages == [f'shard {shard} has 42 bytes, and index.json has 43: restore it.']
+  assert caplog.messages == [f'{shard} has 42 bytes, and index.json says 43: restore it.']
   with pytest.raises(errors.UserError, match='is truncated'):
     read[1]
 

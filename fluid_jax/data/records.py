@@ -16,7 +16,6 @@ of any size opens quickly.
 Directories are local or in a bucket: `gs://` (extra [gcs]), `s3://` (extra [s3]).
 """
 
-import contextlib
 import errno
 import functools
 import hashlib
@@ -203,37 +202,25 @@ class Records(Sequence):
         f'{path} does not match its SHA-256 in {INDEX}: restore it or rebuild the set.',
         errors.CORRUPT,
       )
-    self._compare_size(shard)
+    if problem := self._problem(shard):  # its damaged records fail when read
+      logging.warning('%s: restore it.', problem)
     return _Entry(text)
 
-  def _compare_size(self, shard: dict) -> None:
-    """Warns of a shard that was not copied completely; its missing records fail when read."""
+  def _problem(self, shard: Mapping[str, Any]) -> str:
+    """What is wrong with the files of a shard, without reading them; '' if nothing."""
     path = self._directory / shard['file']
-    with contextlib.suppress(OSError):  # reading a record reports it
+    try:
       size = path.stat().length
-      if size != shard['bytes']:
-        logging.warning(
-          'shard %s has %d bytes, and %s has %d: restore it.', path, size, INDEX, shard['bytes']
-        )
+      (self._directory / entry_name(shard['file'])).stat()
+    except OSError as error:
+      return f'{error.filename or path} cannot be read ({error.strerror or error})'
+    wanted = shard['bytes']
+    return '' if size == wanted else f'{path} has {size:,} bytes, and {INDEX} says {wanted:,}'
 
   def check_files(self) -> None:
-    """Raises UserError if a shard or entry is missing, or a shard has another size than indexed.
-
-    Reads no contents.
-    """
-
-    def check(shard: Mapping[str, Any]) -> str:
-      path = self._directory / shard['file']
-      try:
-        size = path.stat().length
-        (self._directory / entry_name(shard['file'])).stat()
-      except OSError as error:
-        return f'{error.filename or path} cannot be read ({error.strerror or error})'
-      wanted = shard['bytes']
-      return '' if size == wanted else f'{path} has {size:,} bytes, not {wanted:,}'
-
+    """Raises UserError if a shard or entry is missing, or a shard has another size than indexed."""
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-      problems = list(filter(None, pool.map(check, self._shards)))
+      problems = list(filter(None, pool.map(self._problem, self._shards)))
     if problems:
       raise errors.UserError(
         f'{errors.and_more(problems)}: restore the files or rebuild the set.', errors.CORRUPT
