@@ -192,9 +192,10 @@ class Checkpointer:
   def __enter__(self) -> 'Checkpointer':
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-    # If one of several processes fails, the others may never call `wait`.
-    if kind is None or jax.process_count() == 1:
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+    # If one of several processes fails, the others may never call `wait`. All diverge together.
+    is_common = getattr(error, 'exit_code', None) == errors.DIVERGED
+    if kind is None or is_common or jax.process_count() == 1:
       self.close()
 
   def close(self) -> None:
@@ -232,7 +233,7 @@ class Checkpointer:
         if (path / manifest.FILENAME).exists():
           _remove(path)
         else:  # it may be complete, copied by a program that skipped its manifest
-          path.rename(_unused(path.with_name(f'{path.name}.unproven')))
+          _set_aside(path)
       return 1
 
   def _commit(
@@ -318,6 +319,21 @@ class Checkpointer:
         'give another directory.',
         errors.STORAGE,
       ) from error
+
+
+def set_aside(directory: pathlib.Path) -> None:
+  """Renames all steps, none of which has a manifest, to NAME.unproven.
+
+  Raises:
+    OSError: a step cannot be renamed.
+  """
+  for step in steps(directory):
+    _set_aside(_step_path(directory, step))
+
+
+def _set_aside(path: pathlib.Path) -> None:
+  aside = path.rename(_unused(path.with_name(f'{path.name}.unproven')))
+  logging.warning('Moved %s, which has no manifest, to %s: delete it if it is yours.', path, aside)
 
 
 def read_config(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:

@@ -95,18 +95,11 @@ def initialize(timeout_s: int) -> Iterator[None]:
 
 
 def run_job(train: Callable[[], int], timeout_s: int) -> int:
-  """Runs `train` inside `initialize` and returns its exit code.
-
-  A single process that was stopped exits here: threads that read from a dead disk, or a computation
-  that no one waits for, would delay its exit.
-  """
+  """Runs `train` inside `initialize` and returns its exit code."""
   with initialize(timeout_s):
-    code = train()
-  if code == errors.PREEMPTED and count() == 1:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  return code
+    if count() == 1:
+      errors.exit_without_waiting()
+    return train()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ DIVERGED = 7  # training or a model has values that are not finite
 PREEMPTED = 42
 INTERRUPTED = 130  # Ctrl-C
 CRASH = 134
+_is_exit_immediate = False
 CLOSED_PIPE = 141  # the reader of the output ended
 
 
@@ -78,6 +79,15 @@ def expected(error: BaseException) -> BaseException:
   return error
 
 
+def exit_without_waiting() -> None:
+  """From now on, `run` ends a process that does not succeed without waiting for its threads.
+
+  A thread that reads from a dead disk, or a computation that was abandoned, would delay the exit.
+  """
+  global _is_exit_immediate
+  _is_exit_immediate = True
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Calls `main` and exits with its return value, or with the exit code of its error.
 
@@ -104,6 +114,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       _report(traceback.format_exc().rstrip())
   for number in filter(_is_closed, (1, 2)):  # Python would report them at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+  if code and _is_exit_immediate:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+      with contextlib.suppress(OSError):
+        stream.flush()
+    os._exit(code)
   sys.exit(code)
 
 

@@ -31,6 +31,7 @@ from fluid_jax import (
   cli,
   errors,
   files,
+  lease,
   manifest,
   model_card,
   optim,
@@ -367,10 +368,14 @@ def import_into(directory: pathlib.Path, workdir: pathlib.Path) -> int:
       workdir.mkdir(parents=True, exist_ok=True)
       _copy_tokenizer(config, workdir)
       saved['image']['tokenizer_path'] = str(workdir.absolute() / _TOKENIZER)
-  # Training may continue with another config or other data.
-  config_of_checkpoint = saved | {'is_imported': True}
-  with checkpoint.Checkpointer(checkpoints, keep=1, config=config_of_checkpoint) as checkpointer:
-    checkpointer.save(content['step'], state, {'step': content['step']})
+  saved['is_imported'] = True  # training may continue with another config or other data
+  with files.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+  saver = checkpoint.Checkpointer(checkpoints, keep=1, config=saved)
+  with lease.Lease(workdir) as held, saver:
+    saver.save(content['step'], state, {'step': content['step']})
+    saver.wait()
+    held.record(content['step'])
   return content['step']
 
 

@@ -7,14 +7,14 @@ counters and the loss a step late, so that no step waits for them.
 import contextlib
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fluid_jax import errors, metrics, optim, sharding
+from fluid_jax import errors, metrics, optim, sharding, stop
 
 READ_EVERY = 10  # steps between readings of the counters
 WINDOW = 100  # steps
@@ -29,7 +29,14 @@ _NUM_INSPECTED = 3  # batches that are read again to find what is wrong in them
 class Monitor:
   """Watches the steps of a run. Each process makes one and calls it equally."""
 
-  def __init__(self, job: Any, state: Any, where: str, data_state: Mapping[str, int]):
+  def __init__(
+    self,
+    job: Any,
+    state: Any,
+    where: str,
+    data_state: Mapping[str, int],
+    wait: Callable[[Callable[[], str]], str],
+  ):
     """Checks the state that training starts from.
 
     Args:
@@ -37,11 +44,12 @@ class Monitor:
       state: before the first step.
       where: the origin of the state, for messages.
       data_state: integers that were saved with the state, see `data_state`.
+      wait: calls a function that reads examples, see `stop.Stopper.wait`.
 
     Raises:
       UserError: the state is not finite (exit code 5).
     """
-    self._job = job
+    self._job, self._wait = job, wait
     replicated = NamedSharding(job.mesh, PartitionSpec())
     self._is_finite = jax.jit(optim.is_finite, out_shardings=replicated)
     if not self._holds_finite(state):
@@ -165,7 +173,16 @@ class Monitor:
     self._losses.append(loss)
 
   def _examples(self, steps: Iterable[int]) -> str:
-    """Names this process's examples of some steps that are outliers; all, if there are none."""
+    """Names this process's examples of some steps that are outliers; all, if there are none.
+
+    Nothing ends because they cannot be read, or because a stop signal arrives meanwhile.
+    """
+    try:
+      return self._wait(lambda: self._read_examples(steps))
+    except (errors.UserError, OSError, stop.Stopped):
+      return 'examples that cannot be read now'
+
+  def _read_examples(self, steps: Iterable[int]) -> str:
     found = {}
     steps = list(steps)[:_NUM_INSPECTED]
     for step in steps:
@@ -181,7 +198,11 @@ class Monitor:
     return 'unknown examples'
 
   def _named(self, step: int, odd: Mapping[int, str]) -> str:
-    return _listed(self._by_key(step, odd))
+    """As `_examples`, of examples that were read."""
+    try:
+      return self._wait(lambda: _listed(self._by_key(step, odd)))
+    except (errors.UserError, OSError, stop.Stopped):
+      return f'examples whose {" and ".join(sorted(set(odd.values())))}'
 
   def _by_key(self, step: int, odd: Mapping[int, str]) -> dict[str, str]:
     """Reasons by key instead of by row of this process."""

@@ -27,6 +27,9 @@ _OLD_S = 600  # clocks of machines differ by less
 _SETTLE_S = 0.2  # two processes that start together see each other's file after this time
 
 
+_live: set[str] = set()  # tokens of the leases that this process holds
+
+
 class Lease:
   """Holds a workdir for this process; a context manager. Only process 0 of a run has one."""
 
@@ -58,15 +61,21 @@ class Lease:
       raise errors.UserError(_in_use(found, self._path.parent), errors.MISMATCH)
     # What the earlier run knew stays known until this run saves.
     self._content['saved_step'] = found.get('saved_step', 'unknown') if found else 'unknown'
-    with files.writing(self._path):
-      self._write()
-    time.sleep(_SETTLE_S)
-    self.check()
+    _live.add(self._content['token'])
+    try:
+      with files.writing(self._path):
+        self._write()
+      time.sleep(_SETTLE_S)
+      self.check()
+    except BaseException:
+      self.__exit__()
+      raise
     threading.Thread(target=self._beat, daemon=True, name='lease').start()
     return self
 
   def __exit__(self, *_) -> None:
     self._stop.set()
+    _live.discard(self._content['token'])
     with self._lock, contextlib.suppress(OSError):
       if not self._lost and self._is_ours():
         self._content['state'] = 'ended'
@@ -78,8 +87,9 @@ class Lease:
     return self._content['saved_step']
 
   def record(self, saved_step: int | None) -> None:
-    """Notes the last saved step."""
+    """Notes the last saved step; raises as `check` does."""
     with self._lock:
+      self.check()
       self._content['saved_step'] = saved_step
       self._write()
 
@@ -109,7 +119,13 @@ class Lease:
 
   def _write(self) -> None:
     self._content['heartbeat'] = time.time()
-    files.write(self._path, json.dumps(self._content, indent=1) + '\n')
+    # Another process may write the same file, even one with the same number in another container.
+    written = self._path.with_name(f'{FILENAME}.{self._content["token"]}.tmp')
+    try:
+      written.write_text(json.dumps(self._content, indent=1) + '\n')
+      written.replace(self._path)
+    finally:
+      written.unlink(missing_ok=True)
 
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:
@@ -131,9 +147,14 @@ def _is_held(found: dict[str, Any], path: pathlib.Path) -> bool:
     pid, _, started = rest.partition(':')
     if not pid.isdigit() or _start_time(int(pid)) != started:
       return False
+    if int(pid) == os.getpid() and found.get('token') not in _live:
+      return False  # this process could not write that it had ended
     original = pathlib.Path(str(found.get('path')))
     # A copy of the workdir of a running process is not its workdir.
-    return original == path.absolute() or (read(original) or {}).get('token') != found.get('token')
+    with contextlib.suppress(OSError):
+      if original.samefile(path):
+        return True
+    return (read(original) or {}).get('token') != found.get('token')
   age = time.time() - float(found.get('heartbeat') or 0)
   if age > _OLD_S:
     return False

@@ -135,6 +135,7 @@ def run(
 
   def on_saved(step_number: int) -> None:
     """The workdir is now that of this config, and its earlier metrics are superseded."""
+    held.check()
     writer.drop_superseded()
     try:
       workdir_lib.write_config(workdir, saved_config)
@@ -155,7 +156,7 @@ def run(
     state, data_state, start = stopper.wait(job.init), {}, 0
   else:
     state, data_state, start = restored
-  monitor = health.Monitor(job, state, f'step {start} of {workdir}', data_state)
+  monitor = health.Monitor(job, state, f'step {start} of {workdir}', data_state, stopper.wait)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(job.state.params))
   log(
     f'{config.name}: {num_params / 1e6:.1f}M parameters, '
@@ -300,10 +301,13 @@ def run(
       if done > start and monitor.may_save(done, state, is_due=True, is_last=True):
         log(f'step {done}  saving ...')
         save()
-  if not stopped_by:
-    batches.close()
+    finally:
+      if not stopped_by:  # a thread that reads may hang
+        batches.close()
 
-  if stopped_by:
+  if stopped_by and not done:
+    log(f'stopped by {stopped_by} before the first step: run the same command again')
+  elif stopped_by:
     log(f'stopped by {stopped_by}; saved at step {done}: the same command resumes {workdir}')
   else:
     log(f'done at step {done}: {workdir}')

@@ -1,5 +1,6 @@
 """Writes metrics to TensorBoard, to metrics.jsonl, and as lines to standard output."""
 
+import collections
 import contextlib
 import io
 import json
@@ -9,7 +10,6 @@ import pathlib
 import re
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -77,7 +77,7 @@ class Writer:
     with self._lock:
       self._unwritten.append(json.dumps({'step': step, **finite}).encode() + b'\n')
       self._write()
-    by_run = defaultdict(dict)
+    by_run = collections.defaultdict(dict)
     for name, value in values.items():
       run, tag = tensorboard_tag(name)
       by_run[run][tag] = value
@@ -117,11 +117,13 @@ class Writer:
       self._close_file()
       lines = self._read()
       earlier, ours = lines[: self._num_earlier], lines[self._num_earlier :]
-      superseded = [line for line in earlier if _step(line) > self._start_step]
+      kept = [line for line in earlier if _step(line) <= self._start_step]
+      # A process that was killed within this function may have left a line twice.
+      kept = list({_name(line): line for line in kept}.values())
+      superseded = collections.Counter(earlier) - collections.Counter(kept)
       if superseded:
         with self._old_path.open('ab') as file:
-          file.writelines(superseded)
-        kept = [line for line in earlier if _step(line) <= self._start_step]
+          file.writelines(superseded.elements())
         files.write(self._path, b''.join(kept + ours))
       self._num_earlier = 0
 
@@ -173,7 +175,7 @@ class Writer:
     try:
       yield
     except Exception as error:  # of TensorFlow or of the operating system
-      reason = str(error).splitlines()[0]
+      reason = (str(error) or type(error).__name__).splitlines()[0]
       logging.warning('TensorBoard is given up (%s): metrics are in %s.', reason, self._path)
       self._runs = {}
 
@@ -226,6 +228,12 @@ def _step(line: bytes) -> float:
   except (ValueError, KeyError, TypeError):
     return math.inf
   return step if isinstance(step, int) else math.inf
+
+
+def _name(line: bytes) -> tuple[float, str]:
+  """The step and the groups of a line's metrics, by which it replaces an earlier one."""
+  groups = {name.partition('/')[0] for name in json.loads(line)}
+  return _step(line), ' '.join(sorted(groups - {'speed'}))
 
 
 class Timer:
@@ -291,6 +299,7 @@ def duration(seconds: float) -> str:
 
 
 def log(text: str, is_active: bool = True) -> None:
-  """Prints a line immediately."""
+  """Prints a line immediately; a reader that has ended, as in `... | tee`, costs only the line."""
   if is_active:
-    print(text, flush=True)
+    with contextlib.suppress(OSError):
+      print(text, flush=True)

@@ -1,6 +1,7 @@
 """Stop signals: SIGTERM and Ctrl-C (SIGINT) end a run after its state is saved, in every phase."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import threading
@@ -80,13 +81,14 @@ class Stopper:
     """The handler of both signals."""
     name = signal.Signals(number).name
     signal.signal(number, _default(number))
-    # Not print, which the signal may have interrupted.
-    os.write(2, f'{name} received: stopping; a second one ends without saving.\n'.encode())
+    if not self._is_shared:
+      self._received = name
+    # Not print, which the signal may have interrupted. Ctrl-C may also have ended the reader.
+    with contextlib.suppress(OSError):
+      os.write(2, f'{name} received: stopping; a second one ends without saving.\n'.encode())
     if self._is_shared:  # JAX tells the other processes
       os.kill(os.getpid(), signal.SIGTERM)
-      return
-    self._received = name
-    if not self._is_deferred:
+    elif not self._is_deferred:
       raise Stopped(name)
 
 
@@ -96,19 +98,25 @@ def run(train: Callable[[Stopper], int]) -> int:
   Outside the main thread Python receives no signals, and nothing changes.
 
   Returns:
-    42 if `train` was stopped before it had something to save.
+    42 if `train` was stopped when it had nothing to save.
   """
   is_main_thread = threading.current_thread() is threading.main_thread()
   stopper = Stopper(is_main_thread)
-  # In several processes JAX handles SIGTERM, which any of them may receive.
+  # In several processes JAX handles SIGTERM, which any of them may receive. A signal that is
+  # ignored stays so: a shell script starts its background jobs like this.
   handled = _SIGNALS[distributed.count() > 1 :] if is_main_thread else ()
-  before = {number: signal.signal(number, stopper.on_signal) for number in handled}
+  handled = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+  before = {}
   try:
+    for number in handled:
+      before[number] = signal.signal(number, stopper.on_signal)
     return train(stopper)
   except Stopped as name:
-    metrics.log(f'stopped by {name} before the first step: the same command starts again')
+    stopper.defer()
+    metrics.log(f'stopped by {name}: run the same command again')
     return errors.PREEMPTED
   finally:
+    stopper.defer()
     for number, handler in before.items():
       signal.signal(number, handler)
 

@@ -67,7 +67,7 @@ def report(
   workdir: str | None,
   skip_data: bool,
   done: list[str],
-  files: str,
+  unread: str,
   start_over: bool = False,
 ) -> str:
   """Checks the workdir, and lists what was checked and what was not.
@@ -77,13 +77,13 @@ def report(
     workdir: see `check`.
     skip_data: see `check`.
     done: what was checked before.
-    files: what was not read of the files that the config names.
+    unread: what was not read of the files that the config names.
     start_over: see `check`.
 
   Raises:
     UserError: the workdir cannot be written (exit code 6), or belongs to another config (4).
   """
-  others = [files, 'the devices, and whether memory suffices (see fluid_jax.aot for TPUs)']
+  others = [unread, 'the devices, and whether memory suffices (see fluid_jax.aot for TPUs)']
   if -1 in (config.mesh.replica, config.mesh.fsdp):
     others.append('whether they divide the batch (set config.mesh.replica and config.mesh.fsdp)')
   others.append('the data' if skip_data else 'all other examples')

@@ -73,8 +73,9 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathli
     accepted += ('train.num_steps',)  # with other schedules each learning rate depends on it
   refused = [line for line in settings.differences(old, new) if not line.startswith(accepted)]
   if refused:
+    what = 'other data' if refused[0].startswith('data_digests.') else 'another config'
     raise errors.UserError(
-      f'{workdir} was trained with another config or other data ({errors.and_more(refused, 8)}): '
+      f'{workdir} was trained with {what} ({errors.and_more(refused, 8)}): '
       'set the values on the left of the arrows to resume it, or give another --workdir.',
       errors.MISMATCH,
     )
@@ -119,6 +120,9 @@ def start_over(workdir: pathlib.Path, saved_step: int | str | None, is_allowed: 
   Raises:
     UserError: there are steps, a config or metrics of a run that saved something (exit code 5).
   """
+  if saved_step is None:  # a save that was killed before its manifest
+    with files.writing(workdir / _CHECKPOINTS):
+      checkpoint.set_aside(workdir / _CHECKPOINTS)
   traces = _traces(workdir, saved_step)
   if not traces:
     return

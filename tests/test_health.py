@@ -41,7 +41,9 @@ def make(bad=(), num_steps=STEPS, data_state=None, start=None):
   config = config_lib.resolve({'train': {'num_steps': num_steps}, 'optimizer': {'warmup_steps': 0}})
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   job = types.SimpleNamespace(config=config, mesh=mesh, open_stream=lambda step: Stream(step, bad))
-  return health.Monitor(job, start or state(), 'step 3 of runs/a', data_state or {})
+  return health.Monitor(
+    job, start or state(), 'step 3 of runs/a', data_state or {}, lambda call: call()
+  )
 
 
 def run(monitor, skipped, steps, loss=1.0):

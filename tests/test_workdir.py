@@ -38,6 +38,51 @@ def test_a_workdir_has_one_holder_at_a_time(tmp_path):
   assert json.loads((tmp_path / lease.FILENAME).read_text())['token'] == 'another'
 
 
+def test_a_workdir_is_held_under_all_its_names(tmp_path):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'link').symlink_to('run')
+  with lease.Lease(tmp_path / 'run'):
+    for name in ('link', 'run/../run'):
+      with pytest.raises(errors.UserError, match='in use'), lease.Lease(tmp_path / name):
+        pass
+
+
+def test_a_lost_lease_is_not_taken_back(tmp_path):
+  with lease.Lease(tmp_path) as held:
+    change(tmp_path, token='another')
+    before = (tmp_path / lease.FILENAME).read_bytes()
+    with pytest.raises(errors.UserError, match='in use'):
+      held.record(5)
+  assert (tmp_path / lease.FILENAME).read_bytes() == before
+
+
+def test_a_process_does_not_refuse_itself(tmp_path):
+  with lease.Lease(tmp_path):
+    pass
+  change(tmp_path, state='running')  # it could not write that it had ended
+  with lease.Lease(tmp_path):
+    pass
+
+
+def test_many_leases_at_once_leave_one(tmp_path):
+  held, refused = [], []
+
+  def take():
+    try:
+      held.append(lease.Lease(tmp_path).__enter__())
+    except errors.UserError as error:
+      refused.append(error.exit_code)
+
+  threads = [threading.Thread(target=take) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert refused == [errors.MISMATCH] * 7
+  held[0].__exit__()
+  assert [path.name for path in tmp_path.iterdir()] == [lease.FILENAME]
+
+
 def test_the_lease_of_a_process_that_is_gone_is_taken_at_once(tmp_path):
   script = (
     'import pathlib, os, signal, sys; from fluid_jax import lease;'
@@ -173,6 +218,9 @@ def test_the_lease_says_whether_anything_was_saved(tmp_path):
     workdir.start_over(tmp_path, 30, is_allowed=False)
   traces(tmp_path, 'metrics.jsonl')
   workdir.start_over(tmp_path, None, is_allowed=False)  # it ended before its first save
+  traces(tmp_path, 'step')  # it was killed in its first save
+  workdir.start_over(tmp_path, None, is_allowed=False)
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000010.unproven']
 
 
 # ---- Logs ----
@@ -215,6 +263,18 @@ def test_damaged_lines_and_superseded_ones_are_kept_aside_after_a_save(tmp_path)
   assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4]
   old = (tmp_path / metrics.OLD_FILENAME).read_bytes()
   assert old == b'\xff\xfe\n{"step": 3}\n{"st\n'
+
+
+def test_lines_that_a_killed_process_left_twice_are_dropped(tmp_path):
+  path = tmp_path / metrics.FILENAME
+  twice = [{'step': step, 'train/loss': loss} for loss in (1, 2) for step in (2, 4)]
+  twice[3]['speed/mfu'] = 0.5
+  twice.append({'step': 4, 'validation/loss_ema': 3})
+  path.write_text(''.join(json.dumps(line) + '\n' for line in twice))
+  writer = metrics.Writer(tmp_path, 4)
+  writer.drop_superseded()
+  writer.close()
+  assert lines(tmp_path) == twice[2:]
 
 
 def test_tensorboard_that_cannot_be_written_is_given_up(tmp_path, caplog):

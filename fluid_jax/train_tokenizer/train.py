@@ -89,7 +89,7 @@ def _train(
   with loop.hold(workdir) as held:
     state, code = loop.run(job, workdir, held, stopper, start_over)
     if not code:
-      export(config, program, mesh, state, workdir / 'tokenizer.safetensors')
+      export(config, program, mesh, state, workdir / 'tokenizer.safetensors', stopper)
   return code
 
 
@@ -250,6 +250,7 @@ def export(
   mesh: Mesh,
   state: step.TokenizerState,
   path: pathlib.Path,
+  stopper: stop.Stopper,
 ) -> None:
   """Writes the averaged weights to `path`.
 
@@ -260,15 +261,19 @@ def export(
   network, params = tokenizer_config.make_network(config), state.ema_params
   if isinstance(network, kl_vae.KLVAE):
     metrics.log('measuring the latents of the training split ...', is_main_process)
-    batches = _reconstructions(config, program, mesh, params, 'train')
-    with contextlib.closing(batches):
-      sums = [
-        latents.moment_sums(moments_BxLx2C.astype(np.float64))
-        for _, _, moments_BxLx2C in itertools.islice(
-          batches, -(-_NUM_MEASURED // config.train.batch_size)
-        )
-      ]
-    network = dataclasses.replace(network, **latents.statistics(sums))
+
+    def measure() -> dict[str, Any]:
+      batches = _reconstructions(config, program, mesh, params, 'train', stopper.poll)
+      with contextlib.closing(batches):
+        sums = [
+          latents.moment_sums(moments_BxLx2C.astype(np.float64))
+          for _, _, moments_BxLx2C in itertools.islice(
+            batches, -(-_NUM_MEASURED // config.train.batch_size)
+          )
+        ]
+      return latents.statistics(sums)
+
+    network = dataclasses.replace(network, **stopper.wait(measure))
   params = multihost_utils.process_allgather(params, tiled=True)
   if is_main_process:
     facts = {'task': config.data.task, 'image_size': config.data.image_size}
