@@ -129,7 +129,9 @@ def test_a_model_that_is_not_finite_gives_no_picture(tmp_path, capsys):
   assert 'warning: the tokens of images 1 to 4 of 4 are not finite' in capsys.readouterr().out
   # The commands refuse the checkpoint.
   with checkpoint.Checkpointer(
-    tmp_path / 'checkpoints', keep=1, config=dataclasses.asdict(config) | {'encoder_digests': {}}
+    tmp_path / 'checkpoints',
+    keep=1,
+    config=dataclasses.asdict(config) | {'encoder_digests': {}, 'is_imported': True},
   ) as checkpointer:
     checkpointer.save(3, state.replace(step=jnp.int32(3)), {'step': 3})
   out = tmp_path / 'grid.png'
