@@ -1,11 +1,9 @@
 """Training in processes: the files of a run, and equality of stopped and uninterrupted runs."""
 
 import json
-import random
 import re
 import shutil
 import signal
-import time
 
 import commands
 import jax
@@ -218,27 +216,6 @@ def test_an_implicit_transfer_ends_training(tmp_path):
   done = commands.run('-c', _IMPLICIT_TRANSFERS, tmp_path)
   assert done.returncode == errors.CRASH
   assert 'Disallowed host-to-device transfer' in done.stderr
-
-
-@pytest.mark.slow
-def test_a_run_killed_ten_times_at_random_equals_an_uninterrupted_one(tmp_path):
-  uninterrupted, killed = tmp_path / 'uninterrupted', tmp_path / 'killed'
-  longer = ('--config.train.num_steps=200', '--config.train.eval_every=50')
-  train(uninterrupted, *longer)
-  rng = random.Random(0)
-  for attempt in range(10):
-    process = commands.start(*TRAIN, f'--workdir={killed}', PROMPTS, *longer)
-    if attempt % 3 == 0:  # at any time, also during start-up and compilation
-      time.sleep(rng.uniform(0, 30))
-    else:  # shortly after one of the first lines: during start-up or in one of the first steps
-      for _ in range(rng.randint(1, 14)):
-        process.stdout.readline()
-      time.sleep(rng.uniform(0, 0.3))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-  train(killed, *longer)
-  assert_same(uninterrupted, killed, num_steps=200)
 
 
 @pytest.mark.slow

@@ -99,14 +99,12 @@ def test_step_0_is_refused_where_there_was_more(copy, tmp_path):
     manifest.unlink()
   assert 'checkpoints of steps 10, 15, 20' in refused(*args)
   checkpoints.rename(aside)
-  refused(*args)  # no folder
   checkpoints.mkdir()
   refused(*args)  # an empty one, such as the mount point of a disk that is not mounted
   checkpoints.rmdir()
   checkpoints.symlink_to(tmp_path / 'nowhere')
   assert 'a link to a folder that is missing' in refused(*args)
   (copy / 'config.json').unlink()
-  refused(*args)
   (copy / 'run.json').unlink()
   checkpoints.unlink()
   assert 'there (metrics.jsonl)' in refused(*args)
@@ -290,8 +288,15 @@ def test_a_save_that_fails_while_a_run_is_stopped_ends_it_at_once(tmp_path):
   assert 'cannot be saved' in err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('phase', ['loading the encoders', 'compiling', 'evaluating', 'sampling'])
+@pytest.mark.parametrize(
+  ('phase', 'number'),
+  [
+    ('loading the encoders', signal.SIGINT),
+    ('compiling', signal.SIGTERM),
+    ('evaluating', signal.SIGINT),
+    ('sampling', signal.SIGTERM),
+  ],
+)
 def test_a_signal_in_any_phase_stops_at_once_and_what_was_due_is_done_later(
   phase, number, trained, tmp_path
 ):
@@ -339,7 +344,7 @@ def test_60_steps_with_10_signals_in_random_phases_are_bit_equal(tmp_path, capsy
   args += ('--config.train.sample_every=20', '--config.train.checkpoint_every=9')
   assert train(tmp_path / 'whole', *args).returncode == 0
   workdir, rng, seconds = tmp_path / 'stopped', random.Random(0), []
-  kinds = [signal.SIGTERM] * 5 + [signal.SIGINT] * 3 + [signal.SIGKILL] * 2
+  kinds = [signal.SIGTERM] * 4 + [signal.SIGINT] * 2 + [signal.SIGKILL] * 4
   rng.shuffle(kinds)
   for kind in kinds:
     process = commands.start(*TRAIN, f'--workdir={workdir}', *args, stderr=subprocess.STDOUT)
