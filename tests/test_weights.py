@@ -281,14 +281,9 @@ def test_an_index_and_files_that_contradict_it_are_refused(sharded):
   index.write_text(chr(0xFEFF) + json.dumps({'weight_map': listed}))  # a byte order mark
   loaded(where)
   for other in (
-    [1],
-    [[first, 'b.safetensors']],
-    None,
-    {},
-    {first: 3},
-    {first: ['a']},
+    [1], [[first, 'b.safetensors']], None, {}, {first: 3}, {first: ['a']},
     dict.fromkeys(listed, '/dev/zero'),
-  ):
+  ):  # fmt: skip
     index.write_text(json.dumps({'weight_map': other}))
     assert 'is not an index of safetensors files' in refused(loaded, where)
   for text in ('version https://git-lfs', '[]', '[' * 100_000):
