@@ -23,8 +23,9 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo 'error: fluid_jax needs Python 3.11 to 3.13, but $(PYTHON) is another version:' \
 	    'select a version, as in make PYTHON=python3.12 $(or $(MAKECMDGOALS),setup).'; exit 1; } >&2
-	@$(PYTHON) -c 'import os, shutil, sys; \
-	    sys.exit(sys.version_info >= (3, 13) and not shutil.which(os.environ.get("CXX", "c++")))' || { \
+	@$(PYTHON) -c 'import os, shlex, shutil, sys; \
+	    compiler, *_ = *shlex.split(os.environ.get("CXX", "c++")), ""; \
+	    sys.exit(sys.version_info >= (3, 13) and not shutil.which(compiler))' || { \
 	  echo 'error: with Python 3.13, a package that seqio needs (editdistance) is compiled, but there is' \
 	    'no C++ compiler: install one, such as g++, or use Python 3.11 or 3.12.'; exit 1; } >&2
 	@echo "Installing into .venv with $$($(PYTHON) --version): about a minute, 4 GB."

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import io
 import math
+import os
 import pathlib
 import re
 import textwrap
@@ -162,7 +163,7 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     UserError: there is no such config, it fails, or an override does not fit it.
   """
   name, colon, variant = value.partition(':')
-  config = _run_config(_find_config(name), [variant] if colon else [])
+  config = _run_config(_find_config(name, colon + variant), [variant] if colon else [])
   known = config.to_dict()
   values = flags.FlagValues()
   words = ['', *overrides]
@@ -241,7 +242,8 @@ def _setting_names(config: Mapping[str, Any], prefix: str = '') -> Iterator[str]
       yield prefix + name
 
 
-def _find_config(name: str) -> pathlib.Path:
+def _find_config(name: str, variant: str) -> pathlib.Path:
+  """The file of a config; `variant`, such as ':order=raster', is for suggestions."""
   path = pathlib.Path(name)
   if path.is_file():
     return path
@@ -250,11 +252,14 @@ def _find_config(name: str) -> pathlib.Path:
       if (folder / f'{name}.py').is_file():
         return folder / f'{name}.py'
   if path.name and path.with_suffix('.py').is_file():
-    raise errors.UserError(f'--config={name} is not a file: did you mean {path}.py?')
+    raise errors.UserError(
+      f'--config={name} is not a file: did you mean {path.with_suffix(".py")}{variant}?'
+    )
   if name and path.is_dir():
     raise errors.UserError(f'--config={name} is a folder: give the name or the file of a config.')
-  close = difflib.get_close_matches(path.stem, config_names(), n=1, cutoff=0.5)
-  hint = f'did you mean {close[0]}?' if close else f'known names: {", ".join(config_names())}.'
+  known = config_names()
+  close = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
+  hint = f'did you mean {close[0]}{variant}?' if close else f'known names: {", ".join(known)}.'
   raise errors.UserError(f'--config={name} is neither a file nor the name of a config; {hint}')
 
 
@@ -269,13 +274,18 @@ def _raised_in(error: BaseException, path: pathlib.Path) -> int:
 
 
 def _config_failed(path: pathlib.Path, error: BaseException) -> errors.UserError:
-  line = _raised_in(error, path)
-  if isinstance(error, SyntaxError) and error.filename in (str(path), None):
-    line = error.lineno
-  place = f'{path}, line {line}' if line else str(path)
-  reason = str(getattr(error, 'msg', error)).splitlines()
+  file, line, which = str(path), _raised_in(error, path), 'the config file'
+  if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ''):
+    if error.filename != file:
+      which = f'that file, which {path} uses'
+    file, line = error.filename, error.lineno
+  place = f'{file}, line {line}' if line else file
+  try:
+    reason = str(getattr(error, 'msg', error)).splitlines()
+  except Exception:  # the exception cannot describe itself
+    reason = []
   said = f': {reason[0]}' if reason else ''
-  return errors.UserError(f'{place}: {type(error).__name__}{said}; correct the config file.')
+  return errors.UserError(f'{place}: {type(error).__name__}{said}; correct {which}.')
 
 
 def describe_settings(settings: type) -> str:

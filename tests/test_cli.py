@@ -133,7 +133,7 @@ def test_validate_only_counts_the_bytes_of_the_optimizer():
 
 
 @pytest.mark.usefixtures('small_networks')
-def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
+def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path, trained):
   def problem(*flags, workdir=None):
     with pytest.raises(errors.UserError) as caught:
       validate.check(read_config(TINY, *flags), workdir, skip_data=True)
@@ -154,11 +154,15 @@ def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
   assert problem('--config.mesh.tensor=2', '--config.mesh.preset=fsdp')[0] == 3
   (tmp_path / 'file').touch()
   assert problem(workdir=f'{tmp_path}/file/run')[0] == 6
-  (tmp_path / 'config.json').write_text(json.dumps({'name': 'other', 'encoder_digests': {}}))
-  assert problem(workdir=f'{tmp_path}')[0] == 4
-  saved = dataclasses.asdict(read_config(TINY)) | {'encoder_digests': {'image': 'x'}}
-  (tmp_path / 'config.json').write_text(json.dumps(saved))
-  assert 'not checked: ' in validate.check(read_config(TINY), str(tmp_path), skip_data=True)
+  (tmp_path / 'config.json').write_text('{}')  # without the checkpoint that was saved before it
+  code, message = problem(workdir=f'{tmp_path}')
+  assert (code, 'but an earlier run trained there (config.json)' in message) == (5, True)
+  config = read_config(TINY)
+  assert 'not checked: ' in validate.check(config, f'{tmp_path}', True, start_over=True)
+  workdir = str(trained[0])
+  code, message = problem('--config.train.seed=3', workdir=workdir)
+  assert (code, 'train.seed: 0 -> 3' in message) == (4, True)
+  assert 'not checked: ' in validate.check(config, workdir, skip_data=True)
   with pytest.raises(errors.UserError, match='--skip_data is for --validate_only'):
     main.main([TINY, '--skip_data', f'--workdir={tmp_path}'])
 
@@ -182,7 +186,10 @@ def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
     ([TINY, '--config.optimiser.learning_rate=1'], 'did you mean optimizer.learning_rate?'),
     ([TINY, '--wrkdir=x'], 'unknown flag --wrkdir; did you mean --workdir?'),
     (['--config=configs/tiny'], 'did you mean configs/tiny.py?'),
+    (['--config=configs/tiny:order=raster'], 'did you mean configs/tiny.py:order=raster?'),
+    (['--config=configs/tiny.yaml'], 'did you mean configs/tiny.py?'),
     (['--config=tyni'], 'did you mean tiny?'),
+    (['--config=tyni:order=raster'], 'did you mean tiny:order=raster?'),
     (['--config=:order=raster'], 'is neither a file nor the name of a config'),
     ([TINY, '--config.image.prepared=maybe'], 'prepared=maybe: write True or False'),
     ([TINY, '--config.train.sample_prompts[0]=a'], 'did you mean train.sample_prompts?'),
@@ -244,11 +251,11 @@ def test_validate_only_checks_files_prompts_and_the_workdir(tmp_path):
     ([f'{TINY}:ordr=raster'], 'write order=random or order=raster'),
     (['--config=configs/absent.py'], '--config=configs/absent.py is neither a file nor the name'),
     (['--config=configs/absent.py', '--config.model.width=32'], 'is neither a file nor the name'),
-    ([TINY, '--config.optimizer.weight_decay=nan'], 'optimizer.weight_decay is nan, which is not'),
-    ([TINY, '--config.optimizer.learning_rate=inf'], 'optimizer.learning_rate is inf, which is'),
+    ([TINY, '--config.optimizer.weight_decay=nan'], 'optimizer.weight_decay is nan, but must be'),
+    ([TINY, '--config.optimizer.learning_rate=inf'], 'optimizer.learning_rate is inf, but must'),
     ([TINY, '--config.optimizer.learning_rate=1e20'], 'it must be at most 10 (usually'),
     ([TINY, '--config.optimizer.weight_decay=1e20'], 'so kernels would change their sign'),
-    ([TINY, '--config.image.latent_scale=(1e999,)'], 'image.latent_scale is (inf,), which is not'),
+    ([TINY, '--config.image.latent_scale=(1e999,)'], 'image.latent_scale is (inf,), but must be'),
     ([], '--config is missing'),
     ([TINY, 'stray'], "'stray' is not a flag"),
   ],
@@ -319,6 +326,9 @@ def test_a_config_is_found_by_name_and_by_file(monkeypatch, tmp_path):
     ("  import json; json.loads('{')", 'line 4: JSONDecodeError: '),
     ('  open("absent")', 'line 4: FileNotFoundError: '),
     ("  import ast; ast.parse('a b')", 'line 4: SyntaxError: '),
+    ("  raise SyntaxError('bad')", 'line 4: SyntaxError: bad; correct the config file.'),
+    ("  raise type('E', (Exception,), {'__str__': None})", 'line 4: E; correct the config file.'),
+    ("  raise type('E', (Exception,), {'__str__': lambda e: 1 / 0})", 'line 4: E; correct'),
   ],
 )
 def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, line, words):
@@ -350,6 +360,28 @@ def test_a_config_file_that_makes_no_config_is_named(tmp_path, text, variant, wo
     read_config(f'--config={tmp_path}/mine.py{variant}', '--config.model.width=32')
   assert words in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('import json\n(', 'helper_of_config.py, line 2: SyntaxError: '),
+    ('if 1:\n  a = 1\n    b = 2', 'helper_of_config.py, line 3: IndentationError: '),
+    ('\0', 'mine.py, line 2: SyntaxError: '),  # Python itself does not say where
+  ],
+)
+def test_a_file_with_wrong_syntax_that_a_config_imports_is_named(
+  tmp_path, monkeypatch, text, words
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'helper_of_config.py').write_text(text)
+  (tmp_path / 'mine.py').write_text('import sys\nimport helper_of_config\n')
+  with pytest.raises(errors.UserError) as caught:
+    read_config(f'--config={tmp_path}/mine.py')
+  message, which = str(caught.value), f'that file, which {tmp_path}/mine.py uses'
+  assert message.startswith(f'{tmp_path}/{words}')
+  assert message.endswith(f'; correct {"the config file" if "mine.py" in words else which}.')
+  assert '\n' not in message
 
 
 def test_a_config_of_fluid_is_not_for_tokenizers():
@@ -469,10 +501,10 @@ def test_an_unwritable_workdir_exits_with_6(tmp_path):
   expect(6, 'cannot be written (Not a directory)', *args)
 
 
-def test_a_full_disk_exits_with_6(tmp_path):
-  (tmp_path / 'run.json.tmp').symlink_to('/dev/full')
+def test_a_workdir_that_cannot_be_written_and_a_full_disk_exit_with_6(tmp_path):
+  (tmp_path / 'run.json').mkdir()
   args = ('-m', 'fluid_jax.main', TINY, f'--workdir={tmp_path}')
-  expect(6, 'cannot be written (No space left on device)', *args)
+  expect(6, f'{tmp_path}/run.json cannot be written (', *args)
   script = (
     "from fluid_jax import errors; errors.run(lambda: open('/dev/full', 'w').write('x' * 9999))"
   )

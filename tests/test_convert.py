@@ -297,6 +297,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
   assert 'does not end in .safetensors' in refused(path, tmp_path / 'out.bin')
   (tmp_path / 'there.safetensors').write_text('mine')
   assert 'exists: remove it' in refused(path, tmp_path / 'there.safetensors')
-  with pytest.raises(errors.UserError, match='cannot be written') as caught:
+  with pytest.raises(errors.UserError, match='does not exist: create it first'):
     convert.convert(path, tmp_path / 'absent/out.safetensors')
+  (tmp_path / 'link.safetensors').symlink_to(tmp_path / 'absent/out.safetensors')
+  with pytest.raises(errors.UserError, match='cannot be written') as caught:
+    convert.convert(path, tmp_path / 'link.safetensors')
   assert caught.value.exit_code == errors.STORAGE

@@ -80,7 +80,7 @@ def interrupted():
   [
     (lambda: None, 0, ''),
     (lambda: errors.PREEMPTED, 42, ''),
-    (interrupted, 130, 'error: interrupted; the same command resumes.\n'),
+    (interrupted, 130, 'error: interrupted: run the same command again.\n'),
     (lambda: 1 // 0, 134, 'ZeroDivisionError'),
   ],
 )

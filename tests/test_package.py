@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -120,6 +121,26 @@ def test_every_config_resolves_in_every_variant(name, order, tokens):
 def test_every_config_of_a_tokenizer_resolves(name):
   module = importlib.import_module(f'configs.{name}')
   assert tokenizer_config.resolve(module.get_config().to_dict()).name == name
+
+
+@pytest.mark.parametrize(
+  ('compiler', 'is_found'), [('cc-cache g++ -O2', True), ('absent g++', False), ('', False)]
+)
+def test_the_compiler_of_make_may_be_a_command_with_arguments(tmp_path, compiler, is_found):
+  (tmp_path / 'setup.py').touch()
+  (tmp_path / 'constraints.txt').touch()
+  for name, text in {
+    'c++': '', 'cc-cache': '',
+    # Says that it is Python 3.13, and makes no environment.
+    'python': f'exec {sys.executable} -c "import sys; sys.version_info = 3, 13; $2"',
+  }.items():  # fmt: skip
+    (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
+    (tmp_path / name).chmod(0o755)
+  make = ('make', '-f', commands.ROOT / 'Makefile', f'PYTHON={tmp_path}/python', 'setup')
+  env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'CXX': compiler}
+  done = subprocess.run(make, cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert ('Installing into .venv' in done.stdout) == is_found, done.stderr
+  assert ('there is no C++ compiler' in done.stderr) != is_found
 
 
 @pytest.fixture(scope='module')

@@ -569,7 +569,7 @@ def test_validate_only_reads_images_and_the_headers_of_weights(tmp_path, capsys)
   printed = capsys.readouterr().out
   assert 'files and 8 of the 63 train examples of emoji_demo' in printed
   assert 'not checked: ' in printed
-  (tmp_path / 'vgg.safetensors').write_bytes(b'')
+  (tmp_path / 'vgg.safetensors').write_bytes(bytes(9))
   flags += [
     '--config.losses.perceptual=1.0',
     f'--config.losses.vgg_path={tmp_path}/vgg.safetensors',

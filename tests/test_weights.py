@@ -67,6 +67,13 @@ def loaded(path, size=T5, dtype='float32'):
   return t5.load(str(path), t5_shapes(size, dtype))
 
 
+def checked(path, size=T5):
+  """What --validate_only reads of the weights."""
+  return t5.load(
+    str(path), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t5_shapes(size))
+  )
+
+
 def refused(load, *args):
   """The one sentence of an error with exit code 5."""
   with pytest.raises(errors.UserError) as caught:
@@ -134,11 +141,17 @@ def test_a_wrong_scale_is_refused(folder, tensors):
   path, scale = folder / 'model.safetensors', QUERY.removesuffix('weight') + 'scale_weight'
   quantised = tensors | {QUERY: tensors[QUERY].astype(ml_dtypes.float8_e4m3fn)}
   save(quantised | {'scaled_fp8': np.zeros(2, ml_dtypes.float8_e4m3fn)}, path)
-  assert f'{QUERY!r} of {path} lacks its scale' in refused(loaded, path)
+  for load in (loaded, checked):
+    assert f'{QUERY!r} of {path} lacks its scale' in refused(load, path)
   save(quantised | {scale: np.ones((32, 1), np.float32)}, path)
-  assert f'{scale!r} of {path} has 32 values' in refused(loaded, path)
+  for load in (loaded, checked):
+    assert f'{scale!r} of {path} has 32 values' in refused(load, path)
+  save(quantised | {scale: np.uint8(3)}, path)
+  for load in (loaded, checked):
+    assert f'tensor {scale!r} of {path} has dtype U8' in refused(load, path)
   save(quantised | {scale: np.float32('nan')}, path)
   assert 'not finite' in refused(loaded, path)
+  checked(path)  # values are not read
   save(quantised | {QUERY + '_scale_inv': np.ones((1, 1), np.float32)}, path)
   assert 'does not have: ' + QUERY + '_scale_inv' in refused(loaded, path)
 
@@ -151,6 +164,7 @@ def test_tensors_that_are_not_floats_are_refused(folder, tensors, dtype, name):
   message = refused(loaded, path)
   assert f'tensor {name!r} of {path} has dtype' in message
   assert 'weights are floats' in message
+  assert refused(checked, path) == message
 
 
 @pytest.mark.parametrize('name', [QUERY, NORM])
@@ -264,7 +278,12 @@ def test_an_index_and_files_that_contradict_it_are_refused(sharded):
   listed = json.loads(index.read_text())['weight_map']
   index.write_text(json.dumps({'weight_map': {n: f for n, f in listed.items() if n != first}}))
   assert f'lacks {first}' in refused(loaded, where)
-  for other in ([1], None, {}, {first: 3}, {first: ['a']}, dict.fromkeys(listed, '/dev/zero')):
+  index.write_text(chr(0xFEFF) + json.dumps({'weight_map': listed}))  # a byte order mark
+  loaded(where)
+  for other in (
+    [1], [[first, 'b.safetensors']], None, {}, {first: 3}, {first: ['a']},
+    dict.fromkeys(listed, '/dev/zero'),
+  ):  # fmt: skip
     index.write_text(json.dumps({'weight_map': other}))
     assert 'is not an index of safetensors files' in refused(loaded, where)
   for text in ('version https://git-lfs', '[]', '[' * 100_000):
@@ -309,11 +328,15 @@ def test_a_t5x_checkpoint_without_a_chunk_or_with_integers_is_refused(tmp_path):
   (array / '.zarray').write_text(described.replace('"bfloat16"', '"<i2"'))
   assert "'encoder/layers_1/mlp/wo/kernel' of" in (message := refused(loaded, step, size))
   assert 'has dtype int16' in message
+  assert refused(checked, step, size) == message
   (array / '.zarray').write_text(described)
   (array / '0.0').unlink()  # zarr itself would read zeros
   assert 'encoder/layers_1/mlp/wo/kernel' in refused(loaded, step, size)
   (array / '0.0').write_bytes(chunk)
   loaded(step, size)
+  checked(step, size)
+  array.rename(tmp_path / 'away')
+  assert 'encoder/layers_1/mlp/wo/kernel' in refused(checked, step, size)
   for tree in ({'a': 'text'}, {'a': {'driver': 'zarr', 'kvstore': {}, 'metadata': {}}}, [1]):
     (step / 'checkpoint').write_bytes(msgpack.packb({'optimizer': {'target': tree}}))
     assert 'is not the index of a T5X checkpoint' in refused(loaded, step, size)
@@ -376,9 +399,13 @@ def test_absent_fields_have_the_default_of_the_library(folder):
   for text in ('{"_class_name": "AutoencoderKL", "norm_num_groups": 8}', '{"config": {}}'):
     file.write_text(text)
     loaded(folder)
-  for text in ('{', '[1]', '3', 'null', '[' * 100_000):
+  for text in ('{', '[1]', '[]', '[["d_model", 24]]', '""', '3', 'null', '[' * 100_000):
     file.write_text(text)
     assert f'{file} describes the weights beside it, but cannot be read' in refused(loaded, folder)
+  file.write_text(chr(0xFEFF) + '{"d_model": 24}')  # a byte order mark
+  loaded(folder)
+  file.write_text(chr(0xFEFF) + '{"d_model": 25}')
+  assert 'd_model is 25 and not 24' in refused(loaded, folder)
 
 
 KL_CONFIG = {
@@ -462,3 +489,11 @@ def test_latents_of_another_scale_are_refused(tmp_path, make_config, small_netwo
     (tmp_path / 'config.json').write_text(json.dumps(KL_CONFIG | changed))
     assert 'set image.latent_mean and image.latent_scale' in refused(load)
   load(**{'image.latent_scale': (0.13025,)})
+  (tmp_path / 'config.json').write_text(json.dumps(KL_CONFIG | {'scaling_factor': 0.13025}))
+  assert 'scaling_factor is 0.13025 and not 0.18215' in refused(
+    lambda: load(**{'image.latent_mean': (0.1,)})
+  )
+  for changed in ({'shift_factor': 0.1}, {'latents_mean': [1.0]}):
+    (tmp_path / 'config.json').write_text(json.dumps(KL_CONFIG | changed))
+    assert 'set image.latent_mean and' in refused(lambda: load(**{'image.latent_scale': (0.2,)}))
+    load(**{'image.latent_mean': (0.1,)})

@@ -66,7 +66,9 @@ def check(
     return
   files.check(file)
   try:
-    found = dict(json.loads(file.read_text()))
+    found = json.loads(file.read_bytes())  # with or without a byte order mark
+    if not isinstance(found, dict):
+      raise TypeError('it is not an object')
   except (OSError, ValueError, TypeError, RecursionError) as error:
     raise errors.UserError(
       f'{file} describes the weights beside it, but cannot be read ({error}): download it again.',

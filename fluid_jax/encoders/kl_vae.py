@@ -73,15 +73,21 @@ class KLVAE:
     found, prefix = autoencoder.entries(source, self.shape, shapes)
     return weights.load(source, found, shapes, f'(?!{prefix})|{_OTHERS}' if prefix else _OTHERS)
 
-  def check_latents(self, path: str) -> None:
+  def check_latents(self, path: str, has_mean: bool, has_scale: bool) -> None:
     """Checks that the config.json beside the weights gives the latents the same mean and scale.
+
+    Args:
+      path: the weights.
+      has_mean, has_scale: whether the config of the command gives this part instead.
 
     Raises:
       UserError: it gives others.
     """
-    (mean,), (scale,) = self.latent_mean, self.latent_scale
-    wanted = {'scaling_factor': scale, 'shift_factor': mean if mean else (mean, None)}
-    wanted |= {'latents_mean': None, 'latents_std': None}
+    (mean,), (scale,), wanted = self.latent_mean, self.latent_scale, {}
+    if not has_mean:
+      wanted |= {'shift_factor': mean if mean else (mean, None), 'latents_mean': None}
+    if not has_scale:
+      wanted |= {'scaling_factor': scale, 'latents_std': None}
     remedy = 'set image.latent_mean and image.latent_scale for these latents'
     declared.check(path, KINDS, wanted, remedy)
 

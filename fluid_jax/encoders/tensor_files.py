@@ -70,6 +70,15 @@ class File:
   def is_float8(self, name: str) -> bool:
     return self._entries[name]['dtype'].startswith('F8')
 
+  def check(self, name: str) -> None:
+    """Checks that a tensor holds floats, as the header says.
+
+    Raises:
+      UserError: it does not (exit code 5).
+    """
+    if self._entries[name]['dtype'] not in _DTYPES:
+      raise not_floats(name, self.path, self._entries[name]['dtype'])
+
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A copy of a slice of a tensor, in the dtype of the file.
 
@@ -78,9 +87,8 @@ class File:
     Raises:
       UserError: the tensor does not hold floats (exit code 5).
     """
+    self.check(name)
     entry, shape = self._entries[name], self.shapes[name]
-    if entry['dtype'] not in _DTYPES:
-      raise not_floats(name, self.path, entry['dtype'])
     start, end = entry['data_offsets']
     data = self._bytes[self._start + start : self._start + end]
     return np.array(data.view(_DTYPES[entry['dtype']]).reshape(shape)[index])
@@ -144,8 +152,12 @@ def find(path: epath.Path) -> tuple[epath.Path, dict[str, str] | None]:
   if not path.name.endswith('.json'):
     return path, None
   try:
-    index = dict(json.loads(path.read_text())['weight_map'])
-    if not index or any(epath.Path(name).is_absolute() for name in index.values()):
+    index = json.loads(path.read_bytes())['weight_map']
+    if (
+      not index
+      or not isinstance(index, dict)
+      or any(epath.Path(name).is_absolute() for name in index.values())
+    ):
       raise ValueError
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise errors.UserError(

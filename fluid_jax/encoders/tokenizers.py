@@ -191,15 +191,15 @@ def make(config: config_lib.Config) -> Tokenizer:
 def check_latents(config: config_lib.Config, tokenizer: Tokenizer) -> None:
   """Checks the scale of a public KL-VAE's latents against the config.json beside its weights.
 
-  Settings of the mean or scale replace those of the file.
+  A setting of the mean or of the scale replaces that of the file.
 
   Raises:
     UserError: the scale is another one.
   """
   image, network = config.image, getattr(tokenizer, 'network', None)
   is_public = image.tokenizer in NETWORKS and isinstance(network, kl_vae.KLVAE)
-  if is_public and not (image.latent_mean or image.latent_scale):
-    network.check_latents(tokenizer.path)
+  if is_public:
+    network.check_latents(tokenizer.path, bool(image.latent_mean), bool(image.latent_scale))
 
 
 def fits(config: config_lib.Config, network: kl_vae.KLVAE | vq.VQGAN) -> bool:

@@ -6,6 +6,7 @@ hold, so that host memory stays near the size of one parameter.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -41,6 +42,9 @@ class Source(Protocol):
 
   path: str
   shapes: Mapping[str, tuple[int, ...]]
+
+  def check(self, name: str) -> None:
+    """Raises the errors of `read` that show without reading values."""
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of a tensor, in the dtype of the file.
@@ -105,30 +109,45 @@ class Safetensors:
     }
     self._is_scaled = len(self.shapes) < len(self._files)
 
-  def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a tensor, multiplied by its scale if it has one.
+  def check(self, name: str) -> None:
+    """Checks the dtypes of a tensor and of its scale.
 
     Raises:
       UserError: the tensor does not hold floats, or its scale is missing or not one number.
     """
-    array, stem = self._files[name].read(name, index), name.removesuffix('weight')
-    scale = next((stem + last for last in _SCALES if stem + last in self._files), None)
+    scale = self._scale_of(name)
+    for part in filter(None, (name, scale)):
+      self._files[part].check(part)
+
+  def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a tensor, multiplied by its scale if it has one.
+
+    Raises:
+      UserError: see `check`.
+    """
+    array, scale = self._files[name].read(name, index), self._scale_of(name)
     if scale is None:
-      if self._is_scaled and self._files[name].is_float8(name):
-        raise errors.UserError(
-          f'{name!r} of {self.path} lacks its scale, which other tensors of the file have: use '
-          'another copy of the weights.',
-          errors.CORRUPT,
-        )
       return array
     factor = self._files[scale].read(scale, ...)
-    if factor.size != 1:
+    return array.astype(np.float32) * factor.astype(np.float32).reshape(())
+
+  def _scale_of(self, name: str) -> str | None:
+    """Name of the scale of a tensor, which is one number."""
+    stem = name.removesuffix('weight')
+    scale = next((stem + last for last in _SCALES if stem + last in self._files), None)
+    if scale is None and self._is_scaled and self._files[name].is_float8(name):
       raise errors.UserError(
-        f'{scale!r} of {self.path} has {factor.size} values, but one scale for each tensor is '
+        f'{name!r} of {self.path} lacks its scale, which other tensors of the file have: use '
+        'another copy of the weights.',
+        errors.CORRUPT,
+      )
+    if scale and (count := math.prod(self._files[scale].shapes[scale])) != 1:
+      raise errors.UserError(
+        f'{scale!r} of {self.path} has {count} values, but one scale for each tensor is '
         'supported: use a copy of the model in float8 without scales, or in float16.',
         errors.CORRUPT,
       )
-    return array.astype(np.float32) * factor.astype(np.float32).reshape(())
+    return scale
 
 
 class T5X:
@@ -163,15 +182,29 @@ class T5X:
         f'{index_path} is not the index of a T5X checkpoint: copy it again.', errors.CORRUPT
       ) from error
 
+  def check(self, name: str) -> None:
+    """Opens a tensor.
+
+    Raises:
+      UserError: it is missing, has another shape than in the index, or does not hold floats.
+    """
+    self._open(name)
+
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    array = self._open(name)[index]
+    with self._reading(name):
+      return array.read().result() if isinstance(array, tensorstore.TensorStore) else array
+
+  def _open(self, name: str) -> np.ndarray | tensorstore.TensorStore:
     leaf = self._leaves[name]
     # Small tensors are stored in the index.
-    array = self._read_zarr(name, leaf, index) if isinstance(leaf, dict) else leaf[index]
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise tensor_files.not_floats(name, self.path, array.dtype)
+    array = self._open_zarr(name, leaf) if isinstance(leaf, dict) else leaf
+    dtype = np.dtype(getattr(array.dtype, 'numpy_dtype', array.dtype))
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise tensor_files.not_floats(name, self.path, dtype)
     return array
 
-  def _read_zarr(self, name: str, leaf: Mapping[str, Any], index: tuple[slice, ...]) -> np.ndarray:
+  def _open_zarr(self, name: str, leaf: Mapping[str, Any]) -> tensorstore.TensorStore:
     # Before tensorstore 0.1.14, the path was not part of the kvstore entry.
     inner = leaf['kvstore'].get('path') or leaf['path']
     bucket = re.fullmatch('gs://([^/]+)/(.*)', self.path)
@@ -179,13 +212,19 @@ class T5X:
       store = {'driver': 'gcs', 'bucket': bucket[1], 'path': f'{bucket[2].rstrip("/")}/{inner}'}
     else:
       store = {'driver': 'file', 'path': f'{epath.Path(self.path)}/{inner}'}
-    try:
-      # A missing chunk is an error, and not zeros.
-      spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
+    # A missing chunk is an error, and not zeros.
+    spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
+    with self._reading(name):
       array = tensorstore.open(spec, open=True).result()
       if tuple(array.shape) != self.shapes[name]:
         raise ValueError(f'its shape is {tuple(array.shape)}, not {self.shapes[name]}')
-      return array[index].read().result()
+    return array
+
+  @contextlib.contextmanager
+  def _reading(self, name: str) -> Iterator[None]:
+    """Turns an error of tensorstore into a UserError."""
+    try:
+      yield
     except ValueError as error:
       raise errors.UserError(
         f'tensor {name!r} of {self.path} cannot be read ({str(error).splitlines()[0]}): copy the '
@@ -297,8 +336,8 @@ def load(
   Args:
     source: the file.
     entries: the tensor of each leaf of `shapes`, by its path such as 'blocks/mlp/wo/kernel'.
-    shapes: tree of ShapeDtypeStructs with shardings; without them, only names and shapes are
-      checked, and `shapes` is returned.
+    shapes: tree of ShapeDtypeStructs with shardings; without them, names, shapes and dtypes are
+      checked, no values are read, and `shapes` is returned.
     ignored: regular expression for tensors of other networks in the same file.
 
   Returns:
@@ -360,9 +399,11 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _load_leaf(source: Source, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  if leaf.sharding is None:
-    return leaf
   names = _names(entry, leaf.shape)
+  if leaf.sharding is None:
+    for name in names:
+      source.check(name)
+    return leaf
 
   def read_one(name: str, index: Sequence[slice]) -> np.ndarray:
     """A slice of one tensor, with our order of axes."""
