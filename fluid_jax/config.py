@@ -7,14 +7,13 @@ that lists every problem. `--help` prints the comments here. "Paper" is Fluid (a
 """
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from fluid_jax import errors, settings
+from fluid_jax import errors, settings, startup
 
 CHOICES = {
   'image.tokenizer': (
@@ -336,9 +335,9 @@ def _import_module(name: str) -> list[str]:
   """Imports model.module, which registers heads and orders; returns the problem if that fails."""
   try:
     if name:
-      importlib.import_module(name)
-  except ImportError as error:
-    return [f'model.module {name!r} cannot be imported ({error}); install it or correct its name.']
+      startup.import_own(name, 'model.module')
+  except errors.UserError as error:
+    return [str(error)]
   return []
 
 

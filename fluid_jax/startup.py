@@ -6,8 +6,11 @@ import importlib
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator
 from types import ModuleType
+
+from fluid_jax import errors
 
 
 def enable_compilation_cache() -> None:
@@ -26,6 +29,30 @@ def enable_compilation_cache() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
       jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
+def import_own(name: str, setting: str) -> ModuleType:
+  """Imports a module of the user.
+
+  Args:
+    name: of the module.
+    setting: that names it, for the message.
+
+  Raises:
+    UserError: it is not installed, or fails when it is imported.
+  """
+  try:
+    return importlib.import_module(name)
+  except Exception as error:
+    file, line = getattr(error, 'filename', None), getattr(error, 'lineno', None)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if not isinstance(error, SyntaxError):
+      file, line = frame.filename, frame.lineno
+    place = f', {file}, line {line}' if os.path.isfile(file or '') else ''
+    raise errors.UserError(
+      f'{setting} {name!r} cannot be imported ({type(error).__name__}: {error}{place}): install it '
+      'or correct it.'
+    ) from error
 
 
 @functools.cache

@@ -81,10 +81,21 @@ def test_a_head_of_other_tokens_is_refused():
     config_lib.resolve(values)
 
 
-def test_a_module_that_cannot_be_imported_is_named():
+@pytest.mark.parametrize(
+  ('name', 'content', 'reason'),
+  [
+    ('absent_module', None, 'ModuleNotFoundError'),
+    ('fails_module', 'x = 1\ny = 1 / 0\n', 'ZeroDivisionError.*fails_module.py, line 2'),
+    ('syntax_module', 'x = 1\nx = = 2\n', 'SyntaxError.*syntax_module.py, line 2'),
+  ],
+)
+def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, name, content, reason):
+  if content:
+    (tmp_path / f'{name}.py').write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
   values = cli.load_config('tiny')
-  values['model']['module'] = 'absent_module'
-  with pytest.raises(errors.UserError, match="'absent_module' cannot be imported"):
+  values['model']['module'] = name
+  with pytest.raises(errors.UserError, match=f"'{name}' cannot be imported .{reason}"):
     config_lib.resolve(values)
 
 

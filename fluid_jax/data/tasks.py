@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import math
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,12 +48,7 @@ def get(name: str, module: str = '') -> seqio.Task | seqio.Mixture:
   for task in set(_EMOJI_TASKS) - seqio.TaskRegistry.names():
     _add_emoji(task)
   if module:
-    try:
-      importlib.import_module(module)
-    except ImportError as error:
-      raise errors.UserError(
-        f'module {module!r} cannot be imported ({error}): install it or correct its name.'
-      ) from error
+    startup.import_own(module, 'module')
   if '/' in name:
     return _set_task(f'set_{zlib.crc32(name.encode()):08x}', name)
   task_names, mixtures = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()

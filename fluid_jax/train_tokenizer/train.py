@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -222,9 +221,13 @@ def make_metric(name: str) -> Any:
   if not name:
     return None
   module, _, function = name.partition(':')
+  if not module or not function:
+    raise errors.UserError(f'train.metric={name!r} is not a name: write it as module:function.')
   try:
-    return getattr(importlib.import_module(module), function)()
-  except (ImportError, AttributeError, ValueError) as error:
+    return getattr(startup.import_own(module, 'module'), function)()
+  except Exception as error:
+    if isinstance(error, errors.UserError):
+      raise
     raise errors.UserError(
       f'train.metric={name!r} cannot be called ({error}): write it as module:function.'
     ) from error
