@@ -372,6 +372,29 @@ def test_files_of_a_folder_are_found_by_their_usual_names(tmp_path):
     assert others['.json'] == 1
 
 
+@pytest.mark.parametrize('source', ['folder', 'coco', 'webdataset', 'tfrecord'])
+def test_named_pipes_are_not_opened(source, tmp_path):
+  suffix = {'webdataset': '.tar', 'tfrecord': '.tfrecord'}.get(source, '.csv')
+  pipe = tmp_path / f'pipe{suffix}'
+  os.mkfifo(pipe)
+  if suffix == '.csv':
+    with pytest.raises(errors.UserError, match=r'pipe\.csv is not a file'):
+      options(source, tmp_path, captions=str(pipe)).open_source()
+    return
+  for path in (pipe, tmp_path, tmp_path / '*.t*'):
+    with pytest.raises(errors.UserError, match=r'matches no \.t.* file'):
+      options(source, path).open_source().num_units()
+  (tmp_path / f'good{suffix}').write_bytes(b'')
+  (tmp_path / f'folder{suffix}').mkdir()
+  for path in (tmp_path, tmp_path / '*.t*'):
+    opened = options(source, path).open_source()
+    (good, *_), others = opened.units()
+    assert pathlib.Path(good).name == f'good{suffix}'
+    assert [*opened.read(others)] == [
+      (pairs.NOT_READ, 'folder', 1), (pairs.NOT_READ, 'not a file', 1),
+    ]  # fmt: skip
+
+
 def test_files_that_are_not_read_are_counted(tmp_path):
   chosen = write_caption_files(tmp_path)
   for name in ('a.wav', 'b.WAV', 'README', 'deep/.DS_Store', 'notes.txt'):

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from fluid_jax import errors
+from fluid_jax import errors, files
 from fluid_jax.prepare import tables
 from fluid_jax.prepare.pairs import (
   JOINED,
@@ -57,7 +57,7 @@ class Folder:
     self._columns, self._max_bytes = columns, max_bytes
     if not self._root.is_dir():
       raise errors.UserError(f'--path={path} is not a folder: check the path.')
-    if captions and not epath.Path(captions).is_file():  # reading a named pipe would block
+    if captions and not files.is_file(captions):  # reading a named pipe would block
       raise errors.UserError(f'--captions={captions} is not a file: check the path.')
 
   def units(self) -> Iterator[Any]:
