@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import scipy.ndimage
+from etils import epath
 from PIL import Image
 
 from fluid_jax import config as config_lib
@@ -669,6 +670,31 @@ def test_pairs_that_no_key_tells_apart_and_captions_without_room_are_named(tmp_p
     {'location': f'{tmp_path}: key a', 'reason': 'duplicate key'},
     {'location': f'{tmp_path}: key many', 'reason': 'too many captions of an image'},
   ]
+
+
+def test_the_quarantine_of_a_bucket_without_append_mode_is_complete(tmp_path, in_process):
+  """Cloud Storage overwrites an object that is opened to append to it."""
+  import fsspec
+  from fsspec.implementations import memory
+
+  class Bucket(memory.MemoryFileSystem):
+    protocol, store, pseudo_dirs = 'gs', {}, ['']  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.replace('gs://', 'memory://'))
+
+    def _open(self, path, mode='rb', **kwargs):
+      return super()._open(path, mode.replace('a', 'w'), **kwargs)
+
+  for name in ('gs', 'gcs'):
+    fsspec.register_implementation(name, Bucket, clobber=True)
+  (tmp_path / 'a.png').write_bytes(png(1))
+  (tmp_path / 'a.jsonl').write_text('{"image": "a.png", "text": "a"}\n{"image": "b.png"}\n{\n')
+  chosen = options('folder', tmp_path, captions=str(tmp_path / 'a.jsonl'))
+  ingest.run(chosen, 'gs://out', 1, lambda *_: None)
+  lines = (epath.Path('gs://out') / ingest.QUARANTINE).read_text().splitlines()
+  assert ['line 2' in lines[0], 'line 3' in lines[1]] == [True, True]
 
 
 # ---- Determinism and resumption ----

@@ -197,12 +197,9 @@ def run(
     files.write(plan_file, digest, is_shared=True)
   elif plan_file.read_text() != digest:
     raise _changed(options, out)
-  counts, entries, peak = _merge_runs(out, work, len(digests))
+  counts, entries, peak = merge_runs(work, len(digests))
   plan = plan_lib.Plan(entries, options, counts)
-  with (epath.Path(out) / QUARANTINE).open('a') as quarantine:
-    for reason, *place in plan.dropped:
-      key = examples.decode(_read_run(str(work), *place), {'key'})['key'][0].decode()
-      quarantine.write(describe_dropped(options, key, reason))
+  write_quarantine(out, work, len(digests), plan, options)
   progress('gather', 0, len(plan.shards))
   calls = (
     (out, str(work), metadata_of(options), split, number, plan.positions(rows))
@@ -228,20 +225,32 @@ def _changed(options: filters.Options, out: str) -> errors.UserError:
   )
 
 
-def _merge_runs(
-  out: str, work: epath.Path, num_runs: int
-) -> tuple[filters.Counts, list[np.ndarray], int]:
-  """Writes the quarantine file; returns the counts, index and peak memory of all runs."""
+def _summary(work: epath.Path, number: int) -> dict[str, Any]:
+  return json.loads(_run_path(work, number, 'json').read_text())
+
+
+def merge_runs(work: epath.Path, num_runs: int) -> tuple[filters.Counts, list[np.ndarray], int]:
+  """Returns the counts, index and peak memory of all runs."""
   counts, entries, peak = filters.Counts(), [], 0
-  with (epath.Path(out) / QUARANTINE).open('w') as quarantine:
-    for number in range(num_runs):
-      summary = json.loads(_run_path(work, number, 'json').read_text())
-      counts.merge(summary['counts'])
-      quarantine.writelines(json.dumps(entry) + '\n' for entry in summary['quarantine'])
-      peak = max(peak, summary['peak_memory'])
-      with _run_path(work, number, 'npy').open('rb') as f:
-        entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
+  for number in range(num_runs):
+    summary = _summary(work, number)
+    counts.merge(summary['counts'])
+    peak = max(peak, summary['peak_memory'])
+    with _run_path(work, number, 'npy').open('rb') as f:
+      entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
   return counts, entries, peak
+
+
+def write_quarantine(
+  out: str, work: epath.Path, num_runs: int, plan: plan_lib.Plan, options: filters.Options
+) -> None:
+  """Writes the faults of all runs and of the plan at once, for files in buckets cannot grow."""
+  with (epath.Path(out) / QUARANTINE).open('w') as f:
+    for number in range(num_runs):
+      f.writelines(json.dumps(entry) + '\n' for entry in _summary(work, number)['quarantine'])
+    for reason, *place in plan.dropped:
+      key = examples.decode(_read_run(str(work), *place), {'key'})['key'][0].decode()
+      f.write(describe_dropped(options, key, reason))
 
 
 def close(
