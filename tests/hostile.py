@@ -610,12 +610,22 @@ FOLDERS = {
   'CSV: quotes that are not closed in two rows': _table(
     b'odd.jpg,"Sunset\nodd.jpg,"Dawn', 'row cannot be parsed', '.csv'
   ),
+  'CSV: quote that a row with another suffix closes': _table(
+    b'odd.jpg?w=1,"Sunset\nmissing.jpg?w=2,over the 5"', 'row cannot be parsed', '.csv'
+  ),
+  'CSV: quote that a row without a suffix closes': _table(
+    b'odd,"Sunset\nmissing,over the 5"', 'row cannot be parsed', '.csv'
+  ),
   'CSV: row of 5 MB': _table(b'odd.jpg,' + b'x' * 5_000_000, 'row cannot be parsed', '.csv'),
   'CSV: quoted field of 5 MB in lines': _table(
     b'odd.jpg,"' + (b'text ' * 2000 + b'\n') * 500 + b'"', 'row cannot be parsed', '.csv'
   ),
   'TSV: quote that is not closed': _kept(b'odd.jpg\t"Sunset over the bay', '.tsv'),
   'TSV: quoted and doubled quotes': _kept(b'odd.jpg\t"a ""red"" bus"', '.tsv'),
+  'TSV: quotes around all fields': _kept(b'"odd.jpg"\t"a red, ""old"" bus"', '.tsv'),
+  'TSV: row of 4 MB of quotes': _table(
+    b'odd.jpg\t' + b'"' * 4_000_000, 'max_caption', '.tsv'
+  ),
   'TSV: backslash at the end of a row': _kept(b'odd.jpg\tc\\', '.tsv'),
   'TSV: carriage return within a row': _kept(b'odd.jpg\ta\rb\r', '.tsv'),
   'TSV: row too long': _table(b'odd.jpg\ta\tb', 'row has too many fields', '.tsv'),

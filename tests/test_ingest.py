@@ -307,6 +307,9 @@ TABLES = {
   'flickr30k.csv': b'image_name| comment_number| comment\np00.png| 0| "A" bus\n',
   'laion.TSV': b'\xef\xbb\xbfFILE_NAME\tTEXT\r\np00.png\ta "bus\r\n',
   'repeated.csv': b'image,caption,caption\np00.png,one,two\n',
+  'excel.tsv': b'image\tcaption\np00.png\t"a red, bus"\n',
+  'all_quoted.tsv': b'"image"\t"caption"\n"p00.png"\t"a ""red"" bus"\n',
+  'cc3m.tsv': b'image\tcaption\np00.png\t"Sunset over the "bay" \n',
 }
 
 
@@ -322,6 +325,9 @@ def test_tables_of_public_data_sets(name, tmp_path):
     'flickr30k.csv': [b'"A" bus'],
     'laion.TSV': [b'a "bus'],
     'repeated.csv': [b'one', b'two'],
+    'excel.tsv': [b'a red, bus'],
+    'all_quoted.tsv': [b'a "red" bus'],
+    'cc3m.tsv': [b'"Sunset over the "bay"'],
   }
   assert examples.decode(kept.payload)['text'] == texts.get(name, [b'a bus'])
 
@@ -604,6 +610,40 @@ def test_rows_of_an_image_are_its_captions(tmp_path, monkeypatch, in_process, is
     assert counts['rows joined'] == {'same key and image': 96}
   for name in found[0].keys() - {records.INDEX, ingest.REPORT}:
     assert found[0][name] == found[1][name]
+
+
+@pytest.mark.parametrize('column', ['id', 'key', 'uid'])
+def test_rows_with_ids_of_their_own_are_captions_of_their_image(
+  tmp_path, monkeypatch, in_process, column
+):
+  monkeypatch.setattr(folder, 'UNIT_ROWS', 7)
+  write_folder(tmp_path, 'csv')
+  names = list(IMAGES)[:8]
+  rows = [f'{i}.{name},{name}.png,{name} {i}\n' for i in range(5) for name in names]
+  table = tmp_path / 'rows.csv'
+  table.write_text(f'{column},image,caption\n' + ''.join(rows))
+  chosen = options('folder', tmp_path / 'in', captions=str(table), validation_fraction=0.3)
+  run(tmp_path / 'out', chosen)
+  train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
+  assert validation
+  assert len(train) + len(validation) == 8
+  assert train | validation == {
+    f'0.{name}': (IMAGES[name], [('und', f'{name} {i}') for i in range(5)]) for name in names
+  }
+
+
+def test_rows_of_several_lines_are_counted_and_hold_no_other_rows(tmp_path, in_process):
+  for name in '01234':
+    (tmp_path / name).write_bytes(png(int(name)))
+  table = tmp_path / 'rows.csv'
+  table.write_text('image,caption\n0,"a\nlong b, c"\n1,"Sunset\n2,b\n3,5"\n4,d\n')
+  run(tmp_path / 'out', options('folder', tmp_path, captions=str(table)))
+  found = {key: texts for key, (_, texts) in read_set(tmp_path / 'out').items()}
+  texts = {'0': 'a long b, c', '2': 'b', '3': '5"', '4': 'd'}
+  assert found == {key: [('und', text)] for key, text in texts.items()}
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['rows of several lines'] == {'in quotes': 1}
+  assert counts['pairs dropped']['row cannot be parsed'] == 1
 
 
 def test_the_score_of_a_caption_filters_only_this_caption(tmp_path, in_process):

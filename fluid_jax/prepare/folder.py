@@ -1,6 +1,7 @@
 """Reads image-caption pairs from a folder of images, with caption files or a table of captions."""
 
 import collections
+import hashlib
 import itertools
 import os
 import stat
@@ -14,6 +15,7 @@ from fluid_jax.prepare import tables
 from fluid_jax.prepare.pairs import (
   JOINED,
   NOT_READ,
+  SEVERAL_LINES,
   SUFFIXES,
   Count,
   Fault,
@@ -24,8 +26,9 @@ from fluid_jax.prepare.pairs import (
 )
 
 UNIT_ROWS, _UNIT_BYTES = 512, 8 << 20
+_MAX_KEY = 200  # characters of a key in a table; a longer one would only fill the memory
 _TEXT = '.txt'  # of caption files; in a row of a folder, the names of those of an image
-_NOT_READ = '/not read'  # in a row of a folder, the numbers of other files
+_COUNTS = '/counts'  # in a row, the `Count`s of what is not a row of its own
 
 
 def units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
@@ -62,7 +65,7 @@ class Folder:
 
   def units(self) -> Iterator[Any]:
     if self._captions:
-      return units(map(list, tables.read(epath.Path(self._captions), self._columns)))
+      return units(self._table())
     return units(self._rows())
 
   def num_units(self) -> int:
@@ -73,12 +76,29 @@ class Folder:
       rows = sum(1 for _ in self._rows())
     return max(1, -(-rows // UNIT_ROWS))
 
+  def _table(self) -> Iterator[list[Any]]:
+    """Yields the rows of the table, and the number of those that have several lines.
+
+    An image has the key of its first row, though the rows of a table may have keys of their own.
+    """
+    keys, num_several = {}, 0  # keys: digest of the name of an image -> its key
+    for position, row, fault, num_lines in tables.read(epath.Path(self._captions), self._columns):
+      if row is not None:
+        name, key = self._name_and_key(row)
+        digest = hashlib.sha256(name.encode('utf-8', 'surrogatepass')).digest()[:16]
+        key = keys.setdefault(digest, key if len(key) <= _MAX_KEY else '')
+        row[self._columns.of('key')[0]] = key
+        num_several += num_lines > 1
+      yield [position, row, fault]
+    if num_several:
+      yield ['', {_COUNTS: [[*SEVERAL_LINES, num_several]]}, '']
+
   def _rows(self) -> Iterator[list[Any]]:
     """Yields a row for each image, with its caption files, and the numbers of other files."""
     others = collections.Counter()
     yield from self._walk(self._root, '', others)
     if others:
-      yield ['', {_NOT_READ: dict(sorted(others.items()))}, '']
+      yield ['', {_COUNTS: [[NOT_READ, *item] for item in sorted(others.items())]}, '']
 
   def _walk(
     self, folder: epath.Path, inside: str, others: collections.Counter
@@ -123,7 +143,7 @@ class Folder:
         if fault:
           yield Fault(self._location(position), fault)
         else:
-          yield from (Count(NOT_READ, *item) for item in row[_NOT_READ].items())
+          yield from (Count(*values) for values in row[_COUNTS])
 
   def _location(self, position: str) -> str:
     return ': '.join(filter(None, [self._captions or str(self._root), position]))
@@ -131,10 +151,13 @@ class Folder:
   def _picture(self, item: list[Any]) -> tuple[str, str, float | None] | None:
     """Returns what rows with captions of one image share: the image, the key and the score."""
     _, row, fault = item
-    if fault or _NOT_READ in row:
+    if fault or _COUNTS in row:
       return None
-    name, key = (tables.first_text(self._columns.value(row, field)) for field in ('image', 'key'))
+    name, key = self._name_and_key(row)
     return name, key or name, self._columns.score(row)
+
+  def _name_and_key(self, row: dict[str, Any]) -> list[str]:
+    return [tables.first_text(self._columns.value(row, field)) for field in ('image', 'key')]
 
   def _pair(self, name: str, key: str, score: float | None, items: list[list[Any]]) -> Pair | Fault:
     """Returns the pair of an image and the captions in its rows."""

@@ -51,6 +51,7 @@ class Count(NamedTuple):
 
 JOINED = 'rows joined', 'same key and image'  # the name and value of a Count
 NOT_READ = 'files not read'  # the name of a Count; its values are suffixes
+SEVERAL_LINES = 'rows of several lines', 'in quotes'  # as JOINED
 
 
 def short(name: str) -> str:

@@ -42,6 +42,7 @@ class Row(NamedTuple):
   position: str  # in the file, for messages
   values: dict[str, Any] | None
   fault: str = ''
+  num_lines: int = 1  # of CSV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +214,7 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
     if row.values is not None:
       values = columns.keep(row.values)
       fault = columns.fault(values, row.values)
-      row = Row(row.position, None if fault else values, fault)
+      row = row._replace(values=None if fault else values, fault=fault)
     yield row
 
 
@@ -236,6 +237,7 @@ class _Lines:
     """Gives back all lines since `begin` except the first."""
     self.number -= len(self.taken) - 1
     self._back.extendleft(reversed(self.taken[1:]))
+    del self.taken[1:]
 
   def __iter__(self) -> Iterator[str]:
     return self
@@ -259,15 +261,15 @@ class _Lines:
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-  """Splits a line at each delimiter.
+  """Splits a line at each delimiter. Quotes are plain characters, except around a whole field."""
+  return [_unquote(field) for field in line.rstrip('\r\n').split(delimiter)]
 
-  Quotes are plain characters, except around a field in which a writer of CSV has doubled them.
-  """
-  fields = line.rstrip('\r\n').split(delimiter)
-  return [
-    field[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]*"")+[^"]*"', field) else field
-    for field in fields
-  ]
+
+def _unquote(field: str) -> str:
+  """Removes the quotes that a writer of CSV puts around a field, where it doubles other quotes."""
+  inner = field[1:-1]
+  is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', '')
+  return inner.replace('""', '"') if is_quoted else field
 
 
 def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
@@ -298,7 +300,8 @@ def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
       if fault:
         yield Row(position, None, fault)
       elif fields not in ([], ['']):  # an empty line
-        yield Row(position, {name: v if len(v) > 1 else v[0] for name, v in values.items()})
+        values = {name: v if len(v) > 1 else v[0] for name, v in values.items()}
+        yield Row(position, values, num_lines=len(lines.taken))
 
 
 def _header(line: str, columns: Columns, usual: str) -> tuple[list[str], str]:
@@ -333,7 +336,8 @@ def _fields(
     position, fields, fault = f'line {lines.number + 1}', [], ''
     try:
       fields = _split(next(lines), delimiter) if delimiter == '\t' else next(reader)
-      if any(_is_row(line, delimiter, width, image) for line in lines.taken[1:]):
+      own = fields[image] if len(fields) >= width else ''
+      if any(_is_row(line, delimiter, width, image, own) for line in lines.taken[1:]):
         raise csv.Error('a quoted field holds another row')
     except StopIteration:
       return
@@ -348,10 +352,18 @@ def _fields(
     yield position, fields, fault
 
 
-def _is_row(line: str, delimiter: str, width: int, image: int) -> bool:
-  """Whether a line within a quoted field looks like a row of its own."""
+def _is_row(line: str, delimiter: str, width: int, image: int, own: str) -> bool:
+  """Whether a line within a quoted field looks like a row of its own.
+
+  Then it names an image: with a known suffix, or else like `own`, the image of the row that it is
+  in, with the same suffix or none, and with no more words.
+  """
   fields = _split(line, delimiter)
-  return len(fields) >= width and pairs.split(fields[image])[1] in pairs.SUFFIXES
+  if len(fields) < width:
+    return False
+  kind, own_kind = (pairs.split(name.partition('?')[0].strip())[1] for name in (fields[image], own))
+  is_like_own = kind == own_kind and len(fields[image].split()) <= len(own.split())
+  return kind in pairs.SUFFIXES or is_like_own
 
 
 def _read_json(path: epath.Path, columns: Columns) -> Iterator[Row]:
