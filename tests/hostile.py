@@ -331,6 +331,15 @@ TARS = {
   'tar: two archives in one file': _tar_of(
     BEFORE + bytes(1024) + AFTER + bytes(1024), {'before'}, 'archive has data after its end'
   ),
+  'tar: two archives with 2 MB of zeros between them': _tar_of(
+    BEFORE + bytes(2 << 20) + AFTER + bytes(1024), {'before'}, 'archive has data after its end'
+  ),
+  'tar: two archives in gzip with 2 MB of zeros between them': _tar_of(
+    gzip.compress(BEFORE + bytes(2 << 20) + AFTER), {'before'}, 'archive has data after its end'
+  ),
+  'tar: in gzip with zeros at its end and a wrong checksum': _tar_of(
+    gzip.compress(BEFORE + bytes(3 << 20))[:-8] + bytes(8), {'before'}, 'archive is corrupt'
+  ),
   'tar: name that is only a suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
   'tar: image without caption': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
   'tar: caption without image': _tar(member(b'odd.txt', b'caption'), 'no image'),

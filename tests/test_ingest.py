@@ -307,6 +307,7 @@ TABLES = {
   'flickr30k.csv': b'image_name| comment_number| comment\np00.png| 0| "A" bus\n',
   'laion.TSV': b'\xef\xbb\xbfFILE_NAME\tTEXT\r\np00.png\ta "bus\r\n',
   'repeated.csv': b'image,caption,caption\np00.png,one,two\n',
+  'cases.csv': b'image,Caption,CAPTION,caption\np00.png,one,two,three\n',
   'excel.tsv': b'image\tcaption\np00.png\t"a red, bus"\n',
   'all_quoted.tsv': b'"image"\t"caption"\n"p00.png"\t"a ""red"" bus"\n',
   'cc3m.tsv': b'image\tcaption\np00.png\t"Sunset over the "bay" \n',
@@ -325,6 +326,7 @@ def test_tables_of_public_data_sets(name, tmp_path):
     'flickr30k.csv': [b'"A" bus'],
     'laion.TSV': [b'a "bus'],
     'repeated.csv': [b'one', b'two'],
+    'cases.csv': [b'one', b'two', b'three'],
     'excel.tsv': [b'a red, bus'],
     'all_quoted.tsv': [b'a "red" bus'],
     'cc3m.tsv': [b'"Sunset over the "bay"'],
@@ -493,6 +495,10 @@ def test_clean_keys_are_printable_and_distinct():
   assert len(set(clean)) == len(keys)
   assert all(key.split() == [key] and len(key) <= 200 and key.isprintable() for key in clean)
   assert filters.clean_key('äpfel/1.jpg') == 'äpfel/1.jpg'
+  renamed = [filters.told_apart(key, 255) for key in clean]
+  assert renamed[0] == f'a%20b-{255:016x}'
+  assert len({*clean, *renamed}) == 2 * len(keys)
+  assert all(len(key) <= 200 for key in renamed)
 
 
 def test_store_side_downscales_large_images():

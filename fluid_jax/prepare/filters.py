@@ -130,7 +130,12 @@ def clean_key(key: str) -> str:
 
   White space and unprintable characters are percent-encoded. A long key ends in a hash.
   """
-  key = _UNPRINTABLE.sub(lambda c: urllib.parse.quote(c[0], safe='', errors='surrogatepass'), key)
+  return _shorten(
+    _UNPRINTABLE.sub(lambda c: urllib.parse.quote(c[0], safe='', errors='surrogatepass'), key)
+  )
+
+
+def _shorten(key: str) -> str:
   if len(key) > _MAX_KEY:
     key = f'{key[: _MAX_KEY - 33]}-{hashlib.sha256(key.encode()).hexdigest()[:32]}'
   return key
@@ -147,8 +152,8 @@ def image_hash(data: bytes) -> int:
 
 
 def told_apart(key: str, image: int) -> str:
-  """Returns the key of an image if another image has `key` first."""
-  return clean_key(f'{key}-{image:016x}')
+  """Returns the key of an image if another image has the clean `key` first."""
+  return _shorten(f'{key}-{image:016x}')
 
 
 def _place(key: str, options: Options) -> tuple[str, int]:

@@ -146,7 +146,7 @@ def _pair(
     key: used if the example has none.
     names: returns the names of all features, for messages.
   """
-  if fault := columns.fault(row, names()):
+  if fault := columns.fault(row, names):
     return Fault(location, fault)
   (image,) = tables.as_list(columns.value(row, 'image'))
   if not isinstance(image, bytes):

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from etils import epath
@@ -88,8 +88,8 @@ class Columns:
     for name, value in row.items():
       known = self.known(name)
       is_read = all(isinstance(v, str | bytes | int | float | None) for v in as_list(value))
-      if known and is_read and (known == name or known not in row):
-        found[known] = value
+      if known and is_read:  # names that differ in their case are names of one column
+        found[known] = [*as_list(found[known]), *as_list(value)] if known in found else value
     return found
 
   def value(self, row: Mapping[str, Any], field: str) -> Any:
@@ -129,13 +129,14 @@ class Columns:
     except (TypeError, ValueError, OverflowError):
       return None
 
-  def fault(self, row: Mapping[str, Any], names: Iterable[str]) -> str:
+  def fault(self, row: Mapping[str, Any], names: Callable[[], Iterable[str]]) -> str:
     """Returns why a row has not one image and a caption, with the names of its columns, or ''."""
-    images, shown = as_list(self.value(row, 'image')), pairs.short(', '.join(names))
+    images = as_list(self.value(row, 'image'))
     if len(images) > 1:
       return f'more than one image ({len(images)})'
     if images and self.captions(row)[0]:
       return ''
+    shown = pairs.short(', '.join(names()))
     return f'no {"caption" if images else "image"} (the row has {shown}: see --columns)'
 
   def missing(self, header: Sequence[str]) -> str:
@@ -213,7 +214,7 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
   for row in readers[path.suffix.lower()](path, columns):
     if row.values is not None:
       values = columns.keep(row.values)
-      fault = columns.fault(values, row.values)
+      fault = columns.fault(values, row.values.keys)
       row = row._replace(values=None if fault else values, fault=fault)
     yield row
 
