@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,16 +114,31 @@ def write_shard(
     UserError: a run is corrupt.
   """
 
-  def payloads() -> Iterator[tuple[str, bytes, list[str]]]:
+  def payloads() -> Iterator[bytes]:
     for is_renamed, places in positions:
       first, *others = places
       payload = _read_run(work, *first)
       if is_renamed or others:
         features = (examples.decode(_read_run(work, *p), {'text', 'lang'}) for p in others)
         payload = plan_lib.join(payload, features, is_renamed)
-      yield to_record(payload)
+      yield payload
 
-  record_writer.Writer(out, **metadata).write(split, number, payloads())
+  write_payloads(record_writer.Writer(out, **metadata), split, number, payloads())
+
+
+def write_payloads(
+  writer: record_writer.Writer, split: str, number: int, payloads: Iterable[bytes]
+) -> None:
+  """Writes a shard of the set, with its histograms in its entry."""
+  counts = filters.Counts()
+
+  def rows() -> Iterator[tuple[str, bytes, list[str]]]:
+    for payload in payloads:
+      features = examples.decode(payload)
+      filters.add_histograms(features, counts)
+      yield features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
+
+  writer.write(split, number, rows(), counts=counts.values)
 
 
 def _read_run(work: str, run: int, offset: int, length: int) -> bytes:
@@ -141,12 +156,6 @@ def _read_run(work: str, run: int, offset: int, length: int) -> bytes:
       errors.CORRUPT,
     )
   return payload
-
-
-def to_record(payload: bytes) -> tuple[str, bytes, list[str]]:
-  """Returns the key, payload and languages of an example, for `record_writer.Writer.write`."""
-  features = examples.decode(payload)
-  return features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
 
 
 # ---- Both passes ----
@@ -269,11 +278,13 @@ def close(
     shards: split and number of each shard.
     options: of the ingestion.
     source: of the ingestion.
-    counts: of all pairs.
+    counts: of all pairs; the histograms of the shards are added to it.
 
   Raises:
     UserError: no pair is kept, or an evaluation set is incomplete.
   """
+  for split, number in sorted(shards):
+    counts.merge(writer.entry(split, number)['counts'])
   kept, facts = counts.values['pairs']['kept'], {'counts': counts.asdict()}
   if not kept:
     raise errors.UserError(
