@@ -497,7 +497,7 @@ def _dates(path: pathlib.Path) -> None:
 # Types of texts -> lists of a caption are read too.
 PARQUET_TYPES = (
   *('string_view', 'large_string', 'binary_view', 'large_binary', 'dictionary'),
-  *('list', 'list of string_view', 'large_list', 'fixed_size_list'),
+  *('list', 'list of string_view', 'large_list', 'fixed_size_list', 'list_view', 'large_list_view'),
 )
 
 
@@ -510,6 +510,8 @@ def _parquet_kind(name: str) -> Kind:
       'list': pa.list_(pa.string()),
       'list of string_view': pa.list_(text),
       'large_list': pa.large_list(pa.large_string()),
+      'list_view': pa.list_view(pa.string()),
+      'large_list_view': pa.large_list_view(pa.string()),
       'fixed_size_list': pa.list_(pa.string(), 1),
     }
     if name in lists:
@@ -555,7 +557,9 @@ FOLDERS = {
     lambda path: ((path / 'odd.jpg').write_bytes(_JPEG), (path / 'odd.txt').mkdir()), 'not a file'
   ),
   'folder: image is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
-  'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), ANY),
+  'folder: text is a named pipe': _folder(
+    _pipe('odd.txt', 'odd.jpg'), 'not a file'
+  )._replace(location=r"in: 'odd\.txt'$"),
   'folder: suffixes in upper case': _folder(_files({'odd.JPG': _JPEG, 'odd.TXT': b'x'}), None, ODD),
   'folder: image in TIFF': _folder(
     _files({'odd.tif': encode(image(), 'TIFF'), 'odd.txt': b'x'}), None, BOTH | {'odd.tif'}

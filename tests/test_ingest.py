@@ -653,6 +653,20 @@ def test_rows_of_several_lines_are_counted_and_hold_no_other_rows(tmp_path, in_p
   assert counts['pairs dropped']['row cannot be parsed'] == 1
 
 
+def test_columns_of_unread_types_are_counted(tmp_path, in_process):
+  import pyarrow
+  from pyarrow import parquet
+
+  write_folder(tmp_path, 'csv')
+  times = pyarrow.array([0], pyarrow.timestamp('us'))
+  columns = {'image': ['p00.png'], 'caption': ['a bus'], 'key': times, 'time': times}
+  parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+  run(tmp_path / 'out', options('folder', tmp_path / 'in', captions=str(tmp_path / 'a.parquet')))
+  assert read_set(tmp_path / 'out').keys() == {'p00.png'}
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['columns not read'] == {'key (timestamp[us])': 1}
+
+
 def test_the_score_of_a_caption_filters_only_this_caption(tmp_path, in_process):
   write_folder(tmp_path, 'csv')
   rows = [{'image': 'p00.png', 'caption': f'{i}', 's': score} for i, score in enumerate((0, 1, 1))]

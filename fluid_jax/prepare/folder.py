@@ -13,6 +13,7 @@ from etils import epath
 from fluid_jax import errors, files
 from fluid_jax.prepare import tables
 from fluid_jax.prepare.pairs import (
+  COLUMNS_NOT_READ,
   JOINED,
   NOT_READ,
   SEVERAL_LINES,
@@ -45,7 +46,16 @@ def units(rows: Iterable[list[Any]]) -> Iterator[list[list[Any]]]:
 
 
 class _NotReadError(Exception):
-  """A file of a folder is not read; the text is the reason."""
+  """A file of a folder is not read.
+
+  Attributes:
+    reason: why.
+    name: of the file.
+  """
+
+  def __init__(self, reason: str, name: str):
+    super().__init__(reason)
+    self.reason, self.name = reason, name
 
 
 class Folder:
@@ -77,12 +87,13 @@ class Folder:
     return max(1, -(-rows // UNIT_ROWS))
 
   def _table(self) -> Iterator[list[Any]]:
-    """Yields the rows of the table, and the number of those that have several lines.
+    """Yields the rows of the table, and counts of rows of several lines and of unread columns.
 
     An image has the key of its first row, though the rows of a table may have keys of their own.
     """
     keys, num_several = {}, 0  # keys: digest of the name of an image -> its key
-    for position, row, fault, num_lines in tables.read(epath.Path(self._captions), self._columns):
+    path = epath.Path(self._captions)
+    for position, row, fault, num_lines in tables.read(path, self._columns):
       if row is not None:
         name, key = self._name_and_key(row)
         digest = hashlib.sha256(name.encode('utf-8', 'surrogatepass')).digest()[:16]
@@ -90,8 +101,10 @@ class Folder:
         row[self._columns.of('key')[0]] = key
         num_several += num_lines > 1
       yield [position, row, fault]
-    if num_several:
-      yield ['', {_COUNTS: [[*SEVERAL_LINES, num_several]]}, '']
+    counts = [[COLUMNS_NOT_READ, name, 1] for name in tables.ignored(path, self._columns)]
+    counts += [[*SEVERAL_LINES, num_several]] if num_several else []
+    if counts:
+      yield ['', {_COUNTS: counts}, '']
 
   def _rows(self) -> Iterator[list[Any]]:
     """Yields a row for each image, with its caption files, and the numbers of other files."""
@@ -162,7 +175,7 @@ class Folder:
   def _pair(self, name: str, key: str, score: float | None, items: list[list[Any]]) -> Pair | Fault:
     """Returns the pair of an image and the captions in its rows."""
     rows, texts, langs = [row for _, row, _ in items], [], []
-    location = f'{self._location(items[0][0])}: {short(name)}'
+    location = self._location(items[0][0])
     try:
       image = self._bytes(name, self._max_bytes)
       for row in rows:
@@ -173,8 +186,8 @@ class Folder:
           texts += more_texts
           langs += more_langs
     except _NotReadError as error:
-      return Fault(location, str(error))
-    return Pair(location, key, image, texts, langs, score)
+      return Fault(f'{location}: {short(error.name)}', error.reason)
+    return Pair(f'{location}: {short(name)}', key, image, texts, langs, score)
 
   def _bytes(self, name: str, max_bytes: int) -> bytes:
     """Reads a file of the folder.
@@ -183,23 +196,23 @@ class Folder:
       _NotReadError: it is outside the folder, not a regular file, too large, or cannot be read.
     """
     if not name:
-      raise _NotReadError('no image')
+      raise _NotReadError('no image', name)
     if not is_inside(name):
-      raise _NotReadError('unsafe name')
+      raise _NotReadError('unsafe name', name)
     path, root = self._root / name, self._root
     try:
       if '://' not in os.fspath(root):
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), '')):
-          raise _NotReadError('unsafe name')
+          raise _NotReadError('unsafe name', name)
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # reading a named pipe would block
-          raise _NotReadError('not a file')
+          raise _NotReadError('not a file', name)
         size = found.st_size
       else:
         size = path.stat().length
       if size > max_bytes:
-        raise _NotReadError('file is too large')
+        raise _NotReadError('file is too large', name)
       return path.read_bytes()
     except (OSError, ValueError) as error:
       reason = getattr(error, 'strerror', None) or error
-      raise _NotReadError(f'file cannot be read ({reason})') from error
+      raise _NotReadError(f'file cannot be read ({reason})', name) from error

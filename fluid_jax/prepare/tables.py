@@ -399,6 +399,16 @@ def _open_parquet(path: epath.Path) -> Any:
     ) from error
 
 
+def ignored(path: epath.Path, columns: Columns) -> list[str]:
+  """Returns the known columns of a table that have a type that is not read, with their types."""
+  schema = _open_parquet(path).schema_arrow if path.suffix.lower() == '.parquet' else ()
+  return [
+    f'{field.name} ({field.type})'[:200]
+    for field in schema
+    if columns.known(field.name) and _type_to_read(field.type) is None
+  ]
+
+
 def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
   file = _open_parquet(path)
   types = {field.name: _type_to_read(field.type) for field in file.schema_arrow}
@@ -435,7 +445,8 @@ def _type_to_read(kind: Any, is_nested: bool = False) -> Any:
     return pyarrow.large_binary()
   if types.is_decimal(kind):
     return pyarrow.float64()
-  if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+  lists = ('list', 'large_list', 'list_view', 'large_list_view', 'fixed_size_list')
+  if any(getattr(types, f'is_{name}')(kind) for name in lists):
     value = None if is_nested else _type_to_read(kind.value_type, is_nested=True)
     return value and pyarrow.large_list(value)
   numbers = ('integer', 'floating', 'boolean', 'null')
