@@ -557,9 +557,9 @@ FOLDERS = {
     lambda path: ((path / 'odd.jpg').write_bytes(_JPEG), (path / 'odd.txt').mkdir()), 'not a file'
   ),
   'folder: image is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
-  'folder: text is a named pipe': _folder(
-    _pipe('odd.txt', 'odd.jpg'), 'not a file'
-  )._replace(location=r"in: 'odd\.txt'$"),
+  'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), 'not a file')._replace(
+    location=r"in: 'odd\.txt'$"
+  ),
   'folder: suffixes in upper case': _folder(_files({'odd.JPG': _JPEG, 'odd.TXT': b'x'}), None, ODD),
   'folder: image in TIFF': _folder(
     _files({'odd.tif': encode(image(), 'TIFF'), 'odd.txt': b'x'}), None, BOTH | {'odd.tif'}
@@ -636,9 +636,7 @@ FOLDERS = {
   'TSV: quote that is not closed': _kept(b'odd.jpg\t"Sunset over the bay', '.tsv'),
   'TSV: quoted and doubled quotes': _kept(b'odd.jpg\t"a ""red"" bus"', '.tsv'),
   'TSV: quotes around all fields': _kept(b'"odd.jpg"\t"a red, ""old"" bus"', '.tsv'),
-  'TSV: row of 4 MB of quotes': _table(
-    b'odd.jpg\t' + b'"' * 4_000_000, 'max_caption', '.tsv'
-  ),
+  'TSV: row of 4 MB of quotes': _table(b'odd.jpg\t' + b'"' * 4_000_000, 'max_caption', '.tsv'),
   'TSV: backslash at the end of a row': _kept(b'odd.jpg\tc\\', '.tsv'),
   'TSV: carriage return within a row': _kept(b'odd.jpg\ta\rb\r', '.tsv'),
   'TSV: row too long': _table(b'odd.jpg\ta\tb', 'row has too many fields', '.tsv'),

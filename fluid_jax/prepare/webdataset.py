@@ -160,6 +160,8 @@ def _pair(
   if '.txt' in files:
     texts, langs = [files['.txt']], langs[:1] or [columns.language]
   elif names and not texts:
-    return pairs.Fault(location, columns.fault({**row, columns.of('image')[0]: image}, lambda: names))
+    return pairs.Fault(
+      location, columns.fault({**row, columns.of('image')[0]: image}, lambda: names)
+    )
   key = tables.first_text(columns.value(row, 'key')) or stem
   return pairs.Pair(location, key, image, texts, langs, columns.score(row))
