@@ -739,7 +739,7 @@ def test_the_quarantine_of_a_bucket_without_append_mode_is_complete(tmp_path, in
   from fsspec.implementations import memory
 
   class Bucket(memory.MemoryFileSystem):
-    protocol, store, pseudo_dirs = 'gs', {}, ['']  # noqa: RUF012
+    protocol, store, pseudo_dirs = 'gs', {}, ['']
 
     @classmethod
     def _strip_protocol(cls, path):

@@ -402,17 +402,13 @@ def _open_parquet(path: epath.Path) -> Any:
 def ignored(path: epath.Path, columns: Columns) -> list[str]:
   """Returns the known columns of a table that have a type that is not read, with their types."""
   schema = _open_parquet(path).schema_arrow if path.suffix.lower() == '.parquet' else ()
-  return [
-    f'{field.name} ({field.type})'[:200]
-    for field in schema
-    if columns.known(field.name) and _type_to_read(field.type) is None
-  ]
+  types = {field.name: field.type for field in schema if columns.known(field.name)}
+  return [f'{name} ({kind})'[:200] for name, kind in types.items() if _type_to_read(kind) is None]
 
 
 def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
   file = _open_parquet(path)
-  types = {field.name: _type_to_read(field.type) for field in file.schema_arrow}
-  types = {name: kind for name, kind in types.items() if kind is not None}
+  types = {f.name: t for f in file.schema_arrow if (t := _type_to_read(f.type)) is not None}
   if missing := columns.missing(list(types)):
     others = [f'{f.name} ({f.type})' for f in file.schema_arrow if f.name not in types]
     missing += f'; these columns have types that are not read: {", ".join(others)}' * bool(others)

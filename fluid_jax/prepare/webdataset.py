@@ -155,13 +155,12 @@ def _pair(
       row = None
     if not isinstance(row, dict):
       return pairs.Fault(location, 'row cannot be parsed')
-  names, row = list(row), columns.keep(row)
+  names, row = row.keys(), columns.keep(row)
   texts, langs = columns.captions(row)
   if '.txt' in files:
     texts, langs = [files['.txt']], langs[:1] or [columns.language]
   elif names and not texts:
-    return pairs.Fault(
-      location, columns.fault({**row, columns.of('image')[0]: image}, lambda: names)
-    )
+    row[columns.of('image')[0]] = image
+    return pairs.Fault(location, columns.fault(row, lambda: names))
   key = tables.first_text(columns.value(row, 'key')) or stem
   return pairs.Pair(location, key, image, texts, langs, columns.score(row))
