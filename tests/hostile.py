@@ -331,6 +331,15 @@ TARS = {
   'tar: two archives in one file': _tar_of(
     BEFORE + bytes(1024) + AFTER + bytes(1024), {'before'}, 'archive has data after its end'
   ),
+  'tar: two archives with 2 MB of zeros between them': _tar_of(
+    BEFORE + bytes(2 << 20) + AFTER + bytes(1024), {'before'}, 'archive has data after its end'
+  ),
+  'tar: two archives in gzip with 2 MB of zeros between them': _tar_of(
+    gzip.compress(BEFORE + bytes(2 << 20) + AFTER), {'before'}, 'archive has data after its end'
+  ),
+  'tar: in gzip with zeros at its end and a wrong checksum': _tar_of(
+    gzip.compress(BEFORE + bytes(3 << 20))[:-8] + bytes(8), {'before'}, 'archive is corrupt'
+  ),
   'tar: name that is only a suffix': _tar(member(b'.jpg', _JPEG) + member(b'.txt', b'x'), ANY),
   'tar: image without caption': _tar(member(b'odd.jpg', _JPEG), 'no caption'),
   'tar: caption without image': _tar(member(b'odd.txt', b'caption'), 'no image'),
@@ -488,7 +497,7 @@ def _dates(path: pathlib.Path) -> None:
 # Types of texts -> lists of a caption are read too.
 PARQUET_TYPES = (
   *('string_view', 'large_string', 'binary_view', 'large_binary', 'dictionary'),
-  *('list', 'list of string_view', 'large_list', 'fixed_size_list'),
+  *('list', 'list of string_view', 'large_list', 'fixed_size_list', 'list_view', 'large_list_view'),
 )
 
 
@@ -501,6 +510,8 @@ def _parquet_kind(name: str) -> Kind:
       'list': pa.list_(pa.string()),
       'list of string_view': pa.list_(text),
       'large_list': pa.large_list(pa.large_string()),
+      'list_view': pa.list_view(pa.string()),
+      'large_list_view': pa.large_list_view(pa.string()),
       'fixed_size_list': pa.list_(pa.string(), 1),
     }
     if name in lists:
@@ -546,7 +557,9 @@ FOLDERS = {
     lambda path: ((path / 'odd.jpg').write_bytes(_JPEG), (path / 'odd.txt').mkdir()), 'not a file'
   ),
   'folder: image is a named pipe': _folder(_pipe('odd.jpg', 'odd.txt'), ANY),
-  'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), ANY),
+  'folder: text is a named pipe': _folder(_pipe('odd.txt', 'odd.jpg'), 'not a file')._replace(
+    location=r"in: 'odd\.txt'$"
+  ),
   'folder: suffixes in upper case': _folder(_files({'odd.JPG': _JPEG, 'odd.TXT': b'x'}), None, ODD),
   'folder: image in TIFF': _folder(
     _files({'odd.tif': encode(image(), 'TIFF'), 'odd.txt': b'x'}), None, BOTH | {'odd.tif'}
@@ -610,12 +623,20 @@ FOLDERS = {
   'CSV: quotes that are not closed in two rows': _table(
     b'odd.jpg,"Sunset\nodd.jpg,"Dawn', 'row cannot be parsed', '.csv'
   ),
+  'CSV: quote that a row with another suffix closes': _table(
+    b'odd.jpg?w=1,"Sunset\nmissing.jpg?w=2,over the 5"', 'row cannot be parsed', '.csv'
+  ),
+  'CSV: quote that a row without a suffix closes': _table(
+    b'odd,"Sunset\nmissing,over the 5"', 'row cannot be parsed', '.csv'
+  ),
   'CSV: row of 5 MB': _table(b'odd.jpg,' + b'x' * 5_000_000, 'row cannot be parsed', '.csv'),
   'CSV: quoted field of 5 MB in lines': _table(
     b'odd.jpg,"' + (b'text ' * 2000 + b'\n') * 500 + b'"', 'row cannot be parsed', '.csv'
   ),
   'TSV: quote that is not closed': _kept(b'odd.jpg\t"Sunset over the bay', '.tsv'),
   'TSV: quoted and doubled quotes': _kept(b'odd.jpg\t"a ""red"" bus"', '.tsv'),
+  'TSV: quotes around all fields': _kept(b'"odd.jpg"\t"a red, ""old"" bus"', '.tsv'),
+  'TSV: row of 4 MB of quotes': _table(b'odd.jpg\t' + b'"' * 4_000_000, 'max_caption', '.tsv'),
   'TSV: backslash at the end of a row': _kept(b'odd.jpg\tc\\', '.tsv'),
   'TSV: carriage return within a row': _kept(b'odd.jpg\ta\rb\r', '.tsv'),
   'TSV: row too long': _table(b'odd.jpg\ta\tb', 'row has too many fields', '.tsv'),

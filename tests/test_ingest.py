@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import scipy.ndimage
+from etils import epath
 from PIL import Image
 
 from fluid_jax import config as config_lib
@@ -306,6 +307,10 @@ TABLES = {
   'flickr30k.csv': b'image_name| comment_number| comment\np00.png| 0| "A" bus\n',
   'laion.TSV': b'\xef\xbb\xbfFILE_NAME\tTEXT\r\np00.png\ta "bus\r\n',
   'repeated.csv': b'image,caption,caption\np00.png,one,two\n',
+  'cases.csv': b'image,Caption,CAPTION,caption\np00.png,one,two,three\n',
+  'excel.tsv': b'image\tcaption\np00.png\t"a red, bus"\n',
+  'all_quoted.tsv': b'"image"\t"caption"\n"p00.png"\t"a ""red"" bus"\n',
+  'cc3m.tsv': b'image\tcaption\np00.png\t"Sunset over the "bay" \n',
 }
 
 
@@ -321,6 +326,10 @@ def test_tables_of_public_data_sets(name, tmp_path):
     'flickr30k.csv': [b'"A" bus'],
     'laion.TSV': [b'a "bus'],
     'repeated.csv': [b'one', b'two'],
+    'cases.csv': [b'one', b'two', b'three'],
+    'excel.tsv': [b'a red, bus'],
+    'all_quoted.tsv': [b'a "red" bus'],
+    'cc3m.tsv': [b'"Sunset over the "bay"'],
   }
   assert examples.decode(kept.payload)['text'] == texts.get(name, [b'a bus'])
 
@@ -370,6 +379,29 @@ def test_files_of_a_folder_are_found_by_their_usual_names(tmp_path):
     assert found == {name for name in names if name in expected or name[0] in expected}
     assert sum(others.values()) == len(names - found)
     assert others['.json'] == 1
+
+
+@pytest.mark.parametrize('source', ['folder', 'coco', 'webdataset', 'tfrecord'])
+def test_named_pipes_are_not_opened(source, tmp_path):
+  suffix = {'webdataset': '.tar', 'tfrecord': '.tfrecord'}.get(source, '.csv')
+  pipe = tmp_path / f'pipe{suffix}'
+  os.mkfifo(pipe)
+  if suffix == '.csv':
+    with pytest.raises(errors.UserError, match=r'pipe\.csv is not a file'):
+      options(source, tmp_path, captions=str(pipe)).open_source()
+    return
+  for path in (pipe, tmp_path, tmp_path / '*.t*'):
+    with pytest.raises(errors.UserError, match=r'matches no \.t.* file'):
+      options(source, path).open_source().num_units()
+  (tmp_path / f'good{suffix}').write_bytes(b'')
+  (tmp_path / f'folder{suffix}').mkdir()
+  for path in (tmp_path, tmp_path / '*.t*'):
+    opened = options(source, path).open_source()
+    (good, *_), others = opened.units()
+    assert pathlib.Path(good).name == f'good{suffix}'
+    assert [*opened.read(others)] == [
+      (pairs.NOT_READ, 'folder', 1), (pairs.NOT_READ, 'not a file', 1),
+    ]  # fmt: skip
 
 
 def test_files_that_are_not_read_are_counted(tmp_path):
@@ -429,7 +461,6 @@ def test_captions_are_filtered_individually():
   assert counts['captions dropped'] == {
     'caption is not UTF-8': 1, 'languages': 1, 'max_caption': 1, 'no caption': 1,
   }  # fmt: skip
-  assert counts['captions per image'] == {'2': 1}
 
 
 def test_captions_are_cleaned():
@@ -463,6 +494,10 @@ def test_clean_keys_are_printable_and_distinct():
   assert len(set(clean)) == len(keys)
   assert all(key.split() == [key] and len(key) <= 200 and key.isprintable() for key in clean)
   assert filters.clean_key('äpfel/1.jpg') == 'äpfel/1.jpg'
+  renamed = [filters.told_apart(key, 255) for key in clean]
+  assert renamed[0] == f'a%20b-{255:016x}'
+  assert len({*clean, *renamed}) == 2 * len(keys)
+  assert all(len(key) <= 200 for key in renamed)
 
 
 def test_store_side_downscales_large_images():
@@ -578,8 +613,58 @@ def test_rows_of_an_image_are_its_captions(tmp_path, monkeypatch, in_process, is
     counts = records.read_index(tmp_path / f'out{size}')['counts']
     assert counts['pairs'] == {'kept': 24, 'read': 24}
     assert counts['rows joined'] == {'same key and image': 96}
-  for name in found[0].keys() - {records.INDEX, ingest.REPORT}:
-    assert found[0][name] == found[1][name]
+    assert counts['captions per image'] == {'5': 24}
+    assert counts['shorter side, pixels'] == {'16': 24}
+    assert counts['languages'] == {'und': 120}
+  assert found[0] == found[1]
+
+
+@pytest.mark.parametrize('column', ['id', 'key', 'uid'])
+def test_rows_with_ids_of_their_own_are_captions_of_their_image(
+  tmp_path, monkeypatch, in_process, column
+):
+  monkeypatch.setattr(folder, 'UNIT_ROWS', 7)
+  write_folder(tmp_path, 'csv')
+  names = list(IMAGES)[:8]
+  rows = [f'{i}.{name},{name}.png,{name} {i}\n' for i in range(5) for name in names]
+  table = tmp_path / 'rows.csv'
+  table.write_text(f'{column},image,caption\n' + ''.join(rows))
+  chosen = options('folder', tmp_path / 'in', captions=str(table), validation_fraction=0.3)
+  run(tmp_path / 'out', chosen)
+  train, validation = (read_set(tmp_path / 'out', split) for split in ('train', 'validation'))
+  assert validation
+  assert len(train) + len(validation) == 8
+  assert train | validation == {
+    f'0.{name}': (IMAGES[name], [('und', f'{name} {i}') for i in range(5)]) for name in names
+  }
+
+
+def test_rows_of_several_lines_are_counted_and_hold_no_other_rows(tmp_path, in_process):
+  for name in '01234':
+    (tmp_path / name).write_bytes(png(int(name)))
+  table = tmp_path / 'rows.csv'
+  table.write_text('image,caption\n0,"a\nlong b, c"\n1,"Sunset\n2,b\n3,5"\n4,d\n')
+  run(tmp_path / 'out', options('folder', tmp_path, captions=str(table)))
+  found = {key: texts for key, (_, texts) in read_set(tmp_path / 'out').items()}
+  texts = {'0': 'a long b, c', '2': 'b', '3': '5"', '4': 'd'}
+  assert found == {key: [('und', text)] for key, text in texts.items()}
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['rows of several lines'] == {'in quotes': 1}
+  assert counts['pairs dropped']['row cannot be parsed'] == 1
+
+
+def test_columns_of_unread_types_are_counted(tmp_path, in_process):
+  import pyarrow
+  from pyarrow import parquet
+
+  write_folder(tmp_path, 'csv')
+  times = pyarrow.array([0], pyarrow.timestamp('us'))
+  columns = {'image': ['p00.png'], 'caption': ['a bus'], 'key': times, 'time': times}
+  parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+  run(tmp_path / 'out', options('folder', tmp_path / 'in', captions=str(tmp_path / 'a.parquet')))
+  assert read_set(tmp_path / 'out').keys() == {'p00.png'}
+  counts = records.read_index(tmp_path / 'out')['counts']
+  assert counts['columns not read'] == {'key (timestamp[us])': 1}
 
 
 def test_the_score_of_a_caption_filters_only_this_caption(tmp_path, in_process):
@@ -646,6 +731,31 @@ def test_pairs_that_no_key_tells_apart_and_captions_without_room_are_named(tmp_p
     {'location': f'{tmp_path}: key a', 'reason': 'duplicate key'},
     {'location': f'{tmp_path}: key many', 'reason': 'too many captions of an image'},
   ]
+
+
+def test_the_quarantine_of_a_bucket_without_append_mode_is_complete(tmp_path, in_process):
+  """Cloud Storage overwrites an object that is opened to append to it."""
+  import fsspec
+  from fsspec.implementations import memory
+
+  class Bucket(memory.MemoryFileSystem):
+    protocol, store, pseudo_dirs = 'gs', {}, ['']
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.replace('gs://', 'memory://'))
+
+    def _open(self, path, mode='rb', **kwargs):
+      return super()._open(path, mode.replace('a', 'w'), **kwargs)
+
+  for name in ('gs', 'gcs'):
+    fsspec.register_implementation(name, Bucket, clobber=True)
+  (tmp_path / 'a.png').write_bytes(png(1))
+  (tmp_path / 'a.jsonl').write_text('{"image": "a.png", "text": "a"}\n{"image": "b.png"}\n{\n')
+  chosen = options('folder', tmp_path, captions=str(tmp_path / 'a.jsonl'))
+  ingest.run(chosen, 'gs://out', 1, lambda *_: None)
+  lines = (epath.Path('gs://out') / ingest.QUARANTINE).read_text().splitlines()
+  assert ['line 2' in lines[0], 'line 3' in lines[1]] == [True, True]
 
 
 # ---- Determinism and resumption ----

@@ -53,8 +53,9 @@ def _read(settings, work):
       unit = pickle.loads(pickle.dumps(unit))
       ingest.write_run(str(work), number, unit, ingest.digest_of(unit), options)
       number += 1
-    counts, entries, _ = ingest._merge_runs(work, work, number)
-    plan.Plan(entries, options, counts)
+    counts, entries, _ = ingest.merge_runs(work, number)
+    planned = plan.Plan(entries, options, counts)
+    ingest.write_quarantine(str(work), work, number, planned, options)
   for path in work.glob('*.tfrecord'):
     for _, payload in records.scan(epath.Path(path), 1 << 30):
       key = examples.decode(payload)['key'][0].decode()

@@ -169,8 +169,8 @@ def _write_shard(
 ) -> tuple[str, int]:
   (split, number), payloads = shard
   metadata = json.loads((epath.Path(out) / 'begun.json').read_text())
-  ordered = (ingest.to_record(payload) for _, payload in sorted(payloads))
-  record_writer.Writer(out, **metadata).write(split, number, ordered)
+  ordered = (payload for _, payload in sorted(payloads))
+  ingest.write_payloads(record_writer.Writer(out, **metadata), split, number, ordered)
   return split, number
 
 

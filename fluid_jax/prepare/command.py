@@ -25,7 +25,10 @@ their outputs. If ingest or encode is interrupted, the same command resumes it. 
 mean and scale that normalise each latent channel to mean 0 and variance 1; it writes nothing."""
 
 _UNITS = {'examine': 'units', 'gather': 'shards'}  # of the progress of each pass
-_OTHER_COUNTS = ('captions dropped', 'images repaired', pairs.NOT_READ)
+_OTHER_COUNTS = (
+  *('captions dropped', 'images repaired'),
+  *(pairs.NOT_READ, pairs.COLUMNS_NOT_READ, pairs.SEVERAL_LINES[0]),
+)
 _PATH_ERRORS = (
   FileNotFoundError,
   FileExistsError,

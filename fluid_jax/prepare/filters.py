@@ -130,7 +130,12 @@ def clean_key(key: str) -> str:
 
   White space and unprintable characters are percent-encoded. A long key ends in a hash.
   """
-  key = _UNPRINTABLE.sub(lambda c: urllib.parse.quote(c[0], safe='', errors='surrogatepass'), key)
+  return _shorten(
+    _UNPRINTABLE.sub(lambda c: urllib.parse.quote(c[0], safe='', errors='surrogatepass'), key)
+  )
+
+
+def _shorten(key: str) -> str:
   if len(key) > _MAX_KEY:
     key = f'{key[: _MAX_KEY - 33]}-{hashlib.sha256(key.encode()).hexdigest()[:32]}'
   return key
@@ -147,8 +152,8 @@ def image_hash(data: bytes) -> int:
 
 
 def told_apart(key: str, image: int) -> str:
-  """Returns the key of an image if another image has `key` first."""
-  return clean_key(f'{key}-{image:016x}')
+  """Returns the key of an image if another image has the clean `key` first."""
+  return _shorten(f'{key}-{image:016x}')
 
 
 def _place(key: str, options: Options) -> tuple[str, int]:
@@ -201,7 +206,7 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> KeptPair:
   Args:
     pair: from a source, untrusted.
     options: the filters.
-    counts: the statistics of the pair are added to it.
+    counts: repairs of the image and dropped captions are added to it.
 
   Raises:
     RejectedError: the pair is dropped.
@@ -234,12 +239,6 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> KeptPair:
     features['score'] = pair.score
   for repair in image.repairs:
     counts.add('images repaired', repair)
-  counts.add('shorter side, pixels', 1 << int(math.log2(shorter)))
-  counts.add('aspect ratio', max(edge for edge in _ASPECTS if edge * shorter <= longer))
-  counts.add('captions per image', len(texts))
-  for text, lang in zip(texts, langs, strict=True):
-    counts.add('characters per caption', 1 << int(math.log2(len(text))))
-    counts.add('languages', lang)
   payload = examples.encode(features)
   return KeptPair(
     split=split,
@@ -253,6 +252,17 @@ def examine(pair: pairs.Pair, options: Options, counts: Counts) -> KeptPair:
     other_split=other_split,
     other_order=other_order,
   )
+
+
+def add_histograms(features: Mapping[str, list], counts: Counts) -> None:
+  """Adds a pair of the set to the histograms of the set."""
+  shorter, longer = sorted((features['width'][0], features['height'][0]))
+  counts.add('shorter side, pixels', 1 << int(math.log2(shorter)))
+  counts.add('aspect ratio', max(edge for edge in _ASPECTS if edge * shorter <= longer))
+  counts.add('captions per image', len(features['text']))
+  for text, lang in zip(features['text'], features['lang'], strict=True):
+    counts.add('characters per caption', 1 << int(math.log2(len(text.decode()))))
+    counts.add('languages', lang.decode())
 
 
 def read_unit(

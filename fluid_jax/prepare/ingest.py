@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,16 +114,31 @@ def write_shard(
     UserError: a run is corrupt.
   """
 
-  def payloads() -> Iterator[tuple[str, bytes, list[str]]]:
+  def payloads() -> Iterator[bytes]:
     for is_renamed, places in positions:
       first, *others = places
       payload = _read_run(work, *first)
       if is_renamed or others:
         features = (examples.decode(_read_run(work, *p), {'text', 'lang'}) for p in others)
         payload = plan_lib.join(payload, features, is_renamed)
-      yield to_record(payload)
+      yield payload
 
-  record_writer.Writer(out, **metadata).write(split, number, payloads())
+  write_payloads(record_writer.Writer(out, **metadata), split, number, payloads())
+
+
+def write_payloads(
+  writer: record_writer.Writer, split: str, number: int, payloads: Iterable[bytes]
+) -> None:
+  """Writes a shard of the set, with its histograms in its entry."""
+  counts = filters.Counts()
+
+  def rows() -> Iterator[tuple[str, bytes, list[str]]]:
+    for payload in payloads:
+      features = examples.decode(payload)
+      filters.add_histograms(features, counts)
+      yield features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
+
+  writer.write(split, number, rows(), counts=counts.values)
 
 
 def _read_run(work: str, run: int, offset: int, length: int) -> bytes:
@@ -141,12 +156,6 @@ def _read_run(work: str, run: int, offset: int, length: int) -> bytes:
       errors.CORRUPT,
     )
   return payload
-
-
-def to_record(payload: bytes) -> tuple[str, bytes, list[str]]:
-  """Returns the key, payload and languages of an example, for `record_writer.Writer.write`."""
-  features = examples.decode(payload)
-  return features['key'][0].decode(), payload, [lang.decode() for lang in features['lang']]
 
 
 # ---- Both passes ----
@@ -197,12 +206,9 @@ def run(
     files.write(plan_file, digest, is_shared=True)
   elif plan_file.read_text() != digest:
     raise _changed(options, out)
-  counts, entries, peak = _merge_runs(out, work, len(digests))
+  counts, entries, peak = merge_runs(work, len(digests))
   plan = plan_lib.Plan(entries, options, counts)
-  with (epath.Path(out) / QUARANTINE).open('a') as quarantine:
-    for reason, *place in plan.dropped:
-      key = examples.decode(_read_run(str(work), *place), {'key'})['key'][0].decode()
-      quarantine.write(describe_dropped(options, key, reason))
+  write_quarantine(out, work, len(digests), plan, options)
   progress('gather', 0, len(plan.shards))
   calls = (
     (out, str(work), metadata_of(options), split, number, plan.positions(rows))
@@ -228,20 +234,32 @@ def _changed(options: filters.Options, out: str) -> errors.UserError:
   )
 
 
-def _merge_runs(
-  out: str, work: epath.Path, num_runs: int
-) -> tuple[filters.Counts, list[np.ndarray], int]:
-  """Writes the quarantine file; returns the counts, index and peak memory of all runs."""
+def _summary(work: epath.Path, number: int) -> dict[str, Any]:
+  return json.loads(_run_path(work, number, 'json').read_text())
+
+
+def merge_runs(work: epath.Path, num_runs: int) -> tuple[filters.Counts, list[np.ndarray], int]:
+  """Returns the counts, index and peak memory of all runs."""
   counts, entries, peak = filters.Counts(), [], 0
-  with (epath.Path(out) / QUARANTINE).open('w') as quarantine:
-    for number in range(num_runs):
-      summary = json.loads(_run_path(work, number, 'json').read_text())
-      counts.merge(summary['counts'])
-      quarantine.writelines(json.dumps(entry) + '\n' for entry in summary['quarantine'])
-      peak = max(peak, summary['peak_memory'])
-      with _run_path(work, number, 'npy').open('rb') as f:
-        entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
+  for number in range(num_runs):
+    summary = _summary(work, number)
+    counts.merge(summary['counts'])
+    peak = max(peak, summary['peak_memory'])
+    with _run_path(work, number, 'npy').open('rb') as f:
+      entries.append(np.load(io.BytesIO(f.read()), allow_pickle=False))
   return counts, entries, peak
+
+
+def write_quarantine(
+  out: str, work: epath.Path, num_runs: int, plan: plan_lib.Plan, options: filters.Options
+) -> None:
+  """Writes the faults of all runs and of the plan at once, for files in buckets cannot grow."""
+  with (epath.Path(out) / QUARANTINE).open('w') as f:
+    for number in range(num_runs):
+      f.writelines(json.dumps(entry) + '\n' for entry in _summary(work, number)['quarantine'])
+    for reason, *place in plan.dropped:
+      key = examples.decode(_read_run(str(work), *place), {'key'})['key'][0].decode()
+      f.write(describe_dropped(options, key, reason))
 
 
 def close(
@@ -260,11 +278,13 @@ def close(
     shards: split and number of each shard.
     options: of the ingestion.
     source: of the ingestion.
-    counts: of all pairs.
+    counts: of all pairs; the histograms of the shards are added to it.
 
   Raises:
     UserError: no pair is kept, or an evaluation set is incomplete.
   """
+  for split, number in sorted(shards):
+    counts.merge(writer.entry(split, number)['counts'])
   kept, facts = counts.values['pairs']['kept'], {'counts': counts.asdict()}
   if not kept:
     raise errors.UserError(

@@ -51,6 +51,8 @@ class Count(NamedTuple):
 
 JOINED = 'rows joined', 'same key and image'  # the name and value of a Count
 NOT_READ = 'files not read'  # the name of a Count; its values are suffixes
+COLUMNS_NOT_READ = 'columns not read'  # the name of a Count; its values are columns
+SEVERAL_LINES = 'rows of several lines', 'in quotes'  # as JOINED
 
 
 def short(name: str) -> str:

@@ -2,7 +2,9 @@
 
 Pairs of the same key and image become one pair with the captions of all, for a table may have a row
 for each caption. Another image with the key of an earlier pair gets a key of its own, for names may
-start again in each tar. The result does not depend on where units begin, nor on the workers.
+start again in each tar. The result does not depend on the workers. Of an image with more captions
+than `filters.MAX_ROOM`, the captions of whole units are dropped and named, so that these few depend
+on where units begin.
 """
 
 import math

@@ -81,6 +81,10 @@ class Writer:
     """Whether a part is complete."""
     return (self._directory / f'{_part(split, number)}.json').exists()
 
+  def entry(self, split: str, number: int) -> dict:
+    """Returns the entry of a complete part."""
+    return json.loads((self._directory / f'{_part(split, number)}.json').read_bytes())
+
   def write(
     self,
     split: str,
@@ -96,7 +100,7 @@ class Writer:
       examples: tuples of a key (without white space; it names the record in messages and logs), a
         payload (a serialised `tf.train.Example` if seqio is to read it) and the languages of its
         captions.
-      **metadata: JSON values for the entry.
+      **metadata: JSON values for the entry, which may change while `examples` are read.
 
     Raises:
       ValueError: a key is empty or contains white space.

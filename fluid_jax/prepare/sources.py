@@ -20,36 +20,46 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from fluid_jax import errors, startup
+from fluid_jax import errors, files, startup
 from fluid_jax.data import examples, records
 from fluid_jax.prepare import folder, tables, webdataset
 from fluid_jax.prepare.pairs import NOT_READ, Count, Fault, Pair, compression, split
 
 
-def expand(path: str, suffix: str, name: re.Pattern[str]) -> list[epath.Path]:
-  """Returns the sorted files that match a pattern, or those in a folder.
+def expand(
+  path: str, suffix: str, name: re.Pattern[str]
+) -> tuple[list[epath.Path], dict[str, int]]:
+  """Returns the sorted files that match a pattern or are in a folder, and what is not read.
 
   Args:
     path: a file, a pattern such as `in/*.tar`, or a folder.
     suffix: of the files, for messages.
     name: matches the lower-case names of the files to read in a folder.
 
+  Returns:
+    The files, and the numbers of other files by their suffixes.
+
   Raises:
     UserError: no file matches.
   """
-  path = epath.Path(path)
+  path, found, others = epath.Path(path), [], collections.Counter()
   if path.is_dir():
-    found = [p for p in path.iterdir() if name.search(p.name.lower())]
+    listed = [(p, bool(name.search(p.name.lower()))) for p in path.iterdir()]
   elif any(c in path.name for c in '*?['):
-    found = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    found = [p for p in found if fnmatch.fnmatch(p.name, path.name)]
+    listed = path.parent.iterdir() if path.parent.is_dir() else ()
+    listed = [(p, True) for p in listed if fnmatch.fnmatch(p.name, path.name)]
   else:
-    found = [path] if path.exists() else []
-  if '://' not in os.fspath(path):
-    found = [p for p in found if p.is_file()]  # reading a named pipe would block
+    listed = [(path, True)] if path.exists() else []
+  for p, is_match in listed:
+    if is_match and ('://' in os.fspath(p) or files.is_file(p)):  # a pipe would block
+      found.append(p)
+    else:
+      kind = 'not a file' if is_match else split(p.name)[1][:50] or 'no suffix'
+      others['folder' if p.is_dir() else kind] += 1
   if not found:
-    raise errors.UserError(f'--path={path} matches no {suffix} file: check the path.')
-  return sorted(found)
+    hint = ' (it is not a file)' if others['not a file'] else ''
+    raise errors.UserError(f'--path={path} matches no {suffix} file{hint}: check the path.')
+  return sorted(found), dict(sorted(others.items()))
 
 
 def _file(path: epath.Path) -> list[Any]:
@@ -69,23 +79,17 @@ class _Files:
     self._path, self._columns, self._max_bytes = path, columns, max_bytes
 
   def units(self) -> Iterator[Any]:
-    yield from map(_file, self._expand())
-    if others := self._others():
+    found, others = self._expand()
+    yield from map(_file, found)
+    if others:
       yield others
 
   def num_units(self) -> int:
-    return len(self._expand()) + bool(self._others())
+    found, others = self._expand()
+    return len(found) + bool(others)
 
-  def _expand(self) -> list[epath.Path]:
+  def _expand(self) -> tuple[list[epath.Path], dict[str, int]]:
     return expand(self._path, self.suffix, self.name)
-
-  def _others(self) -> dict[str, int]:
-    """Returns the suffixes of the other files in a folder, and their numbers."""
-    path, found = epath.Path(self._path), collections.Counter()
-    for other in path.iterdir() if path.is_dir() else ():
-      if not self.name.search(other.name.lower()):
-        found['folder' if other.is_dir() else split(other.name)[1][:50] or 'no suffix'] += 1
-    return dict(sorted(found.items()))
 
   def read(self, unit: list[Any] | dict[str, int]) -> Iterator[Pair | Fault | Count]:
     if isinstance(unit, dict):
@@ -142,7 +146,7 @@ def _pair(
     key: used if the example has none.
     names: returns the names of all features, for messages.
   """
-  if fault := columns.fault(row, names()):
+  if fault := columns.fault(row, names):
     return Fault(location, fault)
   (image,) = tables.as_list(columns.value(row, 'image'))
   if not isinstance(image, bytes):

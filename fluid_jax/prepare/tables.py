@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from etils import epath
@@ -42,6 +42,7 @@ class Row(NamedTuple):
   position: str  # in the file, for messages
   values: dict[str, Any] | None
   fault: str = ''
+  num_lines: int = 1  # of CSV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Columns:
     for name, value in row.items():
       known = self.known(name)
       is_read = all(isinstance(v, str | bytes | int | float | None) for v in as_list(value))
-      if known and is_read and (known == name or known not in row):
-        found[known] = value
+      if known and is_read:  # names that differ in their case are names of one column
+        found[known] = [*as_list(found[known]), *as_list(value)] if known in found else value
     return found
 
   def value(self, row: Mapping[str, Any], field: str) -> Any:
@@ -128,13 +129,14 @@ class Columns:
     except (TypeError, ValueError, OverflowError):
       return None
 
-  def fault(self, row: Mapping[str, Any], names: Iterable[str]) -> str:
+  def fault(self, row: Mapping[str, Any], names: Callable[[], Iterable[str]]) -> str:
     """Returns why a row has not one image and a caption, with the names of its columns, or ''."""
-    images, shown = as_list(self.value(row, 'image')), pairs.short(', '.join(names))
+    images = as_list(self.value(row, 'image'))
     if len(images) > 1:
       return f'more than one image ({len(images)})'
     if images and self.captions(row)[0]:
       return ''
+    shown = pairs.short(', '.join(names()))
     return f'no {"caption" if images else "image"} (the row has {shown}: see --columns)'
 
   def missing(self, header: Sequence[str]) -> str:
@@ -212,8 +214,8 @@ def read(path: epath.Path, columns: Columns) -> Iterator[Row]:
   for row in readers[path.suffix.lower()](path, columns):
     if row.values is not None:
       values = columns.keep(row.values)
-      fault = columns.fault(values, row.values)
-      row = Row(row.position, None if fault else values, fault)
+      fault = columns.fault(values, row.values.keys)
+      row = row._replace(values=None if fault else values, fault=fault)
     yield row
 
 
@@ -236,6 +238,7 @@ class _Lines:
     """Gives back all lines since `begin` except the first."""
     self.number -= len(self.taken) - 1
     self._back.extendleft(reversed(self.taken[1:]))
+    del self.taken[1:]
 
   def __iter__(self) -> Iterator[str]:
     return self
@@ -259,15 +262,15 @@ class _Lines:
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-  """Splits a line at each delimiter.
+  """Splits a line at each delimiter. Quotes are plain characters, except around a whole field."""
+  return [_unquote(field) for field in line.rstrip('\r\n').split(delimiter)]
 
-  Quotes are plain characters, except around a field in which a writer of CSV has doubled them.
-  """
-  fields = line.rstrip('\r\n').split(delimiter)
-  return [
-    field[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]*"")+[^"]*"', field) else field
-    for field in fields
-  ]
+
+def _unquote(field: str) -> str:
+  """Removes the quotes that a writer of CSV puts around a field, where it doubles other quotes."""
+  inner = field[1:-1]
+  is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', '')
+  return inner.replace('""', '"') if is_quoted else field
 
 
 def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
@@ -298,7 +301,8 @@ def _read_delimited(path: epath.Path, columns: Columns) -> Iterator[Row]:
       if fault:
         yield Row(position, None, fault)
       elif fields not in ([], ['']):  # an empty line
-        yield Row(position, {name: v if len(v) > 1 else v[0] for name, v in values.items()})
+        values = {name: v if len(v) > 1 else v[0] for name, v in values.items()}
+        yield Row(position, values, num_lines=len(lines.taken))
 
 
 def _header(line: str, columns: Columns, usual: str) -> tuple[list[str], str]:
@@ -333,7 +337,8 @@ def _fields(
     position, fields, fault = f'line {lines.number + 1}', [], ''
     try:
       fields = _split(next(lines), delimiter) if delimiter == '\t' else next(reader)
-      if any(_is_row(line, delimiter, width, image) for line in lines.taken[1:]):
+      own = fields[image] if len(fields) >= width else ''
+      if any(_is_row(line, delimiter, width, image, own) for line in lines.taken[1:]):
         raise csv.Error('a quoted field holds another row')
     except StopIteration:
       return
@@ -348,10 +353,18 @@ def _fields(
     yield position, fields, fault
 
 
-def _is_row(line: str, delimiter: str, width: int, image: int) -> bool:
-  """Whether a line within a quoted field looks like a row of its own."""
+def _is_row(line: str, delimiter: str, width: int, image: int, own: str) -> bool:
+  """Whether a line within a quoted field looks like a row of its own.
+
+  Then it names an image: with a known suffix, or else like `own`, the image of the row that it is
+  in, with the same suffix or none, and with no more words.
+  """
   fields = _split(line, delimiter)
-  return len(fields) >= width and pairs.split(fields[image])[1] in pairs.SUFFIXES
+  if len(fields) < width:
+    return False
+  kind, own_kind = (pairs.split(name.partition('?')[0].strip())[1] for name in (fields[image], own))
+  is_like_own = kind == own_kind and len(fields[image].split()) <= len(own.split())
+  return kind in pairs.SUFFIXES or is_like_own
 
 
 def _read_json(path: epath.Path, columns: Columns) -> Iterator[Row]:
@@ -386,10 +399,16 @@ def _open_parquet(path: epath.Path) -> Any:
     ) from error
 
 
+def ignored(path: epath.Path, columns: Columns) -> list[str]:
+  """Returns the known columns of a table that have a type that is not read, with their types."""
+  schema = _open_parquet(path).schema_arrow if path.suffix.lower() == '.parquet' else ()
+  types = {field.name: field.type for field in schema if columns.known(field.name)}
+  return [f'{name} ({kind})'[:200] for name, kind in types.items() if _type_to_read(kind) is None]
+
+
 def _read_parquet(path: epath.Path, columns: Columns) -> Iterator[Row]:
   file = _open_parquet(path)
-  types = {field.name: _type_to_read(field.type) for field in file.schema_arrow}
-  types = {name: kind for name, kind in types.items() if kind is not None}
+  types = {f.name: t for f in file.schema_arrow if (t := _type_to_read(f.type)) is not None}
   if missing := columns.missing(list(types)):
     others = [f'{f.name} ({f.type})' for f in file.schema_arrow if f.name not in types]
     missing += f'; these columns have types that are not read: {", ".join(others)}' * bool(others)
@@ -422,7 +441,8 @@ def _type_to_read(kind: Any, is_nested: bool = False) -> Any:
     return pyarrow.large_binary()
   if types.is_decimal(kind):
     return pyarrow.float64()
-  if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+  lists = ('list', 'large_list', 'list_view', 'large_list_view', 'fixed_size_list')
+  if any(getattr(types, f'is_{name}')(kind) for name in lists):
     value = None if is_nested else _type_to_read(kind.value_type, is_nested=True)
     return value and pyarrow.large_list(value)
   numbers = ('integer', 'floating', 'boolean', 'null')

@@ -98,9 +98,10 @@ def _members(path: epath.Path, max_bytes: int) -> Iterator[tuple[Any, bytes]]:
         if not member.isdir():
           yield _examine(path, tar, member, kinds, max_bytes)
         offset = -(-(member.offset_data + member.size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-      # Reading on also lets gzip compare its checksum.
-      if tar.fileobj.read(1 << 20).strip(b'\0'):
-        yield pairs.Fault(f'{path}: the end at {offset}', 'archive has data after its end'), b''
+      while block := tar.fileobj.read(1 << 20):  # to the end, where gzip compares its checksum
+        if block.strip(b'\0'):
+          yield pairs.Fault(f'{path}: the end at {offset}', 'archive has data after its end'), b''
+          break
   except (
     *(EOFError, ValueError, RecursionError, tarfile.TarError),
     *(zlib.error, gzip.BadGzipFile),
@@ -154,11 +155,12 @@ def _pair(
       row = None
     if not isinstance(row, dict):
       return pairs.Fault(location, 'row cannot be parsed')
-  names, row = list(row), columns.keep(row)
+  names, row = row.keys(), columns.keep(row)
   texts, langs = columns.captions(row)
   if '.txt' in files:
     texts, langs = [files['.txt']], langs[:1] or [columns.language]
   elif names and not texts:
-    return pairs.Fault(location, columns.fault({**row, columns.of('image')[0]: image}, names))
+    row[columns.of('image')[0]] = image
+    return pairs.Fault(location, columns.fault(row, lambda: names))
   key = tables.first_text(columns.value(row, 'key')) or stem
   return pairs.Pair(location, key, image, texts, langs, columns.score(row))
