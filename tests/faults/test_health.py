@@ -169,7 +169,7 @@ def test_a_device_that_does_not_exist_is_a_permanent_error(tmp_path, platform):
     done = commands.run('-m', f'fluid_jax.{words[0]}', *words[1:], env={'JAX_PLATFORMS': platform})
     assert done.returncode == errors.DEVICES == 3, words
     assert f"JAX_PLATFORMS='{platform}'" in message(done)
-  assert not list(tmp_path.iterdir())
+  assert not (tmp_path / 'run').exists()
 
 
 def test_validate_only_finds_data_that_training_cannot_read(tmp_path, monkeypatch):
