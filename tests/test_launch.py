@@ -346,7 +346,7 @@ def test_full_sequence_from_create_to_delete(make_cloud, tmp_path):
   assert 'already training' in cloud.ok('train', *job, '--', *flags, **env)
   cloud.ok('stop', *PLACE)
   log = cloud.join()
-  saved = int(re.search(r'preempted; saved at step (\d+)', log)[1])
+  saved = int(re.search(r'stopped by SIGTERM; saved at step (\d+)', log)[1])
   assert saved < 120
   assert log.count('starting;') == 1
 
