@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -33,13 +34,14 @@ def write(path: epath.PathLike, data: bytes | str, is_shared: bool = False) -> N
 
 
 def temporary(path: epath.Path, is_shared: bool) -> epath.Path:
-  """The path to write before renaming to `path`; with `is_shared`, one for this process only.
+  """The path to write before renaming to `path`; with `is_shared`, a new one at each call.
 
   In a bucket it is `path` itself, because objects appear there once they are complete.
   """
   if '://' in os.fspath(path):
     return path
-  owner = f'.{os.getpid()}' if is_shared else ''
+  # The number of a process is not unique among the containers that share a folder.
+  owner = f'.{uuid.uuid4().hex}' if is_shared else ''
   return path.with_name(f'{path.name}{owner}.tmp')
 
 

@@ -119,13 +119,7 @@ class Lease:
 
   def _write(self) -> None:
     self._content['heartbeat'] = time.time()
-    # Another process may write the same file, even one with the same number in another container.
-    written = self._path.with_name(f'{FILENAME}.{self._content["token"]}.tmp')
-    try:
-      written.write_text(json.dumps(self._content, indent=1) + '\n')
-      written.replace(self._path)
-    finally:
-      written.unlink(missing_ok=True)
+    files.write(self._path, json.dumps(self._content, indent=1) + '\n', is_shared=True)
 
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:

@@ -1,15 +1,13 @@
 """Training in processes: the files of a run, and equality of stopped and uninterrupted runs."""
 
-import json
 import re
 import shutil
 import signal
 
 import commands
-import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
+from runs import arrays, load, results, rows
 
 from fluid_jax import errors, metrics
 
@@ -35,21 +33,6 @@ def stop(workdir, after, *signals):
   return process.returncode, err
 
 
-def rows(workdir):
-  """Lines of metrics.jsonl."""
-  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def results(workdir):
-  """All metrics except speeds, as (step, name, value)."""
-  return sorted(
-    (row['step'], name, value)
-    for row in rows(workdir)
-    for name, value in row.items()
-    if not name.startswith(('speed/', 'step'))
-  )
-
-
 def events(workdir, run):
   """The events of a TensorBoard run ('train', 'validation_ema' or 'validation_raw')."""
   from tensorboard.backend.event_processing import plugin_event_accumulator
@@ -61,38 +44,18 @@ def events(workdir, run):
 
 def assert_same(workdir, other, num_steps=NUM_STEPS):
   """Asserts that last checkpoint, metrics and TensorBoard steps of two runs are bit-equal."""
-  states = [load(path / f'checkpoints/{num_steps:08d}') for path in (workdir, other)]
-  assert states[0].keys() == states[1].keys() >= {'params', 'ema_params', 'opt_state', 'step'}
-  leaves = [dict(_leaves(state)) for state in states]
-  assert leaves[0].keys() == leaves[1].keys()
-  for path, array in leaves[0].items():
-    assert array.tobytes() == leaves[1][path].tobytes(), path
+  for path in (workdir, other):
+    newest = max((path / 'checkpoints').glob('*/MANIFEST.json')).parent
+    assert newest.name == f'{num_steps:08d}'
+    assert load(newest).keys() >= {'params', 'ema_params', 'opt_state', 'step'}
+  found, expected = arrays(workdir), arrays(other)
+  assert found.keys() == expected.keys()
+  assert [name for name in found if found[name] != expected[name]] == []
   assert results(workdir) == results(other)
   for run in ('train', 'validation_ema', 'validation_raw'):
     losses = [events(path, run).Tensors('loss') for path in (workdir, other)]
     shown = [[event.step for event in found] for found in losses]
     assert shown[0] == shown[1] == sorted(set(shown[1])) != []
-
-
-def load(path):
-  """A checkpoint as Orbax reads it, independent of the devices that saved it."""
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-    ocp.checkpointables_metadata(path).metadata,
-  )
-  return ocp.load_checkpointables(path, abstract)
-
-
-def _leaves(tree, path=''):
-  if isinstance(tree, dict):
-    for key, value in tree.items():
-      yield from _leaves(value, f'{path}/{key}')
-  elif isinstance(tree, list | tuple):
-    for index, value in enumerate(tree):
-      yield from _leaves(value, f'{path}/{index}')
-  elif tree is not None:
-    yield path, np.asarray(tree)
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,7 @@ import time
 import commands
 import own_set
 import pytest
+from runs import arrays, results, rows
 
 from fluid_jax import errors, lease
 from fluid_jax.data import examples
@@ -51,22 +52,8 @@ def snapshot(workdir):
   }
 
 
-def rows(workdir):
-  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def results(workdir):
-  """All metrics except speeds, as (step, name, value)."""
-  return sorted(
-    (row['step'], name, value)
-    for row in rows(workdir)
-    for name, value in row.items()
-    if not name.startswith(('speed/', 'step'))
-  )
-
-
 def state_files(workdir):
-  """SHA-256 of the arrays of each checkpoint, from its manifest."""
+  """Manifests of the checkpoints by the name of their folder."""
   found = {}
   for path in sorted((workdir / 'checkpoints').glob('*/MANIFEST.json')):
     found[path.parent.name] = json.loads(path.read_text())
@@ -319,22 +306,7 @@ def test_a_signal_in_any_phase_stops_at_once_and_what_was_due_is_done_later(
   assert results(workdir) == results(trained)
   if phase == 'sampling':
     assert 'sampling images' in done.stdout
-  assert state_arrays(workdir) == state_arrays(trained)
-
-
-def state_arrays(workdir):
-  """The newest checkpoint as bytes by leaf, read by Orbax."""
-  import jax
-  from orbax.checkpoint import v1 as ocp
-
-  path = max((workdir / 'checkpoints').iterdir())
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-    ocp.checkpointables_metadata(path).metadata,
-  )
-  leaves = jax.tree.leaves_with_path(ocp.load_checkpointables(path, abstract))
-  return {jax.tree_util.keystr(name): leaf.tobytes() for name, leaf in leaves}
+  assert arrays(workdir) == arrays(trained)
 
 
 def test_60_steps_with_10_signals_in_random_phases_are_bit_equal(tmp_path, capsys):
@@ -365,7 +337,7 @@ def test_60_steps_with_10_signals_in_random_phases_are_bit_equal(tmp_path, capsy
   done = train(workdir, *args)
   assert done.returncode == 0, done.stderr
   assert results(workdir) == results(tmp_path / 'whole')
-  assert state_arrays(workdir) == state_arrays(tmp_path / 'whole')
+  assert arrays(workdir) == arrays(tmp_path / 'whole')
   with capsys.disabled():
     print(f'\nfrom the signal to the manifest on the disk: at most {max(seconds):.2f} s')
   assert max(seconds) < 60
