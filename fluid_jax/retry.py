@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from absl import logging
 
-from fluid_jax import errors
+from fluid_jax import checkpoint, errors
 
 T = TypeVar('T')
 
@@ -33,16 +33,16 @@ def read(
     UserError: `wanted_step`, or each step in turn, was deleted while it was read (exit code 5).
   """
   for _ in range(_ATTEMPTS):
-    before = _steps(directory)
+    before = set(checkpoint.steps(directory))
     found = None
     try:
       found, result = read_step()
-      if found in _steps(directory):
+      if found in checkpoint.steps(directory):
         return result
     except Exception:
-      if not before - _steps(directory):
+      if not before.difference(checkpoint.steps(directory)):
         raise
-    if wanted_step is not None and wanted_step not in _steps(directory):
+    if wanted_step is not None and wanted_step not in checkpoint.steps(directory):
       raise errors.UserError(
         f'step {wanted_step} was deleted from {directory} while it was read: omit --step to read '
         'the newest one.',
@@ -54,8 +54,3 @@ def read(
     'train.keep_checkpoints, or read after training.',
     errors.CORRUPT,
   )
-
-
-def _steps(directory: pathlib.Path) -> set[int]:
-  names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-  return {int(name) for name in names if name.isdecimal()}
